@@ -1,0 +1,305 @@
+"""From files to targets: finding and reading images, Lab conversion, soft-encoding of ab, datasets.
+
+The functions on colors take and return Paddle tensors, a batch at a time, on whatever device they
+are. The datasets run in the worker processes of a `DataLoader`: they only decode, resize and crop
+(Pillow, NumPy) and hand on uint8.
+"""
+
+import os
+import sys
+from functools import cache, lru_cache
+
+import numpy as np
+import paddle
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from utils import UserError, printable
+
+# -------------------------------------------------------------------------------------------------
+# Files
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".pgm", ".ppm", ".pbm", ".pnm"),
+)
+# Larger images are taken for decompression bombs. A 200-megapixel one needs 0.6 GB decoded.
+MAX_PIXELS = 200_000_000
+Image.MAX_IMAGE_PIXELS = None  # `open_rgb` checks, with an error instead of a warning
+
+
+class InvalidImageError(ValueError):
+    """A file that cannot serve as an image. The message names the file and the reason."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{printable(path)}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self):  # so that it survives the way back from a worker process
+        return InvalidImageError, (self.path, self.reason)
+
+
+def list_images(root):
+    """Sorted paths of the images below `root`: nested folders, a flat folder, or one file.
+
+    Images are known by their suffix; hidden files and folders are passed over. Raises UserError
+    when `root` does not exist or holds no image.
+    """
+    root = os.fspath(root)
+    if os.path.isfile(root):
+        return [root]
+    if not os.path.isdir(root):
+        raise UserError(f"{printable(root)}: no such file or folder")
+    paths = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        paths += [
+            os.path.join(folder, name)
+            for name in files
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+    if not paths:
+        raise UserError(f"{printable(root)}: no images here ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(paths)
+
+
+def read_rgb(path):
+    """The image at `path` as uint8 [H, W, 3], upright (EXIF), alpha blended over white.
+
+    Raises InvalidImageError, which names the file and the reason.
+    """
+    return np.asarray(open_rgb(path))
+
+
+def open_rgb(path, least_side=None):
+    """Like `read_rgb`, as a Pillow image.
+
+    `least_side`: the JPEG decoder may shrink the image by 2, 4 or 8 while both sides stay at least
+    that long, which is faster than decoding all and resizing afterwards.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InvalidImageError(path, f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
+            if least_side:
+                image.draft(None, (least_side, least_side))
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except InvalidImageError:
+        raise
+    except Exception as error:  # decoders meet bad bytes with whatever they like: OSError, IndexError, struct.error, …
+        raise InvalidImageError(path, _reason(path, error)) from error
+
+
+def _reason(path, error):
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if os.path.getsize(path) == 0 else "not an image, or damaged at its beginning"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # 16 bits a sample, which Pillow widens to "I" for some formats
+        samples = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((samples.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        samples = np.asarray(image)
+        if not (samples.min() >= 0 and samples.max() <= 1):  # also true of NaN
+            raise ValueError("floating-point samples outside [0, 1]")
+        return Image.fromarray((255 * samples).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop_resized(image, load_size, crop_size, across=0.5, down=0.5):
+    """A `crop_size` square of the image after its short side was resized to `load_size` pixels.
+
+    `across` and `down`, in [0, 1], place the square; 0.5 is the center. Resizing and cropping are
+    one step, so that only the square is computed. Pillow image -> uint8 [crop_size, crop_size, 3].
+    """
+    side = crop_size * min(image.size) / load_size  # of the square, in the image's own pixels
+    left, top = across * (image.width - side), down * (image.height - side)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((crop_size, crop_size), Image.Resampling.BILINEAR, box=box))
+
+
+# -------------------------------------------------------------------------------------------------
+# Color: sRGB (IEC 61966-2-1) and CIE Lab, D65 white, 2 degree observer
+
+RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+XYZ_TO_RGB = tuple(map(tuple, np.linalg.inv(RGB_TO_XYZ).tolist()))
+WHITE = (0.95047, 1.0, 1.08883)
+DELTA = 6 / 29  # where the cube root of CIE Lab turns linear
+
+
+def rgb_to_lab(rgb):
+    """[N, 3, H, W], uint8 or float in [0, 1] -> float32 [N, 3, H, W]: L in [0, 100], a and b within [-110, 110]."""
+    xyz = _mix(RGB_TO_XYZ, _linear(rgb))
+    fx, fy, fz = (_lab_curve(channel / white) for channel, white in zip(xyz, WHITE))
+    return paddle.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], axis=1)
+
+
+def rgb_to_lightness(rgb):
+    """The L of `rgb_to_lab` alone, at a third of the cost: [N, 3, H, W] -> float32 [N, 1, H, W]."""
+    (y,) = _mix(RGB_TO_XYZ[1:2], _linear(rgb))
+    return (116 * _lab_curve(y) - 16).unsqueeze(1)
+
+
+def lab_to_rgb(lab):
+    """float32 [N, 3, H, W] Lab -> float32 [N, 3, H, W] sRGB in [0, 1]; out-of-gamut values are clipped."""
+    lightness, a, b = lab.unbind(axis=1)
+    fy = (lightness + 16) / 116
+    f = (fy + a / 500, fy, fy - b / 200)
+    xyz = [white * _inverse_lab_curve(channel) for channel, white in zip(f, WHITE)]
+    rgb = paddle.stack(_mix(XYZ_TO_RGB, xyz), axis=1).clip(0, 1)
+    return paddle.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)
+
+
+def to_uint8(rgb):
+    """float in [0, 1] -> uint8, rounded."""
+    return (rgb * 255 + 0.5).astype("uint8")
+
+
+def _linear(rgb):
+    """The three channels [N, H, W] with the sRGB transfer curve undone."""
+    if rgb.dtype == paddle.uint8:
+        linear = paddle.gather(_linear_table(), rgb.flatten().astype("int32")).reshape(rgb.shape)
+    else:
+        linear = _undo_transfer(rgb.astype("float32"))
+    return linear.unbind(axis=1)
+
+
+def _undo_transfer(rgb):
+    return paddle.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+
+
+@cache
+def _linear_table():
+    return _undo_transfer(paddle.arange(256, dtype="float32") / 255)
+
+
+def _mix(matrix, channels):
+    # Written out, because a matrix product may run in TF32 on a GPU: three digits are not enough here.
+    return [m0 * channels[0] + m1 * channels[1] + m2 * channels[2] for m0, m1, m2 in matrix]
+
+
+def _lab_curve(t):
+    # exp(log(t) / 3) is the cube root, four times faster than `pow` on the CPU.
+    root = paddle.exp(paddle.log(t.clip(min=DELTA**3)) / 3)
+    return paddle.where(t > DELTA**3, root, t / (3 * DELTA**2) + 4 / 29)
+
+
+def _inverse_lab_curve(f):
+    return paddle.where(f > DELTA, f * f * f, (3 * DELTA**2) * (f - 4 / 29)).clip(min=0)
+
+
+# -------------------------------------------------------------------------------------------------
+# Soft-encoding of ab (Section 2.2 of the paper)
+
+AB_LIMIT = 128  # `soft_encode` is exact for |a|, |b| up to here; sRGB stays within 110
+CELL = 2  # side of the cells of the look-up grid, in ab units
+
+
+def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
+    """Each color as a distribution over its nearest bins, weighted by a Gaussian of the distance.
+
+    ab [N, 2, h, w], ab_bins [Q, 2] -> indices int64 [N, neighbors, h, w] of bins, nearest first, and
+    weights float32 [N, neighbors, h, w], proportional to exp(-d^2 / 2 sigma^2), which sum to 1.
+
+    The neighbors are exact. A color looks up the few bins that can be among the nearest of its cell
+    of the ab plane, and only those are compared.
+    """
+    bin_table, ab_table = _candidate_tables(ab_bins, neighbors)
+    colors = ab.transpose([0, 2, 3, 1]).reshape([-1, 1, 2])  #                            [M, 1, 2]
+    a, b = ((colors[:, 0] + AB_LIMIT) / CELL).floor().clip(0, _cells() - 1).astype("int32").unbind(1)
+    cell = a * _cells() + b  #                                                                  [M]
+    candidates = paddle.gather(ab_table, cell).reshape([cell.shape[0], -1, 2])  #         [M, K, 2]
+    squared = ((candidates - colors) ** 2).sum(axis=2)  #                                    [M, K]
+    squared, order = paddle.topk(squared, neighbors, axis=1, largest=False)
+    indices = paddle.take_along_axis(paddle.gather(bin_table, cell), order, axis=1)
+    # Relative to the nearest: far from every bin all exponentials would underflow to 0 / 0.
+    weights = paddle.exp((squared[:, :1] - squared) / (2 * sigma**2))
+    weights = weights / weights.sum(axis=1, keepdim=True)
+
+    def to_map(x):
+        return x.reshape([ab.shape[0], *ab.shape[2:], neighbors]).transpose([0, 3, 1, 2])
+
+    return to_map(indices), to_map(weights)
+
+
+def _cells():
+    return 2 * AB_LIMIT // CELL
+
+
+@lru_cache(maxsize=8)  # by the identity of the tensor `ab_bins`: load it once
+def _candidate_tables(ab_bins, neighbors):
+    """For every cell the bins that are among the nearest of some color in it: int64 [cells, K], float32 [cells, 2K].
+
+    A bin is one if its distance from the cell's nearest point is at most the `neighbors`-th smallest
+    of the bins' distances from the cell's farthest points. Rows are filled up with bins at infinity.
+    """
+    bins = ab_bins.numpy().astype(np.float64)
+    if not 1 <= neighbors <= len(bins):
+        raise UserError(f"the number of neighbors must be from 1 to {len(bins)}, not {neighbors}")
+    centers = np.arange(_cells()) * CELL + CELL / 2 - AB_LIMIT
+    a_offset = np.abs(centers[:, None] - bins[:, 0])[:, None, :]  #                  [cells, 1, Q]
+    b_offset = np.abs(centers[:, None] - bins[:, 1])[None, :, :]  #                  [1, cells, Q]
+    half = CELL / 2
+    nearest = np.hypot((a_offset - half).clip(0), (b_offset - half).clip(0)).reshape(-1, len(bins))
+    farthest = np.hypot(a_offset + half, b_offset + half).reshape(-1, len(bins))
+    bound = np.partition(farthest, neighbors - 1, axis=1)[:, neighbors - 1 : neighbors]
+    possible = nearest <= bound + 1e-3  # the margin covers float32's rounding of the distances
+    width = possible.sum(axis=1).max()
+    indices = np.argsort(~possible, axis=1, kind="stable")[:, :width]  # the possible ones first
+    coordinates = bins[indices].astype(np.float32)
+    coordinates[~np.take_along_axis(possible, indices, axis=1)] = 1e9
+    return paddle.to_tensor(indices), paddle.to_tensor(coordinates.reshape(len(indices), -1))
+
+
+# -------------------------------------------------------------------------------------------------
+# Datasets
+
+MAX_REPLACEMENTS = 8
+
+
+class ColorizationDataset(paddle.io.Dataset):
+    """Squares of photographs for the network to color.
+
+    In training (`augment`) the square is a random one, mirrored half of the time; otherwise the
+    center. What is drawn depends on `seed`, `epoch` and the index alone, not on the worker, the process or
+    what came before, so that a resumed run, or one spread over more processes, sees the same.
+
+    An item is (uint8 [3, crop_size, crop_size], int64 broken). A file that cannot be read costs a line on
+    standard error and another image takes its place; `broken` counts the files that failed.
+    """
+
+    def __init__(self, paths, load_size, crop_size, augment=False, seed=0):
+        super().__init__()
+        self.paths = paths
+        self.load_size, self.crop_size = load_size, crop_size
+        self.augment, self.seed, self.epoch = augment, seed, 0
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        broken = 0
+        while True:
+            try:
+                return self._square(self.paths[index], random), np.int64(broken)
+            except InvalidImageError as error:
+                print(f"skipped {error}", file=sys.stderr, flush=True)
+            broken += 1
+            if broken > MAX_REPLACEMENTS:  # a gray image: it teaches nothing (its weight is 0)
+                return np.full((3, self.crop_size, self.crop_size), 128, np.uint8), np.int64(broken)
+            index = int(random.integers(len(self.paths)))
+
+    def _square(self, path, random):
+        image = open_rgb(path, least_side=self.load_size)
+        if not self.augment:
+            return crop_resized(image, self.load_size, self.crop_size).transpose(2, 0, 1)
+        across, down, mirror = random.random(3)
+        square = crop_resized(image, self.load_size, self.crop_size, across, down)
+        return (square[:, ::-1] if mirror < 0.5 else square).transpose(2, 0, 1)

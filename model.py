@@ -1,0 +1,72 @@
+"""The colorization network of the paper (Zhang, Isola, Efros, ECCV 2016; Fig. 2 and Table 4).
+
+A VGG-style stack of 3x3 convolutions that keeps a stride of 8 at its deepest (dilation takes the
+place of further downsampling) and predicts, at a quarter of the input's resolution, a distribution
+over the 313 bins of the ab plane.
+"""
+
+from paddle import nn
+
+NUM_BINS = 313
+
+
+def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
+    """`convs` 3x3 convolutions, a ReLU after each, batch norm at the end.
+
+    The last convolution carries the stride. With `dilation` d the padding is d, so only the stride
+    changes the size.
+    """
+    layers = []
+    for i in range(convs):
+        last = i == convs - 1
+        layers.append(
+            nn.Conv2D(
+                in_channels if i == 0 else channels,
+                channels,
+                kernel_size=3,
+                stride=stride if last else 1,
+                padding=dilation,
+                dilation=dilation,
+            )
+        )
+        layers.append(nn.ReLU())
+    layers.append(nn.BatchNorm2D(channels))
+    return nn.Sequential(*layers)
+
+
+class CIC(nn.Layer):
+    """Lightness to logits over the ab bins; 32,240,377 parameters.
+
+    Works for any batch size and any height and width that are multiples of 8.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = conv_stage(1, 64, convs=2, stride=2)
+        self.conv2 = conv_stage(64, 128, convs=2, stride=2)
+        self.conv3 = conv_stage(128, 256, convs=3, stride=2)
+        self.conv4 = conv_stage(256, 512, convs=3)
+        self.conv5 = conv_stage(512, 512, convs=3, dilation=2)
+        self.conv6 = conv_stage(512, 512, convs=3, dilation=2)
+        self.conv7 = conv_stage(512, 512, convs=3)
+        self.conv8 = nn.Sequential(
+            nn.Conv2DTranspose(512, 256, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2D(256, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2D(256, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+        )
+        self.conv8_313 = nn.Conv2D(256, NUM_BINS, kernel_size=1)
+
+    def forward(self, lightness):
+        """[N, 1, H, W] of L - 50, L in [0, 100] -> logits [N, 313, H/4, W/4]."""
+        x = self.conv1(lightness)  #                                              [N, 64, H/2, W/2]
+        x = self.conv2(x)  #                                                     [N, 128, H/4, W/4]
+        x = self.conv3(x)  #                                                     [N, 256, H/8, W/8]
+        x = self.conv4(x)  #                                                     [N, 512, H/8, W/8]
+        x = self.conv5(x)
+        x = self.conv6(x)
+        x = self.conv7(x)
+        x = self.conv8(x)  #                                                     [N, 256, H/4, W/4]
+        return self.conv8_313(x)  #                                              [N, 313, H/4, W/4]

@@ -1,0 +1,287 @@
+"""What two scripts share: the ab bins, the prior and its weights, loss and annealed mean, the AuC,
+checkpoints, and small helpers for the command line.
+
+The mathematics is pure functions on Paddle tensors (the AuC: on NumPy arrays).
+"""
+
+import os
+import pickle
+import sys
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+RESOURCES = Path(__file__).resolve().parent / "resources"
+
+EXIT_SKIPPED = 3  # the work was done, but for files that had to be left out
+
+
+class UserError(SystemExit):
+    """Something that the user can mend. Uncaught, it prints its one line and ends with exit code 1."""
+
+
+def printable(path):
+    """A file's name for a message: bytes that are no UTF-8 and line breaks are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# -------------------------------------------------------------------------------------------------
+# Bins, prior, weights (Section 2.2 of the paper)
+
+
+def load_ab_bins():
+    """The centers of the 313 ab bins, in the published order: float32 [313, 2]."""
+    return paddle.to_tensor(np.load(RESOURCES / "pts_in_hull.npy").astype(np.float32))
+
+
+def load_prior(path=None):
+    """The distribution of colors over the bins, float32 [313], sums to 1; by default the shipped one.
+
+    Raises UserError when the file is no array of 313 finite, non-negative numbers with a positive sum.
+    """
+    path = path or RESOURCES / "prior_probs.npy"
+    try:
+        prior = np.load(path, allow_pickle=False).astype(np.float64)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{printable(path)}: cannot be read as a prior ({error})") from error
+    if prior.shape != (313,):
+        raise UserError(f"{printable(path)}: a prior has the shape (313,), this has {prior.shape}")
+    if not (np.isfinite(prior).all() and (prior >= 0).all() and prior.sum() > 0):
+        raise UserError(f"{printable(path)}: a prior's numbers are finite, non-negative and not all zero")
+    return paddle.to_tensor((prior / prior.sum()).astype(np.float32))
+
+
+def rebalancing_weights(prior, lam=0.5):
+    """The weight of each bin in the loss (Eq. 4): w = 1 / ((1 - lam) prior + lam / Q), scaled to sum(prior * w) = 1.
+
+    prior float32 [Q] -> float32 [Q]. `lam` in [0, 1]: 1 weights all bins alike, 0 fully by rarity.
+    A bin that never occurs is given the weight of the rarest one that does.
+    """
+    if not 0 <= lam <= 1:
+        raise UserError(f"lambda (--gamma) lies in [0, 1], not at {lam}")
+    p = prior.numpy().astype(np.float64)
+    mixed = (1 - lam) * p + lam / len(p)
+    weights = 1 / np.maximum(mixed, mixed[mixed > 0].min())
+    return paddle.to_tensor((weights / (p * weights).sum()).astype(np.float32))
+
+
+# -------------------------------------------------------------------------------------------------
+# Loss and point estimate
+
+
+def soft_cross_entropy(logits, indices, weights):
+    """Cross-entropy with a soft target that is given by its few non-zero entries (Eq. 2, without v).
+
+    logits [N, Q, h, w]; indices int64 and weights float32 [N, K, h, w] as `soft_encode` returns them
+    (weights sum to 1) -> float32 [N, h, w], nats per position.
+
+    A dense target is never built. As the weights sum to 1, -sum_k w_k log p_k is the cross-entropy
+    of the first neighbor alone, for which Paddle has a fast, stable kernel, corrected by a
+    difference of logits.
+    """
+    first = F.cross_entropy(logits, indices[:, :1], axis=1, reduction="none").squeeze(1)
+    chosen = paddle.take_along_axis(logits, indices, axis=1)  #                        [N, K, h, w]
+    return first + chosen[:, 0] - (weights * chosen).sum(axis=1)
+
+
+def entropy(weights):
+    """Of soft targets [N, K, h, w] -> [N, h, w], in nats: what the cross-entropy cannot fall below."""
+    return -(weights * paddle.log(weights.clip(min=1e-30))).sum(axis=1)
+
+
+def annealed_mean(logits, ab_bins, temperature=0.38):
+    """The expected ab under softmax(logits / temperature) (Eq. 5).
+
+    logits [N, Q, h, w], ab_bins [Q, 2] -> ab [N, 2, h, w]. The temperature is > 0: 1 is the mean
+    (dull), toward 0 the mode (vivid, but patchy).
+    """
+    scaled = (logits.astype("float32") / temperature).flatten(2)  #                      [N, Q, hw]
+    likelihood = paddle.exp(scaled - scaled.max(axis=1, keepdim=True))
+    # One product gives sum(p a), sum(p b) and sum(p); a softmax along axis 1 is slow on the CPU.
+    columns = paddle.concat([ab_bins, paddle.ones_like(ab_bins[:, :1])], axis=1)  #          [Q, 3]
+    sums = paddle.matmul(columns, likelihood, transpose_x=True)  #                       [N, 3, hw]
+    return (sums[:, :2] / sums[:, 2:]).reshape([logits.shape[0], 2, *logits.shape[2:]])
+
+
+# -------------------------------------------------------------------------------------------------
+# Area under the curve of color errors (Section 3.1)
+
+MAX_THRESHOLD = 150
+
+
+def error_histogram(predicted_ab, true_ab, weights=None):
+    """How many pixels (or how much weight) first lie within the threshold t, for t = 0 … 150.
+
+    predicted_ab, true_ab [2, …] NumPy arrays, weights [...] or None -> float64 [152]; the last entry
+    is what lies farther off than 150. Histograms of several images add up.
+    """
+    distance = np.hypot(*(np.asarray(predicted_ab) - np.asarray(true_ab)).reshape(2, -1))
+    threshold = np.ceil(distance).clip(0, MAX_THRESHOLD + 1).astype(np.int64)
+    weights = None if weights is None else np.asarray(weights).ravel()
+    return np.bincount(threshold, weights, MAX_THRESHOLD + 2).astype(np.float64)
+
+
+def auc(histogram):
+    """Area under "share of pixels within t" over t = 0 … 150, by trapezoids, divided by 150: in [0, 1]."""
+    shares = np.cumsum(histogram)[: MAX_THRESHOLD + 1] / np.sum(histogram)
+    return float((shares[:-1] + shares[1:]).mean() / 2)
+
+
+# -------------------------------------------------------------------------------------------------
+# Files that appear whole or not at all; checkpoints
+
+
+@contextmanager
+def atomic_path(path):
+    """A temporary path beside `path`; what was written there takes its place when the block ends without an error.
+
+    Raises UserError when the folder cannot be written to or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing behind it
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{printable(path)}: cannot be written: {reason}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def save_checkpoint(state, path):
+    """Writes a state dict (or nested dicts of tensors, numbers and strings) as `paddle.load` reads it."""
+    with atomic_path(path) as temporary:
+        paddle.save(state, str(temporary))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Opens what `paddle.save` writes and nothing that could run code: arrays, numbers, strings, containers."""
+
+    ALLOWED = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("builtins", "tuple"): tuple,
+        ("__builtin__", "tuple"): tuple,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module, name):
+        if (module, name) in self.ALLOWED:
+            return self.ALLOWED[module, name]
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return super().find_class(module, name)
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
+
+
+def load_checkpoint(path):
+    """The dict that `save_checkpoint` or `paddle.save` wrote, with NumPy arrays for the tensors.
+
+    Nothing in the file is executed. Raises UserError, naming the file, when it is missing, damaged
+    or holds anything but arrays, numbers, strings and containers of them.
+    """
+    try:
+        with open(path, "rb") as file:
+            state = _ArrayUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{printable(path)}: no such checkpoint") from None
+    except Exception as error:
+        raise UserError(f"{printable(path)}: not a readable checkpoint: {error or type(error).__name__}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{printable(path)}: holds a {type(state).__name__}, not the state of a network")
+    state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
+    return state
+
+
+def load_weights(network, path):
+    """Reads the weights at `path` into the network; they must fit it wholly and be finite."""
+    state = load_checkpoint(path)
+    expected = network.state_dict()
+
+    def complain(what, names):
+        raise UserError(
+            f"{printable(path)}: {what}: {', '.join(names[:3])}"
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        )
+
+    if missing := [name for name in expected if name not in state]:
+        complain("another network's checkpoint, it lacks", missing)
+    if unexpected := [str(name) for name in state if name not in expected]:
+        complain("another network's checkpoint, it also has", unexpected)
+    if misshapen := [
+        f"{name} {list(np.shape(state[name]))} instead of {expected[name].shape}"
+        for name in expected
+        if list(np.shape(state[name])) != list(expected[name].shape)
+    ]:
+        complain("another network's checkpoint", misshapen)
+    if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
+        complain("not finite (NaN or infinity)", broken)
+    network.set_state_dict(state)
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line and machine
+
+
+def parse_bool(text):
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ValueError(text)
+
+
+def add_bool_flag(parser, name, default, help):
+    """`--name`, `--name True`, `--name false` and `--no-name`, with or without capitals."""
+    destination = name.lstrip("-")
+    help = f"{help} (default: {default})"
+    parser.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+    parser.add_argument(
+        f"--no-{destination}", dest=destination, action="store_const", const=False, help=f"{name} False"
+    )
+
+
+def use_all_cores(threads=None):
+    """Lets Paddle's CPU operators use the machine's cores; call it before the first operator.
+
+    Paddle starts with one thread unless OMP_NUM_THREADS is set, and the MKL that it bundles takes its slow,
+    generic path on AMD processors unless told that AVX2 is there. Both are left alone where the user set them.
+    """
+    if _has_avx2():
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    threads = threads or available_cores()
+    paddle.base.core.set_num_threads(threads)
+    return threads
+
+
+def available_cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _has_avx2():
+    try:
+        return " avx2 " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def note(message):
+    """One line for the user, on standard error, above any progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
