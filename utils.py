@@ -70,6 +70,14 @@ def rebalancing_weights(prior, lam=0.5):
     return paddle.to_tensor((weights / (p * weights).sum()).astype(np.float32))
 
 
+GRAY_AB = 5  # an image whose ab all stay within this teaches no color
+
+
+def is_gray(ab):
+    """Which images have no ab over 5 in absolute value: [N, 2, h, w] -> bool [N]."""
+    return ab.abs().max(axis=[1, 2, 3]) <= GRAY_AB
+
+
 # -------------------------------------------------------------------------------------------------
 # Loss and point estimate
 

@@ -1,0 +1,106 @@
+"""Estimates the prior: how often each of the 313 ab bins occurs in a folder of photographs.
+
+    python resources/estimate_prior.py --image_dir DIR                   writes ./prior_probs.npy
+    python train.py --image_dir DIR --prior prior_probs.npy              trains with it
+
+The mean, over all pixels, of each color's distribution over the bins (a Gaussian of sigma 5 over all of
+them, so that none is zero). Photographs are squeezed into a square of 256 pixels, so that each counts
+the same. Gray ones and files that cannot be read are left out and counted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataset import AB_LIMIT, InvalidImageError, list_images, open_rgb, rgb_to_lab
+from utils import EXIT_SKIPPED, UserError, atomic_path, is_gray, load_ab_bins, note, use_all_cores
+
+SIZE = 256
+CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
+
+
+class SquareDataset(paddle.io.Dataset):
+    """Whole photographs as uint8 [3, SIZE, SIZE], with whether the file could be read."""
+
+    def __init__(self, paths):
+        super().__init__()
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            image = open_rgb(self.paths[index], least_side=SIZE).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        except InvalidImageError as error:
+            note(f"skipped {error}")
+            return np.zeros((3, SIZE, SIZE), np.uint8), False
+        return np.asarray(image).transpose(2, 0, 1), True
+
+
+def count_colors(ab):
+    """ab [2, M] -> the number of colors in each cell of the ab plane, int64 [cells * cells]."""
+    cells = 2 * AB_LIMIT * CELLS_PER_UNIT
+    a, b = np.floor((ab + AB_LIMIT) * CELLS_PER_UNIT).astype(np.int64).clip(0, cells - 1)
+    return np.bincount(a * cells + b, minlength=cells * cells)
+
+
+def encode_counts(counts, ab_bins, sigma, chunk=4096):
+    """The mean distribution over the bins of the counted colors: [cells * cells], [Q, 2] -> float64 [Q]."""
+    cells = 2 * AB_LIMIT * CELLS_PER_UNIT
+    occupied = np.flatnonzero(counts)
+    total = np.zeros(len(ab_bins))
+    for part in np.array_split(occupied, len(occupied) // chunk + 1):
+        centers = (np.stack(np.divmod(part, cells), axis=1) + 0.5) / CELLS_PER_UNIT - AB_LIMIT
+        squared = ((centers[:, None] - ab_bins) ** 2).sum(axis=2)
+        weights = np.exp((squared.min(axis=1, keepdims=True) - squared) / (2 * sigma**2))
+        total += counts[part] @ (weights / weights.sum(axis=1, keepdims=True))
+    # One more pixel in every bin: a bin that a small set has never seen is rare, not impossible. Without it the
+    # Gaussian's far tail (1e-15) would make weights of 1e12 when lambda is 0.
+    return (total + 1) / (total + 1).sum()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image_dir", required=True, help="folder of photographs, nested or flat")
+    parser.add_argument("--output", default="prior_probs.npy", help="where to write (default: %(default)s)")
+    parser.add_argument("--sigma", type=float, default=5.0, help="of the Gaussian, in ab units (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images converted at a time (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    use_all_cores()
+    paths = list_images(args.image_dir)
+    loader = paddle.io.DataLoader(
+        SquareDataset(paths), batch_size=args.batch_size, num_workers=args.num_workers, use_shared_memory=True
+    )
+    counts, used, gray, broken = 0, 0, 0, 0
+    with tqdm(total=len(paths), unit="image", disable=None) as progress:
+        for rgb, readable in loader:
+            ab = rgb_to_lab(rgb)[:, 1:]
+            readable, gray_images = readable.numpy(), is_gray(ab).numpy()
+            color = readable & ~gray_images
+            counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
+            used += int(color.sum())
+            gray += int((readable & gray_images).sum())
+            broken += int((~readable).sum())
+            progress.update(len(readable))
+    if not used:
+        raise UserError(f"{args.image_dir}: no color image among {len(paths)} files ({gray} gray, {broken} broken)")
+    prior = encode_counts(counts, load_ab_bins().numpy().astype(np.float64), args.sigma)
+    with atomic_path(args.output) as temporary, open(temporary, "wb") as file:
+        np.save(file, prior)
+    print(f"{args.output}: from {used} color images; left out: {gray} gray, {broken} broken")
+    return EXIT_SKIPPED if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
