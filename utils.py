@@ -216,7 +216,11 @@ def load_checkpoint(path):
 
 def load_weights(network, path):
     """Reads the weights at `path` into the network; they must fit it wholly and be finite."""
-    state = load_checkpoint(path)
+    set_weights(network, load_checkpoint(path), path)
+
+
+def set_weights(network, state, path):
+    """Puts a state dict of arrays, read from `path`, into the network. Raises UserError if it does not fit wholly."""
     expected = network.state_dict()
 
     def complain(what, names):
