@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 
 RESOURCES = Path(__file__).resolve().parent / "resources"
 
@@ -86,15 +85,33 @@ def soft_cross_entropy(logits, indices, weights):
     """Cross-entropy with a soft target that is given by its few non-zero entries (Eq. 2, without v).
 
     logits [N, Q, h, w]; indices int64 and weights float32 [N, K, h, w] as `soft_encode` returns them
-    (weights sum to 1) -> float32 [N, h, w], nats per position.
-
-    A dense target is never built. As the weights sum to 1, -sum_k w_k log p_k is the cross-entropy
-    of the first neighbor alone, for which Paddle has a fast, stable kernel, corrected by a
-    difference of logits.
+    (weights sum to 1, the indices of a position differ) -> float32 [N, h, w], nats per position.
+    Gradients reach the logits only.
     """
-    first = F.cross_entropy(logits, indices[:, :1], axis=1, reduction="none").squeeze(1)
-    chosen = paddle.take_along_axis(logits, indices, axis=1)  #                        [N, K, h, w]
-    return first + chosen[:, 0] - (weights * chosen).sum(axis=1)
+    return _SoftCrossEntropy.apply(logits, indices, weights)
+
+
+class _SoftCrossEntropy(paddle.autograd.PyLayer):
+    """-sum_k w_k log p_k = log(sum_q exp x_q) - sum_k w_k x_k, whose gradient is softmax minus target.
+
+    By hand, because nothing of the logits' size is then kept but the logits; and Paddle's own log_softmax along
+    axis 1 is some thirty times slower on the CPU, its cross_entropy cut off at 64 nats there.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, indices, weights):
+        peak = logits.max(axis=1, keepdim=True)
+        log_sum = (logits - peak).exp_().sum(axis=1, keepdim=True).log() + peak  #          [N, 1, h, w]
+        ctx.save_for_backward(logits, indices, weights, log_sum)
+        chosen = paddle.take_along_axis(logits, indices, axis=1)  #                         [N, K, h, w]
+        return log_sum.squeeze(1) - (weights * chosen).sum(axis=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, indices, weights, log_sum = ctx.saved_tensor()
+        result = (logits - log_sum).exp_()  #                                               [N, Q, h, w]
+        result = paddle.put_along_axis(result, indices, -weights, axis=1, reduce="add")
+        return result.multiply_(gradient.unsqueeze(1))
 
 
 def entropy(weights):
