@@ -203,6 +203,19 @@ def load_checkpoint(path):
     return state
 
 
+def check_names(state, expected, path):
+    """Raises UserError, naming them, when the state lacks names that are expected or has others."""
+    if missing := [name for name in expected if name not in state]:
+        raise UserError(f"{printable(path)}: another network's checkpoint, it lacks {_some(missing)}")
+    if unexpected := [str(name) for name in state if name not in expected]:
+        raise UserError(f"{printable(path)}: another network's checkpoint, it also has {_some(unexpected)}")
+
+
+def _some(names):
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return one_line(", ".join(names[:3])) + more
+
+
 def load_network(path):
     """The network that the weights at `path` are for (the paper's, or the earlier port's variant), with them in it."""
     state = load_checkpoint(path)
@@ -219,31 +232,21 @@ def load_weights(network, path):
 def set_weights(network, state, path):
     """Puts a state dict of arrays, read from `path`, into the network. Raises UserError if it does not fit wholly."""
     expected = network.state_dict()
-
-    def complain(what, names):
-        raise UserError(
-            f"{printable(path)}: {what}: {one_line(', '.join(names[:3]))}"
-            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        )
-
     if (EXTRA_RELU in state) != (EXTRA_RELU in expected):
         theirs, ours = ("with", "without") if EXTRA_RELU in state else ("without", "with")
         raise UserError(
             f"{printable(path)}: weights for the network {theirs} the earlier port's extra ReLU ({EXTRA_RELU}); "
             f"in this one, {ours} it, they would give other colors"
         )
-    if missing := [name for name in expected if name not in state]:
-        complain("another network's checkpoint, it lacks", missing)
-    if unexpected := [str(name) for name in state if name not in expected]:
-        complain("another network's checkpoint, it also has", unexpected)
+    check_names(state, expected, path)
     if misshapen := [
         f"{name} {list(np.shape(state[name]))} instead of {expected[name].shape}"
         for name in expected
         if not isinstance(state[name], np.ndarray) or list(state[name].shape) != list(expected[name].shape)
     ]:
-        complain("another network's checkpoint", misshapen)
+        raise UserError(f"{printable(path)}: another network's checkpoint: {_some(misshapen)}")
     if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
-        complain("not finite (NaN or infinity)", broken)
+        raise UserError(f"{printable(path)}: not finite (NaN or infinity): {_some(broken)}")
     network.set_state_dict({name: array.astype(np.float32) for name, array in state.items()})
 
 
