@@ -239,10 +239,11 @@ def set_weights(network, state, path):
             f"in this one, {ours} it, they would give other colors"
         )
     check_names(state, expected, path)
+    found = {name: list(getattr(state[name], "shape", [type(state[name]).__name__])) for name in expected}
     if misshapen := [
-        f"{name} {list(np.shape(state[name]))} instead of {expected[name].shape}"
-        for name in expected
-        if not isinstance(state[name], np.ndarray) or list(state[name].shape) != list(expected[name].shape)
+        f"{name} {found[name]} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if found[name] != list(tensor.shape)
     ]:
         raise UserError(f"{printable(path)}: another network's checkpoint: {_some(misshapen)}")
     if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
@@ -349,11 +350,11 @@ def _named_tensor(pair):
     return pair[1] if len(pair) == 2 and isinstance(pair[1], _PickledArray) else tuple(pair)
 
 
-def _lone_tensor(expression, names):
+def _lone_tensor(*arguments):
     """Paddle writes a DenseTensor as eval("data", {"data": array})."""
-    if expression != "data" or not isinstance(names["data"], _PickledArray):
+    if arguments[:1] != ("data",) or not isinstance(arguments[1]["data"], _PickledArray):
         raise pickle.UnpicklingError("it holds builtins.eval, which no checkpoint needs")
-    return names["data"]
+    return arguments[1]["data"]
 
 
 def _encode(text, encoding):
