@@ -393,7 +393,7 @@ def save_safetensors(state, path):
     """Writes a flat dict of NumPy arrays in the format to publish weights in: it holds numbers and nothing else."""
     safetensors = import_safetensors(path)
     with atomic_path(path) as temporary:
-        safetensors.save_file(state, temporary, metadata={"format": "pd"})
+        temporary.write_bytes(safetensors.save(state, metadata={"format": "pd"}))
 
 
 def import_safetensors(path):
