@@ -1,0 +1,670 @@
+"""Trains the network on a folder of photographs, nested or flat.
+
+    python train.py --image_dir DIR --val_dir DIR                                    one process
+    python -m paddle.distributed.launch --gpus 0,1,2,3 train.py --image_dir DIR      four GPUs
+    python train.py --image_dir DIR --continue_train                                 go on after a stop
+
+The defaults are the paper's (its final model: 450,000 steps of 40 images). The results table's variants:
+full --gamma 0.5 · non-rebalance --rebalance False · rebalance --gamma 0.
+
+Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_step steps:
+
+    epoch 0  step    100  loss 12345.6  nats 3.456  kl 2.345  lr 3.16e-05  images/s 12.3  waiting 1%
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+import paddle.nn.functional as F
+from paddle.io import DataLoader, DistributedBatchSampler, Subset
+from tqdm import tqdm
+
+from dataset import ColorizationDataset, lab_to_rgb, list_images, rgb_to_lab, rgb_to_lightness, soft_encode, to_uint8
+from model import CIC
+from utils import (
+    UserError,
+    add_bool_flag,
+    annealed_mean,
+    atomic_path,
+    auc,
+    available_cores,
+    entropy,
+    error_histogram,
+    is_gray,
+    load_ab_bins,
+    load_checkpoint,
+    load_prior,
+    load_weights,
+    note,
+    printable,
+    rebalancing_weights,
+    save_checkpoint,
+    set_weights,
+    soft_cross_entropy,
+    use_all_cores,
+)
+
+warnings.filterwarnings("ignore", message="When training, we now always track")  # says nothing that one could mend
+
+INIT_IMAGES = 8  # that data-dependent initialization looks at
+PANEL_IMAGES = 6  # validation images in VisualDL's picture
+LINE = (
+    "epoch {epoch:3d}  step {step:6d}  loss {loss:9.1f}  nats {nats:.4f}  kl {kl:.4f}  lr {lr:.3g}  "
+    "images/s {images_per_second:.1f}  waiting {waiting:.0%}"
+)
+VAL_LINE = (
+    "epoch {epoch:3d}  step {step:6d}  validation: nats {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
+)
+
+# -------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Trains the colorization network on a folder of photographs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--image_dir", required=True, help="folder of training photographs, nested or flat")
+    add("--val_dir", help="folder of validation photographs, looked at after each epoch")
+    add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
+    add("--crop_size", type=int, default=176, help="side of the random crops in pixels, a multiple of 8")
+    add("--num_workers", type=int, default=min(8, available_cores()), help="processes that decode, for each device")
+    add("--max_broken", type=float, default=0.1, help="share of unreadable images in an epoch that stops the run")
+
+    group = parser.add_argument_group("method")
+    add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
+    add = group.add_argument
+    add("--gamma", type=float, default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
+    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) instead of the shipped prior")
+    add("--NN", type=int, default=5, help="nearest bins that share in a color's soft-encoding")
+    add("--sigma", type=float, default=5.0, help="of the soft-encoding's Gaussian, in ab units")
+
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--num_epochs", "--num_epoch", type=int, default=20, help="passes over the training set")
+    add("--max_steps", type=int, help="stop after this many steps, whatever the epoch")
+    add("--batch_size", type=int, default=40, help="images in a step, over all processes together")
+    add("--lr", type=float, default=3.16e-5, help="Adam's learning rate")
+    add("--lr_steps", type=int, nargs="*", default=[200_000, 375_000], help="steps at which it falls by sqrt(10)")
+    add("--beta1", type=float, default=0.9, help="Adam's first moment")
+    add("--beta2", type=float, default=0.99, help="Adam's second moment")
+    add("--weight_decay", type=float, default=1e-3, help="L2 penalty, beside a loss that sums over positions")
+    add("--seed", type=int, default=0, help="of the initialization, the order of images and their crops")
+    add(
+        "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: what the GPU has"
+    )
+    add_bool_flag(group, "--data_init", True, "scale each layer of a new network to unit variance on a few photographs")
+    add_bool_flag(group, "--sync_bn", False, "batch norm over the images of all GPUs, not of each alone")
+    add_bool_flag(group, "--freeze_bn", False, "batch norm with its stored statistics (fine-tuning on small batches)")
+
+    group = parser.add_argument_group("checkpoints and logs")
+    add = group.add_argument
+    add("--model_path", default="./model", help="folder of the checkpoints epoch_{N}_model.pdparams")
+    add("--log_path", default="./log", help="folder of train.jsonl and VisualDL's records")
+    add("--init_from", metavar="FILE", help="start from these weights (fine-tuning), with everything else new")
+    add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
+    add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
+    add("--save_latest", type=int, default=2000, help="steps between saves of epoch_latest_model.pdparams")
+    add("--save_freq", type=int, default=1, help="epochs between saves of epoch_{N}_model.pdparams")
+    add("--keep", type=int, default=0, help="numbered checkpoints to keep, the newest; 0 keeps all")
+    add("--loss_step", type=int, default=50, help="steps between lines of the log")
+    return parser.parse_args(argv)
+
+
+def check_args(args, processes):
+    """Turns contradictions among the flags into one clear line before any work is done."""
+    for name in ("load_size", "crop_size", "batch_size", "num_epochs", "save_latest", "save_freq", "loss_step"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("lr", "sigma"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.crop_size % 8:
+        raise UserError(f"--crop_size {args.crop_size}: must be a multiple of 8")
+    if args.crop_size > args.load_size:
+        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    if args.batch_size % processes:
+        raise UserError(f"--batch_size {args.batch_size}: cannot be shared out evenly among {processes} processes")
+    if args.continue_train and args.init_from:
+        raise UserError("--continue_train and --init_from exclude each other")
+    if not re.fullmatch(r"latest|\d+", args.which_epoch):
+        raise UserError(f"--which_epoch {args.which_epoch}: is neither latest nor a number")
+
+
+# -------------------------------------------------------------------------------------------------
+# Data
+
+
+class EpochSampler(DistributedBatchSampler):
+    """Paddle's sampler, which shares out each batch among the processes, made to start anywhere in any epoch."""
+
+    skip = 0
+
+    def begin(self, seed, epoch, skip):
+        self.set_epoch((seed * 1_000_003 + epoch) % 2**32)  # it shuffles with this as the seed
+        self.skip = skip
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skip, None)
+
+
+def worker_signals(_):
+    """Ctrl-C reaches the worker processes too; they leave the stopping to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def training_data(args):
+    """The training set's loader and its sampler."""
+    dataset = ColorizationDataset(
+        list_images(args.image_dir), args.load_size, args.crop_size, augment=True, seed=args.seed
+    )
+    if len(dataset) < args.batch_size:
+        raise UserError(
+            f"{printable(args.image_dir)}: {len(dataset)} images do not fill one --batch_size {args.batch_size}"
+        )
+    sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size(), shuffle=True, drop_last=True)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=worker_signals)
+    return loader, sampler
+
+
+def validation_data(args):
+    """Center squares of the validation set, this process's share of them; None without --val_dir."""
+    if not args.val_dir:
+        return None
+    side = args.load_size // 8 * 8
+    dataset = ColorizationDataset(list_images(args.val_dir), args.load_size, side)
+    share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
+    batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
+    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=worker_signals)
+
+
+def targets(rgb):
+    """uint8 [N, 3, H, W] -> lightness [N, 1, H, W] and the ab to predict [N, 2, H/4, W/4].
+
+    ab at a quarter of the resolution is every 4th pixel, as in the authors' graph.
+    """
+    return rgb_to_lightness(rgb), rgb_to_lab(rgb[:, :, ::4, ::4])[:, 1:]
+
+
+# -------------------------------------------------------------------------------------------------
+# The network's beginning
+
+
+def set_training(network, args):
+    """Training mode; with --freeze_bn, batch norm keeps to its stored statistics."""
+    network.train()
+    if args.freeze_bn:
+        for layer in network.sublayers():
+            if isinstance(layer, paddle.nn.BatchNorm2D):
+                layer.eval()
+
+
+@paddle.no_grad()
+def data_dependent_init(network, lightness):
+    """Scales each convolution so that its outputs have mean 0 and variance 1 on these images, channel by channel.
+
+    After Krähenbühl et al. (ICLR 2016), as the authors did for this network. One forward pass: every layer is
+    mended as the images reach it, so the next one already sees mended inputs.
+    """
+
+    def standardize(layer, _, output):
+        mean = output.mean(axis=[0, 2, 3])
+        centered = output - mean.reshape([1, -1, 1, 1])
+        scale = 1 / ((centered**2).mean(axis=[0, 2, 3]) + 1e-8).sqrt()
+        transposed = isinstance(layer, paddle.nn.Conv2DTranspose)  # its weight is [in, out, k, k]
+        layer.weight.set_value(layer.weight * scale.reshape([1, -1, 1, 1] if transposed else [-1, 1, 1, 1]))
+        layer.bias.set_value((layer.bias - mean) * scale)
+        return centered * scale.reshape([1, -1, 1, 1])
+
+    convolutions = [x for x in network.sublayers() if isinstance(x, (paddle.nn.Conv2D, paddle.nn.Conv2DTranspose))]
+    hooks = [layer.register_forward_post_hook(standardize) for layer in convolutions]
+    network(lightness - 50)
+    for hook in hooks:
+        hook.remove()
+
+
+# -------------------------------------------------------------------------------------------------
+# Validation
+
+
+@paddle.no_grad()
+def validate(network, loader, ab_bins, args):
+    """Cross-entropy and KL in nats per position, raw AuC, and a picture; over the validation images of all processes.
+
+    The figures need no rebalancing, so that they compare between variants.
+    """
+    network.eval()
+    sums, histogram, panel = np.zeros(3), 0, []
+    for rgb, broken in tqdm(loader, "validating", unit="batch", leave=False, disable=None if is_first() else True):
+        readable = np.flatnonzero(broken.numpy() == 0)
+        if not len(readable):
+            continue
+        rgb = paddle.gather(rgb, paddle.to_tensor(readable))
+        lightness, ab = targets(rgb)
+        indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)
+        logits = network(lightness - 50)
+        nats = soft_cross_entropy(logits, indices, weights).mean(axis=[1, 2])
+        kl = nats - entropy(weights).mean(axis=[1, 2])
+        sums += [float(nats.sum()), float(kl.sum()), len(rgb)]
+        lab = rgb_to_lab(rgb)
+        colored = F.interpolate(annealed_mean(logits, ab_bins), scale_factor=4, mode="bilinear")
+        histogram = histogram + error_histogram(colored.swapaxes(0, 1).numpy(), lab[:, 1:].swapaxes(0, 1).numpy())
+        if len(panel) < PANEL_IMAGES:
+            panel += [compare(*images) for images in zip(lab, colored, rgb)]
+    totals = all_sum(np.concatenate([sums, histogram if sums[2] else np.zeros(152)]))
+    if not totals[2]:
+        raise UserError(f"{printable(args.val_dir)}: none of the images can be read")
+    figures = {"val_cross_entropy": totals[0] / totals[2], "val_kl": totals[1] / totals[2], "val_auc": auc(totals[3:])}
+    return figures, np.concatenate(panel[:PANEL_IMAGES]) if panel else None
+
+
+def compare(lab, ab, rgb):
+    """gray | colored | true, side by side: Lab [3, H, W], ab [2, H, W], uint8 [3, H, W] -> uint8 [H, 3W, 3]."""
+    lightness = lab[:1]
+    candidates = paddle.stack([paddle.concat([lightness, paddle.zeros_like(ab)]), paddle.concat([lightness, ab])])
+    gray, colored = to_uint8(lab_to_rgb(candidates))
+    return np.concatenate([x.numpy().transpose(1, 2, 0) for x in (gray, colored, rgb)], axis=1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Processes
+
+
+def is_first():
+    return dist.get_rank() == 0
+
+
+def all_sum(values):
+    """The sum of float64 arrays over the processes."""
+    if dist.get_world_size() == 1:
+        return values
+    total = paddle.to_tensor(values)
+    dist.all_reduce(total)
+    return total.numpy()
+
+
+# -------------------------------------------------------------------------------------------------
+# Mixed precision
+
+
+def mixed_precision(choice):
+    """The autocast arguments and the loss scaler for --amp. Without mixed precision both do nothing."""
+    on_gpu = paddle.get_device().startswith("gpu")
+    if choice == "auto":
+        choice = "off" if not on_gpu else "bf16" if paddle.amp.is_bfloat16_supported() else "fp16"
+    if choice != "off" and not on_gpu:
+        note(f"--amp {choice}: Paddle has mixed precision on GPUs only, so this run is in float32")
+        choice = "off"
+    dtype = "bfloat16" if choice == "bf16" else "float16"
+    scaler = paddle.amp.GradScaler(enable=choice == "fp16", init_loss_scaling=1024.0)
+    return {"enable": choice != "off", "dtype": dtype}, scaler
+
+
+# -------------------------------------------------------------------------------------------------
+# Checkpoints and resumption
+
+# Flags that say what is optimized: a run that goes on with others would be neither the one nor the other.
+OBJECTIVE = ("rebalance", "gamma", "NN", "sigma")
+# Flags that say which image comes when: with others the place within the epoch means nothing.
+ORDER = ("seed", "batch_size", "images")
+# Flags that may change on the way.
+FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_decay")
+
+
+class Run:
+    """Network, optimizer, scaler and how far they are: what a checkpoint holds.
+
+    `epoch` and `batch` are what comes next, `step` counts the steps done. Of random state there is only the
+    seed: which image comes when, and its crop, follow from seed, epoch and index.
+    """
+
+    def __init__(self, args, network, optimizer, scaler, prior, images):
+        self.args, self.network, self.optimizer, self.scaler = args, network, optimizer, scaler
+        self.folder = Path(args.model_path)
+        self.epoch = self.batch = self.step = 0
+        self.best_kl = math.inf
+        flags = {name: getattr(args, name) for name in (*OBJECTIVE, *FREE, "seed", "batch_size")}
+        self.flags = {**flags, "images": images, "prior": prior.numpy()}
+
+    def save(self, *names):
+        """Writes `epoch_{name}_model.pdparams`, and beside it all that is needed to go on.
+
+        The training state holds the weights as well, so that it is whole by itself: a stop between the two
+        files leaves no weights beside another step's moments.
+        """
+        if not is_first():
+            return
+        weights = self.network.state_dict()
+        state = {
+            "network": weights,
+            "optimizer": {k: v for k, v in self.optimizer.state_dict().items() if k != "LR_Scheduler"},
+            "scaler": self.scaler.state_dict(),
+            "progress": {k: getattr(self, k) for k in ("epoch", "batch", "step", "best_kl")},
+            "flags": self.flags,
+        }
+        for name in names:
+            save_checkpoint(state, self.folder / f"epoch_{name}_state.pdopt")
+            self.save_weights(name)
+        self.prune()
+
+    def save_weights(self, name):
+        if is_first():
+            save_checkpoint(self.network.state_dict(), self.folder / f"epoch_{name}_model.pdparams")
+
+    def prune(self):
+        """Removes numbered checkpoints beyond the newest --keep; never `latest` nor `best`."""
+        numbered = [re.fullmatch(r"epoch_(\d+)_(model\.pdparams|state\.pdopt)", p.name) for p in self.folder.iterdir()]
+        epochs = sorted({int(match[1]) for match in numbered if match})
+        for epoch in epochs[: -self.args.keep] if self.args.keep else []:
+            for name in ("model.pdparams", "state.pdopt"):
+                (self.folder / f"epoch_{epoch}_{name}").unlink(missing_ok=True)
+
+    def resume(self, name):
+        """Restores all that `save` wrote. Raises UserError when the flags ask for another training than that was."""
+        path = self.folder / f"epoch_{name}_state.pdopt"
+        if not path.exists() and path.with_name(f"epoch_{name}_model.pdparams").exists():
+            raise UserError(f"{printable(path)}: not there; weights alone can start a training: --init_from FILE")
+        state = load_checkpoint(path)
+        if missing := {"network", "optimizer", "scaler", "progress", "flags"} - state.keys():
+            raise UserError(
+                f"{printable(path)}: not a training state of train.py, it lacks {', '.join(sorted(missing))}"
+            )
+        self.compare_flags(state["flags"], path)
+        set_weights(self.network, state["network"], path)
+        self.optimizer.set_state_dict(to_tensors(state["optimizer"]))
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for key, value in state["progress"].items():
+            setattr(self, key, value)
+        if any(state["flags"][key] != self.flags[key] for key in ORDER) and self.batch:
+            note(f"beginning epoch {self.epoch} again: its order of images is another one now")
+            self.batch = 0
+
+    def compare_flags(self, before, path):
+        def changed(names):
+            return [f"--{x} {before[x]} is now {self.flags[x]}" for x in names if before[x] != self.flags[x]]
+
+        other = changed(OBJECTIVE)
+        if self.args.rebalance and not np.allclose(before["prior"], self.flags["prior"]):
+            other.append("the prior is another one")
+        if other:
+            raise UserError(
+                f"{printable(path)}: trained otherwise: {'; '.join(other)} (to start anew from it: --init_from)"
+            )
+        for difference in changed((*ORDER, *FREE)):
+            note(f"continuing with a changed setting: {difference.replace('--images', 'number of images')}")
+
+
+def to_tensors(state):
+    """NumPy arrays in nested dicts -> tensors."""
+    if isinstance(state, dict):
+        return {key: to_tensors(value) for key, value in state.items()}
+    return paddle.to_tensor(state) if isinstance(state, np.ndarray) else state
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: noticed here, obeyed after the step that is under way; the second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        self.before = {s: signal.signal(s, self.notice) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def notice(self, number, _):
+        self.signal = number
+        self.restore()
+        if is_first():
+            note("stopping after this step; once more leaves at once")
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------------------------------------
+# Logs
+
+
+class Log:
+    """Lines on the terminal, JSON lines and VisualDL; of the first process, silent in the others."""
+
+    def __init__(self, folder, step):
+        """`step`: where the run begins; what an earlier, killed run logged beyond it is removed."""
+        self.file = self.board = None
+        if not is_first():
+            return
+        from visualdl import LogWriter
+
+        path = Path(folder) / "train.jsonl"
+        try:
+            before = path.read_text().splitlines(keepends=True) if path.exists() and step else []
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(line for line in before if json.loads(line)["step"] <= step))
+            self.file = open(path, "a")  # noqa: SIM115
+            self.board = LogWriter(logdir=str(folder))
+        except OSError as error:
+            raise UserError(f"{printable(folder)}: cannot be written: {error.strerror.lower()}") from error
+
+    def write(self, line, figures, step):
+        if self.file is None:
+            return
+        tqdm.write(line)
+        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.file.flush()
+        for name, value in figures.items():
+            group = "validation" if name.startswith("val_") else "training"
+            self.board.add_scalar(f"{group}/{name.replace('val_', '')}", value, step)
+
+    def picture(self, image, step):
+        if self.file is not None and image is not None:
+            self.board.add_image("validation/gray, colored, true", image, step)
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+
+
+class Meter:
+    """Sums of the steps' figures, kept on the device: reading them there would make it wait in every step."""
+
+    def __init__(self):
+        self.begin_epoch()
+        self.begin_interval()
+
+    def begin_epoch(self):
+        self.broken, self.seen = 0, 0
+
+    def begin_interval(self):
+        self.sums, self.steps, self.images, self.waited, self.began = 0, 0, 0, 0.0, time.perf_counter()
+
+    def add(self, figures, broken):
+        """`figures`: loss, nats and kl of a step, a tensor [3]; `broken`: int64 [N], of its images."""
+        self.sums = self.sums + figures
+        self.broken = self.broken + broken.sum()
+        self.steps += 1
+        self.images += len(broken)
+        self.seen += len(broken)
+
+    def timed(self, batches):
+        """The batches, with the time spent waiting for them added up."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def check(self, max_broken):
+        """Raises UserError for a loss that is not finite and for too many broken images, over all processes."""
+        local = [*np.asarray(self.sums + paddle.zeros([3])), float(self.broken), self.seen]
+        *sums, broken, seen = all_sum(np.array(local, np.float64)).tolist()
+        if not math.isfinite(sums[0]):
+            raise UserError(
+                f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr, "
+                "or go on from the last checkpoint with --continue_train"
+            )
+        if broken > max_broken * max(seen, 20):  # a few are let pass in the smallest sets
+            raise UserError(f"{broken:.0f} of {seen:.0f} images cannot be read: more than --max_broken {max_broken:g}")
+        return sums, int(broken), int(seen)
+
+    def read(self, max_broken):
+        """The means of the interval that ends here, over all processes."""
+        (loss, nats, kl), _, _ = self.check(max_broken)
+        world, seconds = dist.get_world_size(), time.perf_counter() - self.began
+        figures = {name: x / (self.steps * world) for name, x in (("loss", loss), ("nats", nats), ("kl", kl))}
+        figures.update(images_per_second=self.images * world / seconds, waiting=self.waited / seconds)
+        self.begin_interval()
+        return figures
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    # Setup
+    if dist.ParallelEnv().world_size > 1:
+        dist.init_parallel_env()
+    use_all_cores()
+    check_args(args, dist.get_world_size())
+    paddle.seed(args.seed)
+    on_gpu = paddle.get_device().startswith("gpu")
+    if on_gpu:
+        paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})  # worth its search: the shapes never change
+
+    # Data
+    loader, sampler = training_data(args)
+    val_loader = validation_data(args)
+    ab_bins, prior = load_ab_bins(), load_prior(args.prior)
+    bin_weights = rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
+
+    # Network
+    with paddle.utils.unique_name.guard():  # the optimizer's state goes by the parameters' names
+        network = CIC()
+    if args.init_from:
+        load_weights(network, args.init_from)
+    elif args.data_init and not args.continue_train:
+        few = range(0, len(loader.dataset), math.ceil(len(loader.dataset) / INIT_IMAGES))
+        squares = np.stack([loader.dataset[i][0] for i in few])
+        data_dependent_init(network, rgb_to_lightness(paddle.to_tensor(squares)))
+    if args.sync_bn:
+        if not on_gpu:
+            raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
+        network = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+    # Optimizer
+    rates = [args.lr / math.sqrt(10) ** i for i in range(len(args.lr_steps) + 1)]
+    schedule = paddle.optimizer.lr.PiecewiseDecay(args.lr_steps, rates)
+    optimizer = paddle.optimizer.Adam(
+        schedule, args.beta1, args.beta2, parameters=network.parameters(), weight_decay=args.weight_decay
+    )
+    autocast, scaler = mixed_precision(args.amp)
+
+    # Where an earlier run stopped
+    run = Run(args, network, optimizer, scaler, prior, len(loader.dataset))
+    if args.continue_train:
+        run.resume(args.which_epoch)
+    schedule.step(run.step)
+    log = Log(args.log_path, run.step)
+    model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
+    set_training(network, args)
+    last_step = min(args.num_epochs * len(sampler), args.max_steps or math.inf)
+
+    def train_step(rgb):
+        """One step on uint8 [N, 3, H, W]; returns loss, nats and kl as a tensor [3], which nobody need wait for."""
+        with paddle.no_grad():
+            lightness, ab = targets(rgb)
+            indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)
+            importance = paddle.gather(bin_weights, indices[:, 0].flatten()).reshape(indices[:, 0].shape)
+            importance = importance * (~is_gray(ab)).astype("float32").reshape([-1, 1, 1])
+        with paddle.amp.auto_cast(**autocast):
+            logits = model(lightness - 50)
+        nats = soft_cross_entropy(logits.astype("float32"), indices, weights)
+        # Divided by all images, gray ones too: no process need know what another one drew.
+        loss = (importance * nats).sum() / len(rgb)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.clear_grad()
+        schedule.step()
+        with paddle.no_grad():
+            mean_nats = nats.mean()
+            kl = mean_nats - entropy(weights).mean()
+            return paddle.stack([loss, mean_nats, kl])
+
+    # Loop
+    stop = StopRequest()
+    meter = Meter()
+
+    def report():
+        figures = {"epoch": run.epoch, **meter.read(args.max_broken), "lr": schedule.get_lr()}
+        log.write(LINE.format(step=run.step, **figures), figures, run.step)
+        progress.set_postfix({x: f"{figures[x]:.3f}" for x in ("nats", "kl")}, refresh=False)
+
+    progress = tqdm(total=last_step, initial=run.step, unit="step", disable=None if is_first() else True)
+    try:
+        while run.step < last_step and not stop.signal:
+            sampler.begin(args.seed, run.epoch, skip=run.batch)
+            loader.dataset.epoch = run.epoch
+            meter.begin_epoch()
+            for rgb, broken in meter.timed(loader):
+                meter.add(train_step(rgb), broken)
+                run.step += 1
+                run.batch += 1
+                progress.update()
+                if run.step % args.loss_step == 0:
+                    report()
+                if run.step % args.save_latest == 0:
+                    meter.check(args.max_broken)  # weights that went bad must not replace good ones
+                    run.save("latest")
+                if stop.signal or run.step >= last_step:
+                    break
+            _, broken, seen = meter.check(args.max_broken)
+            if broken and is_first():
+                note(f"epoch {run.epoch}: {broken} of {seen} images could not be read and were replaced by others")
+            if stop.signal:
+                break
+            if val_loader:
+                figures, picture = validate(network, val_loader, ab_bins, args)
+                set_training(network, args)
+                log.write(VAL_LINE.format(epoch=run.epoch, step=run.step, **figures), figures, run.step)
+                log.picture(picture, run.step)
+                if figures["val_kl"] < run.best_kl:
+                    run.best_kl = figures["val_kl"]
+                    run.save_weights("best")
+            if run.batch == len(sampler):
+                run.epoch, run.batch = run.epoch + 1, 0
+                if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
+                    run.save(run.epoch - 1)
+        run.save("latest")
+    finally:
+        progress.close()
+        stop.restore()
+        log.close()
+
+    latest = run.folder / "epoch_latest_model.pdparams"
+    if stop.signal:
+        note(f"stopped at step {run.step}: {latest}; to go on: --continue_train")
+        return 128 + stop.signal
+    if is_first():
+        print(f"{latest}: {run.step} steps; log in {args.log_path} (visualdl --logdir {args.log_path})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
