@@ -248,7 +248,7 @@ def set_weights(network, state, path):
         raise UserError(f"{printable(path)}: another network's checkpoint: {_some(misshapen)}")
     if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
         raise UserError(f"{printable(path)}: not finite (NaN or infinity): {_some(broken)}")
-    network.set_state_dict({name: array.astype(np.float32) for name, array in state.items()})
+    network.set_state_dict({name: x.astype(np.float32) if x.dtype.kind == "f" else x for name, x in state.items()})
 
 
 # -------------------------------------------------------------------------------------------------

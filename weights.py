@@ -47,10 +47,12 @@ CHECKPOINT_NAME = r"epoch_(.+)_model\.(?:pdparams|safetensors)"
 
 
 def find_weights(model_path, name):
-    """The file that `--load_model NAME` means: epoch_{NAME}_model.pdparams or .safetensors in `model_path`.
+    """The file that `--load_model NAME` means: epoch_{NAME}_model.pdparams or .safetensors in `model_path`, or a path.
 
     "official" is downloaded and converted on first use. Raises UserError when there is no such file.
     """
+    if Path(name).is_file():
+        return Path(name)
     folder = Path(model_path)
     for suffix in SUFFIXES:
         if (path := folder / f"epoch_{name}_model{suffix}").exists():
@@ -63,7 +65,7 @@ def find_weights(model_path, name):
             f"python resources/convert_weights.py {NOREBAL_URL.split('/')[-1]} {printable(folder)}"
         )
     names = sorted({m[1] for p in folder.glob("epoch_*_model.*") if (m := re.fullmatch(CHECKPOINT_NAME, p.name))})
-    there = f"there are: {one_line(', '.join(names))}" if names else "there are none"
+    there = f"there are: --load_model {one_line(', '.join(names))}" if names else "there is none in that folder"
     raise UserError(f"{printable(folder / f'epoch_{name}_model.pdparams')}: no such checkpoint; {there}")
 
 

@@ -532,9 +532,10 @@ def test_without_a_network_there_is_one_line_with_the_offline_way(tmp_path, monk
 def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
     with pytest.raises(UserError, match=r"Caffe alone.*norebal.caffemodel, then python resources/convert_weights.py"):
         weights.find_weights(tmp_path, "norebal")
-    with pytest.raises(UserError, match="epoch_19_model.pdparams: no such checkpoint; there are none"):
+    with pytest.raises(UserError, match="epoch_19_model.pdparams: no such checkpoint; there is none"):
         weights.find_weights(tmp_path, "19")
     (tmp_path / "epoch_3_model.safetensors").touch()
-    with pytest.raises(UserError, match="there are: 3$"):
+    with pytest.raises(UserError, match="there are: --load_model 3$"):
         weights.find_weights(tmp_path, "19")
-    assert weights.find_weights(tmp_path, "3").name == "epoch_3_model.safetensors"
+    assert weights.find_weights(tmp_path, "3") == tmp_path / "epoch_3_model.safetensors"
+    assert weights.find_weights("elsewhere", str(tmp_path / "epoch_3_model.safetensors")).parent == tmp_path
