@@ -36,7 +36,6 @@ from dataset import (
     rgb_to_lightness,
     to_uint8,
 )
-from model import CIC
 from utils import (
     EXIT_SKIPPED,
     UserError,
@@ -45,11 +44,12 @@ from utils import (
     atomic_path,
     available_cores,
     load_ab_bins,
-    load_weights,
+    load_network,
     note,
     printable,
     use_all_cores,
 )
+from weights import find_weights
 
 MAX_ASPECT = 8  # a longer photograph is squeezed for the network: its input, and so the memory, stays bounded
 PIXELS_AHEAD = 32_000_000  # decoded ahead of the network, and again waiting to be written
@@ -88,7 +88,12 @@ def parse_args(argv=None):
     group = parser.add_argument_group("how")
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints")
-    add("--load_model", default="19", metavar="NAME", help="epoch_{NAME}_model.pdparams there, or a checkpoint's path")
+    add(
+        "--load_model",
+        default="19",
+        metavar="NAME",
+        help="epoch_{NAME}_model.pdparams there; official: the authors' weights; or a path",
+    )
     add("--temperature", type=float, default=0.38, help="of the annealed mean: 1 is dull, toward 0 vivid but patchy")
     add("--load_size", type=int, default=256, help="short side in pixels as the network sees it")
     add("--crop_size", type=int, help="color only the center square of so many pixels, as papers evaluate")
@@ -123,18 +128,6 @@ def check_args(args):
 
 # -------------------------------------------------------------------------------------------------
 # What is to be done
-
-
-def find_checkpoint(args):
-    """The path of the checkpoint that --load_model names."""
-    if os.path.isfile(args.load_model):
-        return Path(args.load_model)
-    path = Path(args.model_path) / f"epoch_{args.load_model}_model.pdparams"
-    if not path.is_file():
-        others = sorted(p.name[6:-15] for p in path.parent.glob("epoch_*_model.pdparams"))
-        there = f"there are: --load_model {', '.join(others)}" if others else "there is none in that folder"
-        raise UserError(f"{printable(path)}: no such checkpoint; {there}")
-    return path
 
 
 def plan(args):
@@ -341,9 +334,8 @@ def main(args):
     # Setup
     check_args(args)
     use_all_cores()
-    checkpoint = find_checkpoint(args)
-    network = CIC()
-    load_weights(network, checkpoint)
+    checkpoint = find_weights(args.model_path, args.load_model)
+    network = load_network(checkpoint)
     network.eval()
     ab_bins = load_ab_bins()
 

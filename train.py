@@ -161,10 +161,9 @@ class EpochSampler(DistributedBatchSampler):
         return itertools.islice(super().__iter__(), self.skip, None)
 
 
-def worker_signals(_):
+def ignore_ctrl_c(_):
     """Ctrl-C reaches the worker processes too; they leave the stopping to the training process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def training_data(args):
@@ -177,7 +176,7 @@ def training_data(args):
             f"{printable(args.image_dir)}: {len(dataset)} images do not fill one --batch_size {args.batch_size}"
         )
     sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size(), shuffle=True, drop_last=True)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=worker_signals)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=ignore_ctrl_c)
     return loader, sampler
 
 
@@ -189,7 +188,7 @@ def validation_data(args):
     dataset = ColorizationDataset(list_images(args.val_dir), args.load_size, side)
     share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
-    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=worker_signals)
+    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=ignore_ctrl_c)
 
 
 def targets(rgb):
@@ -351,7 +350,7 @@ class Run:
         weights = self.network.state_dict()
         state = {
             "network": weights,
-            "optimizer": {k: v for k, v in self.optimizer.state_dict().items() if k != "LR_Scheduler"},
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": {k: getattr(self, k) for k in ("epoch", "batch", "step", "best_kl")},
             "flags": self.flags,
@@ -367,8 +366,8 @@ class Run:
 
     def prune(self):
         """Removes numbered checkpoints beyond the newest --keep; never `latest` nor `best`."""
-        numbered = [re.fullmatch(r"epoch_(\d+)_(model\.pdparams|state\.pdopt)", p.name) for p in self.folder.iterdir()]
-        epochs = sorted({int(match[1]) for match in numbered if match})
+        matches = [re.fullmatch(r"epoch_(\d+)_model\.pdparams", path.name) for path in self.folder.glob("epoch_*")]
+        epochs = sorted(int(match[1]) for match in matches if match)
         for epoch in epochs[: -self.args.keep] if self.args.keep else []:
             for name in ("model.pdparams", "state.pdopt"):
                 (self.folder / f"epoch_{epoch}_{name}").unlink(missing_ok=True)
@@ -536,6 +535,7 @@ class Meter:
 # -------------------------------------------------------------------------------------------------
 
 
+@paddle.utils.unique_name.guard()  # Adam's state goes by names that Paddle counts up: from 0 in every run
 def main(args):
     # Setup
     if dist.ParallelEnv().world_size > 1:
@@ -554,8 +554,7 @@ def main(args):
     bin_weights = rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
 
     # Network
-    with paddle.utils.unique_name.guard():  # the optimizer's state goes by the parameters' names
-        network = CIC()
+    network = CIC()
     if args.init_from:
         load_weights(network, args.init_from)
     elif args.data_init and not args.continue_train:
@@ -579,7 +578,7 @@ def main(args):
     run = Run(args, network, optimizer, scaler, prior, len(loader.dataset))
     if args.continue_train:
         run.resume(args.which_epoch)
-    schedule.step(run.step)
+    schedule.step(run.step)  # from the flags, not from the checkpoint: a changed --lr holds
     log = Log(args.log_path, run.step)
     model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
     set_training(network, args)
