@@ -62,6 +62,42 @@ def list_images(root):
     return sorted(paths)
 
 
+def relative_path(path, root):
+    """Of an image that `list_images(root)` found: its path below `root`, or its name if `root` is the file itself."""
+    return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root))
+
+
+def pair_images(true_dir, colored_dir):
+    """Images of two folders that belong together: those of the same path below them, but for the suffix.
+
+    Returns a sorted list of (that path, the true image's, the colored one's) and what is left out, as a dict from
+    the problem to the names. Raises UserError when not one pair is left.
+    """
+    true, colored = _by_name(true_dir), _by_name(colored_dir)
+    problems = {
+        "no colored image": [name for name in true if name not in colored],
+        "no true image": [name for name in colored if name not in true],
+        "several images of that name": [
+            name for name in true if name in colored and len(true[name]) + len(colored[name]) > 2
+        ],
+    }
+    left_out = {problem: names for problem, names in problems.items() if names}
+    ambiguous = set(problems["several images of that name"])
+    pairs = [(name, true[name][0], colored[name][0]) for name in true if name in colored and name not in ambiguous]
+    if not pairs:
+        raise UserError(
+            f"{printable(true_dir)} and {printable(colored_dir)} have no image in common (same path but for the suffix)"
+        )
+    return pairs, left_out
+
+
+def _by_name(root):
+    images = {}
+    for path in list_images(root):
+        images.setdefault(os.path.splitext(relative_path(path, root))[0], []).append(path)
+    return images
+
+
 def read_rgb(path):
     """The image at `path` as uint8 [H, W, 3], upright (EXIF), alpha blended over white.
 
