@@ -4,9 +4,12 @@
     python metrics_auc.py --imgs_dir DIR --gray                the gray baseline (ab = 0), which needs no results
 
 For each pixel the distance of the predicted from the true color in the ab plane; the share of pixels within t, for
-t = 0 … 150; the area under that curve, divided by 150. It asks how near the colors are on the whole, which is not how
-vivid they are: gray alone scores about 89% on ImageNet. Rebalanced, a pixel counts by the rarity of its true color
-(lambda = 0), and gray falls to about 58%. All pixels of all images are pooled.
+t = 0 … 150; the area under that curve, divided by 150. All pixels of all images are pooled, in three ways:
+
+    raw              every pixel counts the same; gray alone scores 89.1% on ImageNet
+    rebalanced       a pixel counts by the rarity of its true color in the prior (lambda = 0); gray scores 58.0%
+    rebalanced_own   the same, rarity being that among the true images themselves: the mean over the bins that occur.
+                     A prior from other images can give a few bins that it has hardly seen most of the weight.
 
 Images are paired by their path without its suffix. Colored images of the true one's size are compared as they are;
 squares, as `test.py --load_size 224 --crop_size 224` makes them, with the same square of the true image.
@@ -59,12 +62,15 @@ from utils import (
     write_json,
 )
 
-KINDS = ("raw", "rebalanced")
+KINDS = ("raw", "rebalanced", "rebalanced_own")
+GRAY = "gray (ab = 0)"
 
 # -------------------------------------------------------------------------------------------------
 # Colors and their weights, prepared once
 
 STEP, REACH = 10, 11  # the ab bins lie on a grid of 10, from -110 to 110
+SIDE = 2 * REACH + 1  # of the grid, in points
+ERRORS = MAX_THRESHOLD + 2  # classes of an error: within 0 … 150, and beyond
 
 
 @cache
@@ -92,20 +98,20 @@ def weight_of_every_cell(ab_bins, bin_weights):
     return bin_weights.astype(np.float64)[nearest]
 
 
-def cell(ab):
+def nearest_cell(ab):
     """The point of the ab grid nearest to each color, float32 [2, M] -> int64 [M]."""
     a, b = np.rint(ab / STEP) + REACH
-    return (a * (2 * REACH + 1) + b).astype(np.int64)
+    return (a * SIDE + b).astype(np.int64)
 
 
 # -------------------------------------------------------------------------------------------------
-# One image (in a worker process: NumPy and Pillow alone)
+# One pair of images (in a worker process: NumPy and Pillow alone)
 
-shared = {}  # what every worker has: the two tables
+shared = {}
 
 
-def share(ab_table, cell_weights):
-    shared.update(ab_table=ab_table.view(np.complex64)[:, 0], cell_weights=cell_weights)  # a and b in one look-up
+def share(ab_table):
+    shared["ab_table"] = ab_table.view(np.complex64)[:, 0]  # a and b in one look-up
 
 
 def look_up_ab(rgb):
@@ -134,74 +140,86 @@ def _wanted(true, crop_size):
     return f"--crop_size {crop_size}" if crop_size else f"the true image's {true.width}x{true.height}"
 
 
-def error_histograms(paths, load_size=None, crop_size=None):
-    """Of one pair: float64 [2, 2, 152], (the colored image, gray) by (raw, rebalanced) as `error_histogram` gives them.
+def count_errors(paths, load_size=None, crop_size=None):
+    """How many pixels of a pair have which true color and which error: for the colored image, and for gray.
 
-    Returns an InvalidImageError instead of raising it, so that the others go on.
+    Each is (what occurs, as cell * 152 + error; how often). Returns an InvalidImageError instead of raising it, so
+    that the other pairs go on.
     """
     try:
         true, colored = read_pair(*paths, load_size, crop_size)
     except InvalidImageError as error:
         return error
     true_ab = look_up_ab(true)
-    weights = shared["cell_weights"][cell(true_ab)]
-    gray = both_histograms(0, true_ab, weights)
-    return np.stack([gray if colored is None else both_histograms(look_up_ab(colored), true_ab, weights), gray])
+    classes = nearest_cell(true_ab) * ERRORS
+    gray = _count(classes + first_threshold(0, true_ab))
+    return gray if colored is None else _count(classes + first_threshold(look_up_ab(colored), true_ab)), gray
 
 
-def both_histograms(predicted_ab, true_ab, weights):
-    """float64 [2, 152]: `utils.error_histogram` without and with weights, the distances computed once."""
-    first = first_threshold(predicted_ab, true_ab)
-    return np.stack([np.bincount(first, w, MAX_THRESHOLD + 2) for w in (None, weights)])
+def _count(classes):
+    counts = np.bincount(classes)
+    occurring = np.flatnonzero(counts)
+    return occurring, counts[occurring]
 
 
 # -------------------------------------------------------------------------------------------------
 # What is written
 
 
+def histograms(classes, counts, cell_weights):
+    """What `count_errors` counted as histograms of errors (as `utils.error_histogram`), a row for each of the weights.
+
+    cell_weights: list of [23 * 23] -> float64 [len(cell_weights), 152].
+    """
+    cells, errors = np.divmod(classes, ERRORS)
+    return np.stack([np.bincount(errors, counts * weights[cells], ERRORS) for weights in cell_weights])
+
+
+def own_weights(counts):
+    """The inverse of how often each cell occurs, 0 where it does not: int64 [23 * 23 * 152] -> float64 [23 * 23]."""
+    pixels = counts.reshape(-1, ERRORS).sum(axis=1)
+    return np.where(pixels > 0, 1 / pixels.clip(min=1), 0)
+
+
 def curves(histograms):
-    """[..., 152] -> the share of pixels, or weight, within t = 0 … 150, [..., 151]."""
-    return histograms.cumsum(axis=-1)[..., :-1] / histograms.sum(axis=-1, keepdims=True)
+    """[K, 152] -> the share of pixels, or weight, within t = 0 … 150, [K, 151]."""
+    return histograms.cumsum(axis=1)[:, :-1] / histograms.sum(axis=1, keepdims=True)
 
 
 def figures(histograms):
-    """{"auc_raw", "auc_rebalanced"} of histograms [2, 152]."""
+    """{"auc_raw", "auc_rebalanced", "auc_rebalanced_own"} of [3, 152]."""
     return {f"auc_{kind}": auc(histogram) for kind, histogram in zip(KINDS, histograms)}
 
 
 def write_csv(rows, path):
     with atomic_text(path) as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ("image", "pixels", *(f"auc_{kind}" for kind in KINDS), *(f"gray_auc_{kind}" for kind in KINDS))
-        )
-        for name, histograms in rows:
-            areas = [f"{auc(histogram):.6f}" for histogram in histograms.reshape(4, -1)]
-            writer.writerow((name, int(histograms[0, 0].sum()), *areas))
+        writer.writerow(("image", "pixels", "auc_raw", "auc_rebalanced", "gray_auc_raw", "gray_auc_rebalanced"))
+        writer.writerows((name, pixels, *(f"{area:.6f}" for area in areas)) for name, pixels, areas in rows)
 
 
 def write_counts(histograms, path):
-    """The 151 counts and the total, of histograms [2, 152]."""
+    """The 151 counts and the total, of [3, 152]."""
     within = histograms[0].cumsum()[:-1]
     with atomic_text(path) as file:
-        file.write("# t, pixels whose ab is within t of the true one, their share, their rebalanced share\n")
-        for t, (count, raw, rebalanced) in enumerate(zip(within, *curves(histograms))):
-            file.write(f"{t:3d} {count:14.0f} {raw:.8f} {rebalanced:.8f}\n")
+        file.write("# t, pixels whose ab is within t of the true one, their share: raw, rebalanced, rebalanced_own\n")
+        for t, (count, shares) in enumerate(zip(within, curves(histograms).T)):
+            file.write(f"{t:3d} {count:14.0f} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
         file.write(f"total {histograms[0].sum():12.0f}\n")
 
 
-def plot(histograms, only_gray, path):
-    """The curves of histograms [2, 2, 152]; gray dashed."""
+def plot(results, path):
+    """The curves of {name: histograms [3, 152]}; gray dashed."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for name, style, pair in zip(("colored", "gray"), ("-", "--"), histograms):
-        if name == "colored" and only_gray:
-            continue
-        for kind, color, histogram in zip(KINDS, ("tab:blue", "tab:orange"), pair):
-            axes.plot(100 * curves(histogram), style, color=color, label=f"{name}, {kind}: AuC {auc(histogram):.2%}")
+    for name, histograms in results.items():
+        style = "--" if name == GRAY else "-"
+        for kind, color, histogram, curve in zip(KINDS, ("C0", "C1", "C2"), histograms, curves(histograms)):
+            label = f"{name}, {kind.replace('_', ', ')}: {auc(histogram):.2%}"
+            axes.plot(100 * curve, style, color=color, label=label)
     axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="distance in ab", ylabel="pixels within it (%)")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", title="AuC")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -237,7 +255,8 @@ def main(args):
         raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
     use_all_cores()
     prior_path = args.prior or RESOURCES / "prior_probs.npy"
-    cell_weights = weight_of_every_cell(load_ab_bins().numpy(), rebalancing_weights(load_prior(prior_path), 0).numpy())
+    bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy()
+    weights = [np.ones(SIDE * SIDE), weight_of_every_cell(load_ab_bins().numpy(), bin_weights)]
 
     # Which images, and which are left out
     if args.gray:
@@ -247,44 +266,50 @@ def main(args):
     for problem, names in left_out.items():
         note_some(problem, names)
 
-    # Compare, pair by pair; what is kept of a pair are 4 x 152 numbers
-    compare = partial(error_histograms, load_size=args.load_size, crop_size=args.crop_size)
-    setup = (share, ab_of_every_color(), cell_weights)
-    rows, total = [], 0
+    # Compare, pair by pair
+    compare = partial(count_errors, load_size=args.load_size, crop_size=args.crop_size)
+    setup = (share, ab_of_every_color())
+    rows, totals = [], np.zeros((2, SIDE * SIDE * ERRORS), np.int64)  # of the colored images and of gray
     results = parallel_map(compare, [paths for _, *paths in pairs], args.num_workers, "comparing", setup)
-    for (name, *_), histograms in zip(pairs, results):
-        if isinstance(histograms, InvalidImageError):
-            note(f"skipped {histograms}")
+    for (name, *_), counted in zip(pairs, results):
+        if isinstance(counted, InvalidImageError):
+            note(f"skipped {counted}")
             left_out.setdefault("unreadable, or of another size", []).append(name)
-        else:
-            rows.append((name, histograms))
-            total = total + histograms
+            continue
+        for total, (classes, counts) in zip(totals, counted):
+            total[classes] += counts
+        areas = [auc(histogram) for classes_counts in counted for histogram in histograms(*classes_counts, weights)]
+        rows.append((name, counted[0][1].sum(), areas))
     if not rows:
         raise UserError(f"{printable(args.imgs_dir)}: none of its {len(pairs)} images could be compared")
+    weights.append(own_weights(totals[0]))
+    pooled = [histograms(np.arange(total.size), total, weights) for total in totals]
+    results = {GRAY: pooled[1]} if args.gray else {"colored": pooled[0], GRAY: pooled[1]}
 
     # Write and tell
-    base = os.path.join(args.save_path, "gray_auc" if args.gray else "auc")
-    colored, gray = total
+    pixels = int(totals[0].sum())
     summary = {
-        **figures(colored),
-        "gray": figures(gray),
+        **figures(pooled[0]),
+        "gray": figures(pooled[1]),
         "images": len(rows),
-        "pixels": int(gray[0].sum()),
+        "pixels": pixels,
         "true_images": printable(os.path.abspath(args.imgs_dir)),
-        "colored_images": "gray (ab = 0)" if args.gray else printable(os.path.abspath(args.results_dir)),
+        "colored_images": GRAY if args.gray else printable(os.path.abspath(args.results_dir)),
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "prior": {"file": printable(prior_path), "sha256": sha256(prior_path)},
         "left_out": {problem: [printable(name) for name in names] for problem, names in left_out.items()},
         **provenance(),
     }
+    base = os.path.join(args.save_path, "gray_auc" if args.gray else "auc")
     write_json(summary, base + ".json")
     write_csv(rows, base + ".csv")
-    write_counts(colored, base + ".txt")
-    plot(total, args.gray, base + ".png")
-    for name, pair in (("gray (ab = 0)", gray),) if args.gray else (("colored", colored), ("gray (ab = 0)", gray)):
-        print(f"{name:13s}  AuC raw {auc(pair[0]):.2%}  rebalanced {auc(pair[1]):.2%}")
-    print(f"{len(rows)} images, {gray[0].sum():.0f} pixels; rarity by {printable(prior_path)}")
+    write_counts(pooled[0], base + ".txt")
+    plot(results, base + ".png")
+    for name, three in results.items():
+        areas = "  ".join(f"{kind} {auc(histogram):.2%}" for kind, histogram in zip(KINDS, three))
+        print(f"{name:13s}  AuC {areas}")
+    print(f"{len(rows)} images, {pixels} pixels; rebalanced by {printable(prior_path)}")
     print(f"written: {printable(base)}.json, .csv, .txt, .png")
     return EXIT_SKIPPED if left_out else 0
 
