@@ -7,11 +7,12 @@ are. The datasets run in the worker processes of a `DataLoader`: they only decod
 
 import os
 import sys
+from contextlib import contextmanager
 from functools import cache, lru_cache
 
 import numpy as np
 import paddle
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from utils import UserError, printable
 
@@ -106,21 +107,33 @@ def read_rgb(path):
     return np.asarray(open_rgb(path))
 
 
+def image_size(path):
+    """Width and height of the image at `path`, upright, from its header alone. Raises InvalidImageError."""
+    with _opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
 def open_rgb(path, least_side=None):
     """Like `read_rgb`, as a Pillow image.
 
     `least_side`: the JPEG decoder may shrink the image by 2, 4 or 8 while both sides stay at least
     that long, which is faster than decoding all and resizing afterwards.
     """
+    with _opened(path) as image:
+        if least_side:
+            image.draft(None, (least_side, least_side))
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _opened(path):
+    """The file as a Pillow image whose samples are not read yet; whatever goes wrong is an InvalidImageError."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise InvalidImageError(path, f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
-            if least_side:
-                image.draft(None, (least_side, least_side))
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except InvalidImageError:
-        raise
+                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
+            yield image
     except Exception as error:  # decoders meet bad bytes with whatever they like: OSError, IndexError, struct.error, …
         raise InvalidImageError(path, _reason(path, error)) from error
 

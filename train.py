@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ from utils import (
     soft_cross_entropy,
     use_all_cores,
 )
+
+warnings.filterwarnings("ignore", message="When training, we now always track")  # says nothing that one could mend
 
 INIT_IMAGES = 8  # that data-dependent initialization looks at
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
@@ -220,11 +223,12 @@ def data_dependent_init(network, lightness):
 
     def standardize(layer, _, output):
         mean = output.mean(axis=[0, 2, 3])
-        scale = 1 / (output.var(axis=[0, 2, 3]) + 1e-8).sqrt()
+        centered = output - mean.reshape([1, -1, 1, 1])
+        scale = 1 / ((centered**2).mean(axis=[0, 2, 3]) + 1e-8).sqrt()
         transposed = isinstance(layer, paddle.nn.Conv2DTranspose)  # its weight is [in, out, k, k]
         layer.weight.set_value(layer.weight * scale.reshape([1, -1, 1, 1] if transposed else [-1, 1, 1, 1]))
         layer.bias.set_value((layer.bias - mean) * scale)
-        return (output - mean.reshape([1, -1, 1, 1])) * scale.reshape([1, -1, 1, 1])
+        return centered * scale.reshape([1, -1, 1, 1])
 
     convolutions = [x for x in network.sublayers() if isinstance(x, (paddle.nn.Conv2D, paddle.nn.Conv2DTranspose))]
     hooks = [layer.register_forward_post_hook(standardize) for layer in convolutions]
@@ -246,9 +250,10 @@ def validate(network, loader, ab_bins, args):
     network.eval()
     sums, histogram, panel = np.zeros(3), 0, []
     for rgb, broken in tqdm(loader, "validating", unit="batch", leave=False, disable=None if is_first() else True):
-        rgb = rgb[broken == 0]
-        if not len(rgb):
+        readable = np.flatnonzero(broken.numpy() == 0)
+        if not len(readable):
             continue
+        rgb = paddle.gather(rgb, paddle.to_tensor(readable))
         lightness, ab = targets(rgb)
         indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)
         logits = network(lightness - 50)

@@ -1,0 +1,380 @@
+"""Colors photographs with a checkpoint: a folder, nested or flat, or one file.
+
+    python test.py photo.jpg                                                writes result/photo.png
+    python test.py --image_dir DIR --load_model latest                      writes result/<same path>.png
+    python test.py --image_dir DIR --load_size 256 --crop_size 224          squares, as papers evaluate
+
+Each photograph comes out at its own, full resolution: the network sees it with a short side of 256 pixels, and
+the ab that it predicts goes back up and joins the photograph's own lightness. Ends with what was written:
+
+    result: 200 images colored with model/epoch_19_model.pdparams
+"""
+
+import argparse
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from dataset import (
+    InvalidImageError,
+    crop_resized,
+    image_size,
+    lab_to_rgb,
+    list_images,
+    open_rgb,
+    rgb_to_lightness,
+    to_uint8,
+)
+from model import CIC
+from utils import (
+    EXIT_SKIPPED,
+    UserError,
+    add_bool_flag,
+    annealed_mean,
+    atomic_path,
+    available_cores,
+    load_ab_bins,
+    load_weights,
+    note,
+    printable,
+    use_all_cores,
+)
+
+MAX_ASPECT = 8  # a longer photograph is squeezed for the network: its input, and so the memory, stays bounded
+PIXELS_AHEAD = 32_000_000  # decoded ahead of the network, and again waiting to be written
+STRIP_PIXELS = 1_000_000  # converted at a time, so that a large photograph needs little more than itself
+PNG_COMPRESSION = 3  # of 0 to 9; the files are some 5% larger than with 6 and written twice as fast
+
+
+@dataclass
+class Photograph:
+    """One photograph on its way from file to file."""
+
+    path: str
+    target: Path
+    size: tuple  # of the result: width, height
+    network_size: tuple  # of what the network sees
+    rgb: np.ndarray = None  # uint8 [H, W, 3] of the photograph, then of the result
+    small: np.ndarray = None  # uint8 [h, w, 3], what the network sees
+    colored: np.ndarray = None  # uint8 [H, W, 3]
+    failure: str = None  # why there is no result
+
+    @property
+    def pixels(self):
+        return self.size[0] * self.size[1]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Colors photographs with a checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    group = parser.add_argument_group("what to color")
+    add = group.add_argument
+    add("image", nargs="?", help="a photograph or a folder; short for --image_dir")
+    add("--image_dir", help="folder of photographs, nested or flat, or one file")
+    add("--max_samples", type=int, help="color only so many, the first by name")
+
+    group = parser.add_argument_group("how")
+    add = group.add_argument
+    add("--model_path", default="./model", help="folder of the checkpoints")
+    add("--load_model", default="19", metavar="NAME", help="epoch_{NAME}_model.pdparams there, or a checkpoint's path")
+    add("--temperature", type=float, default=0.38, help="of the annealed mean: 1 is dull, toward 0 vivid but patchy")
+    add("--load_size", type=int, default=256, help="short side in pixels as the network sees it")
+    add("--crop_size", type=int, help="color only the center square of so many pixels, as papers evaluate")
+    add("--batch_size", type=int, default=8, help="photographs of equal size that the network colors at a time")
+    add("--num_workers", type=int, default=available_cores(), help="threads that decode, and as many that write")
+
+    group = parser.add_argument_group("what to write")
+    add = group.add_argument
+    add("--result_path", default="./result", help="folder of the results, laid out as the photographs are")
+    add_bool_flag(
+        group, "--compare", False, "also write contact sheets (gray, colored, original) to <result_path>_compare"
+    )
+    add_bool_flag(group, "--skip_existing", False, "leave out what already has a result, to go on after a stop")
+    args = parser.parse_args(argv)
+    args.image_dir = args.image_dir or args.image
+    if not args.image_dir:
+        parser.error("name a photograph or a folder")
+    return args
+
+
+def check_args(args):
+    for name in ("load_size", "crop_size", "batch_size", "num_workers", "max_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    if args.crop_size and args.crop_size % 8:
+        raise UserError(f"--crop_size {args.crop_size}: must be a multiple of 8")
+    if args.crop_size and args.crop_size > args.load_size:
+        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+
+
+# -------------------------------------------------------------------------------------------------
+# What is to be done
+
+
+def find_checkpoint(args):
+    """The path of the checkpoint that --load_model names."""
+    if os.path.isfile(args.load_model):
+        return Path(args.load_model)
+    path = Path(args.model_path) / f"epoch_{args.load_model}_model.pdparams"
+    if not path.is_file():
+        others = sorted(p.name[6:-15] for p in path.parent.glob("epoch_*_model.pdparams"))
+        there = f"there are: --load_model {', '.join(others)}" if others else "there is none in that folder"
+        raise UserError(f"{printable(path)}: no such checkpoint; {there}")
+    return path
+
+
+def plan(args):
+    """The photographs to color, those that the network sees at one size together."""
+    paths = without_results(list_images(args.image_dir), args)[: args.max_samples]
+    root = args.image_dir if os.path.isdir(args.image_dir) else os.path.dirname(args.image_dir)
+    targets = unique_targets(paths, root, Path(args.result_path))
+    if args.skip_existing:
+        paths = [path for path in paths if not targets[path].exists()]
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        photographs = list(pool.map(partial(prepare, args=args, targets=targets), paths))
+    return sorted(photographs, key=lambda x: x.network_size)
+
+
+def without_results(paths, args):
+    """Leaves out what lies in the result folder, should that be inside the folder of photographs."""
+    result = os.path.join(os.path.realpath(args.result_path), "")
+    sheets = result.rstrip(os.sep) + "_compare" + os.sep
+    root = os.path.join(os.path.realpath(args.image_dir), "")
+    if not (result.startswith(root) and result != root):
+        return paths
+    return [path for path in paths if not os.path.realpath(path).startswith((result, sheets))]
+
+
+def unique_targets(paths, root, result_path):
+    """Where each result goes: the photograph's relative path with .png, or with .jpg.png where two would collide."""
+    stems = [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
+    taken, targets = set(), {}
+    for path, stem in zip(paths, stems):
+        name = stem + ".png" if stem not in taken else os.path.relpath(path, root) + ".png"
+        taken.add(stem)
+        targets[path] = result_path / name
+        if os.path.realpath(targets[path]) == os.path.realpath(path):
+            raise UserError(
+                f"{printable(path)}: the result would overwrite the photograph; choose another --result_path"
+            )
+    return targets
+
+
+def prepare(path, args, targets):
+    """Reads a photograph's size and from it says what the network will see."""
+    try:
+        width, height = image_size(path)
+    except InvalidImageError as error:
+        return Photograph(path, targets[path], (0, 0), (0, 0), failure=str(error))
+    if args.crop_size:
+        square = (args.crop_size, args.crop_size)
+        return Photograph(path, targets[path], square, square)
+    return Photograph(path, targets[path], (width, height), network_size(width, height, args.load_size))
+
+
+def network_size(width, height, short_side):
+    """The photograph's size with that short side, in multiples of 8; the aspect is kept up to MAX_ASPECT."""
+    scale = short_side / min(width, height)
+    return tuple(max(8, round(min(side * scale, MAX_ASPECT * short_side) / 8) * 8) for side in (width, height))
+
+
+# -------------------------------------------------------------------------------------------------
+# The way of a photograph: load (threads), color (the device), write (threads)
+
+
+def load(photograph, args):
+    if photograph.failure:
+        return photograph
+    try:
+        if args.crop_size:
+            image = open_rgb(photograph.path, least_side=args.load_size)
+            photograph.rgb = photograph.small = crop_resized(image, args.load_size, args.crop_size)
+        else:
+            image = open_rgb(photograph.path)
+            photograph.small = np.asarray(image.resize(photograph.network_size, Image.Resampling.BILINEAR))
+            photograph.rgb = np.asarray(image)
+    except InvalidImageError as error:
+        photograph.failure = str(error)
+    return photograph
+
+
+def ahead(pool, function, photographs, pixels=PIXELS_AHEAD):
+    """`function` of each photograph, in order, done by the pool's threads so many pixels ahead of the reader."""
+    pending, load = deque(), 0
+    for photograph in photographs:
+        while pending and load + photograph.pixels > pixels:
+            done = pending.popleft().result()
+            load -= done.pixels
+            yield done
+        pending.append(pool.submit(function, photograph))
+        load += photograph.pixels
+    while pending:
+        yield pending.popleft().result()
+
+
+def batches(photographs, batch_size):
+    """Runs of photographs that the network sees at one size, at most `batch_size` long."""
+    for _, group in groupby(photographs, key=lambda x: (x.network_size, x.failure)):
+        batch = []
+        for photograph in group:
+            batch.append(photograph)
+            if len(batch) == batch_size or sum(x.pixels for x in batch) > PIXELS_AHEAD:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+@paddle.no_grad()
+def color(photographs, predict, batch_size):
+    """Gives each photograph its colors. `predict`: lightness - 50 [N, 1, h, w] -> ab [N, 2, h/4, w/4]."""
+    for batch in batches(photographs, batch_size):
+        if not batch[0].failure:
+            small = paddle.to_tensor(np.stack([x.small for x in batch])).transpose([0, 3, 1, 2])
+            for photograph, ab in zip(batch, predict(rgb_to_lightness(small) - 50)):
+                photograph.colored = join(photograph.rgb, ab)
+        yield from batch
+
+
+def join(rgb, ab):
+    """The photograph's own lightness with the ab [2, h, w] brought to its size: uint8 [H, W, 3] -> the same."""
+    height, width = rgb.shape[:2]
+    colored = np.empty_like(rgb)
+    for top in range(0, height, rows := max(1, STRIP_PIXELS // width)):
+        strip = paddle.to_tensor(rgb[top : top + rows]).transpose([2, 0, 1]).unsqueeze(0)
+        strip_ab = F.interpolate(
+            resample_rows(ab, height, top, strip.shape[2]).unsqueeze(0), size=strip.shape[2:], mode="bilinear"
+        )
+        lab = paddle.concat([rgb_to_lightness(strip), strip_ab], axis=1)
+        colored[top : top + rows] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
+    return colored
+
+
+def resample_rows(ab, height, top, rows):
+    """`rows` rows, from `top` on, of ab [2, h, w] brought to that height bilinearly: [2, rows, w]."""
+    y = ((np.arange(top, top + rows) + 0.5) * ab.shape[1] / height - 0.5).clip(0, ab.shape[1] - 1)
+    above = np.floor(y).astype(np.int64)
+    below = np.minimum(above + 1, ab.shape[1] - 1)
+    share = paddle.to_tensor((y - above).astype(np.float32)).reshape([1, -1, 1])
+    above, below = (paddle.gather(ab, paddle.to_tensor(i), axis=1) for i in (above, below))
+    return above + share * (below - above)
+
+
+def write(photograph):
+    if not photograph.failure:
+        with atomic_path(photograph.target) as temporary:
+            Image.fromarray(photograph.colored).save(temporary, format="PNG", compress_level=PNG_COMPRESSION)
+    return photograph
+
+
+# -------------------------------------------------------------------------------------------------
+# Contact sheets
+
+CELL = (320, 240)  # width and height in which each picture fits
+ROWS = 12  # photographs on a sheet
+
+
+def thumbnails(photograph):
+    """gray, colored, original, each to fit into a cell."""
+    original = Image.fromarray(photograph.rgb)
+    colored = Image.fromarray(photograph.colored)
+    for image in (original, colored):
+        image.thumbnail(CELL)
+    return original.convert("L").convert("RGB"), colored, original
+
+
+def contact_sheet(rows):
+    """Rows of thumbnails under their headings, as one image."""
+    margin, head = 8, 24
+    columns = ("gray", "colored", "original")
+    sheet = Image.new(
+        "RGB", (len(columns) * (CELL[0] + margin) + margin, len(rows) * (CELL[1] + margin) + head), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(columns):
+        left = margin + column * (CELL[0] + margin)
+        draw.text((left + CELL[0] // 2, head // 2), heading, fill="black", anchor="mm")
+        for row, images in enumerate(rows):
+            image = images[column]
+            top = head + row * (CELL[1] + margin)
+            sheet.paste(image, (left + (CELL[0] - image.width) // 2, top + (CELL[1] - image.height) // 2))
+    return sheet
+
+
+class Sheets:
+    """Collects thumbnails and writes a sheet whenever one is full."""
+
+    def __init__(self, folder):
+        self.folder, self.rows, self.written = folder, [], 0
+
+    def add(self, photograph):
+        self.rows.append(thumbnails(photograph))
+        if len(self.rows) == ROWS:
+            self.flush()
+
+    def flush(self):
+        if self.rows:
+            self.written += 1
+            with atomic_path(self.folder / f"sheet_{self.written:03d}.png") as temporary:
+                contact_sheet(self.rows).save(temporary, format="PNG")
+            self.rows = []
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    # Setup
+    check_args(args)
+    use_all_cores()
+    checkpoint = find_checkpoint(args)
+    network = CIC()
+    load_weights(network, checkpoint)
+    network.eval()
+    ab_bins = load_ab_bins()
+
+    def predict(lightness):
+        return annealed_mean(network(lightness), ab_bins, args.temperature)
+
+    # What is to be colored
+    photographs = plan(args)
+    sheets = Sheets(Path(f"{args.result_path.rstrip(os.sep)}_compare")) if args.compare else None
+
+    # Load, color and write, each while the others work
+    done = skipped = 0
+    with ThreadPoolExecutor(args.num_workers) as readers, ThreadPoolExecutor(args.num_workers) as writers:
+        loaded = ahead(readers, partial(load, args=args), photographs)
+        colored = color(loaded, predict, args.batch_size)
+        for photograph in tqdm(ahead(writers, write, colored), total=len(photographs), unit="image", disable=None):
+            if photograph.failure:
+                note(f"skipped {photograph.failure}")
+                skipped += 1
+                continue
+            if sheets:
+                sheets.add(photograph)
+            photograph.rgb = photograph.small = photograph.colored = None
+            done += 1
+    if sheets:
+        sheets.flush()
+        print(f"{printable(sheets.folder)}: {sheets.written} contact sheets (gray, colored, original)")
+    left_out = f", {skipped} skipped" if skipped else ""
+    print(f"{printable(args.result_path)}: {done} images colored with {printable(checkpoint)}{left_out}")
+    return EXIT_SKIPPED if skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
