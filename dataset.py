@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from utils import UserError, printable
+from utils import UserError, note, printable
 
 # -------------------------------------------------------------------------------------------------
 # Files
@@ -68,35 +68,36 @@ def relative_path(path, root):
     return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root))
 
 
-def pair_images(true_dir, colored_dir):
-    """Images of two folders that belong together: those of the same path below them, but for the suffix.
+def named_images(root):
+    """The images below `root` by their relative path without suffix, {name: path}, sorted.
 
-    Returns a sorted list of (that path, the true image's, the colored one's) and what is left out, as a dict from
-    the problem to the names. Raises UserError when not one pair is left.
+    Where two differ in the suffix alone, the later one keeps it, as in test.py's results (photo.png, photo.tif.png).
     """
-    true, colored = _by_name(true_dir), _by_name(colored_dir)
-    problems = {
+    images = {}
+    for path in list_images(root):
+        name = relative_path(path, root)
+        stem = os.path.splitext(name)[0]
+        images[name if stem in images else stem] = path
+    return images
+
+
+def pair_images(true_dir, colored_dir):
+    """Images of two folders that belong together, by the names of `named_images`.
+
+    Returns a list of (name, path of the true image, path of the colored one) and what is left out, a dict from the
+    problem to the names. Raises UserError when not one pair is left.
+    """
+    true, colored = named_images(true_dir), named_images(colored_dir)
+    left_out = {
         "no colored image": [name for name in true if name not in colored],
         "no true image": [name for name in colored if name not in true],
-        "several images of that name": [
-            name for name in true if name in colored and len(true[name]) + len(colored[name]) > 2
-        ],
     }
-    left_out = {problem: names for problem, names in problems.items() if names}
-    ambiguous = set(problems["several images of that name"])
-    pairs = [(name, true[name][0], colored[name][0]) for name in true if name in colored and name not in ambiguous]
+    pairs = [(name, true[name], colored[name]) for name in true if name in colored]
     if not pairs:
         raise UserError(
             f"{printable(true_dir)} and {printable(colored_dir)} have no image in common (same path but for the suffix)"
         )
-    return pairs, left_out
-
-
-def _by_name(root):
-    images = {}
-    for path in list_images(root):
-        images.setdefault(os.path.splitext(relative_path(path, root))[0], []).append(path)
-    return images
+    return pairs, {problem: names for problem, names in left_out.items() if names}
 
 
 def read_rgb(path):
@@ -352,3 +353,25 @@ class ColorizationDataset(paddle.io.Dataset):
         across, down, mirror = random.random(3)
         square = crop_resized(image, self.load_size, self.crop_size, across, down)
         return (square[:, ::-1] if mirror < 0.5 else square).transpose(2, 0, 1)
+
+
+class ClassificationDataset(paddle.io.Dataset):
+    """Center squares of images for a classifier.
+
+    An item is (uint8 [3, crop_size, crop_size], whether the file could be read).
+    """
+
+    def __init__(self, paths, load_size, crop_size):
+        super().__init__()
+        self.paths, self.load_size, self.crop_size = paths, load_size, crop_size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            image = open_rgb(self.paths[index], least_side=self.load_size)
+        except InvalidImageError as error:
+            note(f"skipped {error}")
+            return np.zeros((3, self.crop_size, self.crop_size), np.uint8), False
+        return crop_resized(image, self.load_size, self.crop_size).transpose(2, 0, 1), True

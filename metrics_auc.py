@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from dataset import (
     InvalidImageError,
     crop_resized,
+    image_size,
     list_images,
     open_rgb,
     pair_images,
@@ -56,6 +57,7 @@ from utils import (
     parallel_map,
     printable,
     provenance,
+    read_coloring,
     rebalancing_weights,
     sha256,
     use_all_cores,
@@ -127,17 +129,17 @@ def read_pair(true_path, colored_path, load_size=None, crop_size=None):
     Raises InvalidImageError when one cannot be read, or their sizes cannot be reconciled.
     """
     colored = read_rgb(colored_path) if colored_path else None
-    height, width = colored.shape[:2] if colored_path else (crop_size or load_size,) * 2
-    with open_rgb(true_path) as true:
-        if not (load_size or crop_size) and (colored is None or (width, height) == true.size):
-            return np.asarray(true), colored
-        if height != width or crop_size not in (None, width) or (load_size or width) < width:
-            raise InvalidImageError(colored_path, f"{width}x{height} does not go with {_wanted(true, crop_size)}")
-        return crop_resized(true, load_size or width, width), colored
+    if crop_size is None and (colored is None or colored.shape[1::-1] == image_size(true_path)):
+        return read_rgb(true_path), colored
+    height, width = (crop_size, crop_size) if colored is None else colored.shape[:2]
+    load_size = load_size or width
+    if height != width or width > load_size or crop_size not in (None, width):
+        raise InvalidImageError(colored_path, f"{width}x{height} does not go with {_wanted(true_path, crop_size)}")
+    return crop_resized(open_rgb(true_path, least_side=load_size), load_size, width), colored
 
 
-def _wanted(true, crop_size):
-    return f"--crop_size {crop_size}" if crop_size else f"the true image's {true.width}x{true.height}"
+def _wanted(true_path, crop_size):
+    return f"--crop_size {crop_size}" if crop_size else "the true image's {}x{}".format(*image_size(true_path))
 
 
 def count_errors(paths, load_size=None, crop_size=None):
@@ -237,8 +239,14 @@ def parse_args(argv=None):
     add("--imgs_dir", required=True, help="folder of the true images, nested or flat")
     add("--results_dir", default="./result", help="folder of the colored images, laid out the same (test.py)")
     add("--gray", action="store_true", help="evaluate gray (ab = 0) instead of --results_dir")
-    add("--load_size", type=int, help="compare squares: short side of the true image before the crop, in pixels")
-    add("--crop_size", type=int, help="compare squares: side of the center crop, in pixels")
+    add(
+        "--crop_size",
+        type=int,
+        help="compare center squares of so many pixels (by default, if the results are squares)",
+    )
+    add(
+        "--load_size", type=int, help="short side in pixels before that crop, as given to test.py (default: the crop's)"
+    )
 
     add = parser.add_argument_group("metric").add_argument
     add("--prior", help="file of 313 probabilities that tells how rare a color is, instead of the shipped prior")
@@ -253,6 +261,8 @@ def main(args):
     check_at_least(args, num_workers=0, load_size=1, crop_size=1)
     if args.load_size and args.crop_size and args.crop_size > args.load_size:
         raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    if args.gray and args.load_size and not args.crop_size:
+        raise UserError("--load_size without --crop_size changes nothing for --gray")
     use_all_cores()
     prior_path = args.prior or RESOURCES / "prior_probs.npy"
     bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy()
@@ -295,6 +305,7 @@ def main(args):
         "pixels": pixels,
         "true_images": printable(os.path.abspath(args.imgs_dir)),
         "colored_images": GRAY if args.gray else printable(os.path.abspath(args.results_dir)),
+        "coloring": read_coloring(args.results_dir) if not args.gray else None,
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "prior": {"file": printable(prior_path), "sha256": sha256(prior_path)},

@@ -195,6 +195,17 @@ def write_json(data, path):
         file.write("\n")
 
 
+COLORING = "coloring.json"  # beside colored images: what they were made with
+
+
+def read_coloring(results_dir):
+    """What a folder's colored images were made with, as its coloring.json tells; None where there is no such file."""
+    try:
+        return json.loads((Path(results_dir) / COLORING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
