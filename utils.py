@@ -133,10 +133,9 @@ def annealed_mean(logits, ab_bins, temperature=0.38):
 MAX_THRESHOLD = 150
 
 
-def first_threshold(predicted_ab, true_ab):
-    """The smallest whole t that each pixel's error lies within: [2, …] NumPy arrays -> int64 [M], 151 beyond 150."""
-    a, b = (np.asarray(predicted_ab) - np.asarray(true_ab)).reshape(2, -1)
-    return np.ceil(np.sqrt(a * a + b * b)).clip(0, MAX_THRESHOLD + 1).astype(np.int64)
+def first_threshold(distance):
+    """The smallest whole t that each distance (NumPy, any shape) lies within, int64; 151 beyond 150."""
+    return np.ceil(distance).clip(max=MAX_THRESHOLD + 1).astype(np.int64)
 
 
 def error_histogram(predicted_ab, true_ab, weights=None):
@@ -145,8 +144,9 @@ def error_histogram(predicted_ab, true_ab, weights=None):
     predicted_ab, true_ab [2, …] NumPy arrays, weights [...] or None -> float64 [152]; the last entry
     is what lies farther off than 150. Histograms of several images add up.
     """
+    distance = np.hypot(*(np.asarray(predicted_ab) - np.asarray(true_ab)).reshape(2, -1))
     weights = None if weights is None else np.asarray(weights).ravel()
-    return np.bincount(first_threshold(predicted_ab, true_ab), weights, MAX_THRESHOLD + 2).astype(np.float64)
+    return np.bincount(first_threshold(distance), weights, MAX_THRESHOLD + 2).astype(np.float64)
 
 
 def auc(histogram):
