@@ -479,19 +479,25 @@ class Log:
 
 
 class Meter:
-    """Sums of the step's figures, kept on the device: reading them there would make it wait in every step."""
+    """Sums of the steps' figures, kept on the device: reading them there would make it wait in every step."""
 
     def __init__(self):
-        self.broken = self.seen = 0  # images of this epoch
-        self.reset()
+        self.begin_epoch()
+        self.begin_interval()
 
-    def reset(self):
+    def begin_epoch(self):
+        self.broken, self.seen = 0, 0
+
+    def begin_interval(self):
         self.sums, self.steps, self.images, self.waited, self.began = 0, 0, 0, 0.0, time.perf_counter()
 
-    def add(self, figures, images):
+    def add(self, figures, broken):
+        """`figures`: loss, nats and kl of a step, a tensor [3]; `broken`: int64 [N], of its images."""
         self.sums = self.sums + figures
+        self.broken = self.broken + broken.sum()
         self.steps += 1
-        self.images += images
+        self.images += len(broken)
+        self.seen += len(broken)
 
     def timed(self, batches):
         """The batches, with the time spent waiting for them added up."""
@@ -504,27 +510,27 @@ class Meter:
                 return
             yield batch
 
+    def check(self, max_broken):
+        """Raises UserError for a loss that is not finite and for too many broken images, over all processes."""
+        local = [*np.asarray(self.sums + paddle.zeros([3])), float(self.broken), self.seen]
+        *sums, broken, seen = all_sum(np.array(local, np.float64)).tolist()
+        if not math.isfinite(sums[0]):
+            raise UserError(
+                f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr, "
+                "or go on from the last checkpoint with --continue_train"
+            )
+        if broken > max_broken * max(seen, 20):  # a few are let pass in the smallest sets
+            raise UserError(f"{broken:.0f} of {seen:.0f} images cannot be read: more than --max_broken {max_broken:g}")
+        return sums, int(broken), int(seen)
+
     def read(self, max_broken):
-        """The means since the last time, over all processes. Raises UserError for a loss that is not finite."""
-        if not self.steps:
-            return None
+        """The means of the interval that ends here, over all processes."""
+        (loss, nats, kl), _, _ = self.check(max_broken)
         world, seconds = dist.get_world_size(), time.perf_counter() - self.began
-        loss, nats, kl, broken = (all_sum(self.sums.astype("float64").numpy())).tolist()
-        steps, images, waiting = self.steps, self.images * world, self.waited / seconds
-        self.reset()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is not finite (mean of the last {steps} steps: {loss}): lower --lr, or see the data"
-            )
-        self.broken += int(broken)
-        self.seen += images
-        if self.broken > max_broken * max(self.seen, 20):
-            raise UserError(
-                f"{self.broken} of the last {self.seen} images cannot be read, over --max_broken {max_broken:g}"
-            )
-        means = {"loss": loss, "nats": nats, "kl": kl}
-        figures = {name: value / (steps * world) for name, value in means.items()}
-        return {**figures, "images_per_second": images / seconds, "waiting": waiting}
+        figures = {name: x / (self.steps * world) for name, x in (("loss", loss), ("nats", nats), ("kl", kl))}
+        figures.update(images_per_second=self.images * world / seconds, waiting=self.waited / seconds)
+        self.begin_interval()
+        return figures
 
 
 # -------------------------------------------------------------------------------------------------
@@ -579,8 +585,8 @@ def main(args):
     set_training(network, args)
     last_step = min(args.num_epochs * len(sampler), args.max_steps or math.inf)
 
-    def train_step(rgb, broken):
-        """One step on uint8 [N, 3, H, W]; returns the sums of loss, nats, kl, broken as a tensor [4]."""
+    def train_step(rgb):
+        """One step on uint8 [N, 3, H, W]; returns loss, nats and kl as a tensor [3], which nobody need wait for."""
         with paddle.no_grad():
             lightness, ab = targets(rgb)
             indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)
@@ -599,41 +605,40 @@ def main(args):
         with paddle.no_grad():
             mean_nats = nats.mean()
             kl = mean_nats - entropy(weights).mean()
-            return paddle.stack([loss, mean_nats, kl, broken.sum().astype("float32")])
+            return paddle.stack([loss, mean_nats, kl])
 
     # Loop
     stop = StopRequest()
     meter = Meter()
 
     def report():
-        if figures := meter.read(args.max_broken):
-            figures = {"epoch": run.epoch, **figures, "lr": schedule.get_lr()}
-            log.write(LINE.format(step=run.step, **figures), figures, run.step)
-            progress.set_postfix({x: f"{figures[x]:.3f}" for x in ("nats", "kl")}, refresh=False)
+        figures = {"epoch": run.epoch, **meter.read(args.max_broken), "lr": schedule.get_lr()}
+        log.write(LINE.format(step=run.step, **figures), figures, run.step)
+        progress.set_postfix({x: f"{figures[x]:.3f}" for x in ("nats", "kl")}, refresh=False)
 
     progress = tqdm(total=last_step, initial=run.step, unit="step", disable=None if is_first() else True)
     try:
-        while run.step < last_step:
+        while run.step < last_step and not stop.signal:
             sampler.begin(args.seed, run.epoch, skip=run.batch)
             loader.dataset.epoch = run.epoch
-            meter.broken = meter.seen = 0
+            meter.begin_epoch()
             for rgb, broken in meter.timed(loader):
-                meter.add(train_step(rgb, broken), len(rgb))
+                meter.add(train_step(rgb), broken)
                 run.step += 1
                 run.batch += 1
                 progress.update()
                 if run.step % args.loss_step == 0:
                     report()
                 if run.step % args.save_latest == 0:
-                    report()  # raises if the loss went bad: such weights must not replace good ones
+                    meter.check(args.max_broken)  # weights that went bad must not replace good ones
                     run.save("latest")
                 if stop.signal or run.step >= last_step:
                     break
-            report()
+            _, broken, seen = meter.check(args.max_broken)
+            if broken and is_first():
+                note(f"epoch {run.epoch}: {broken} of {seen} images could not be read and were replaced by others")
             if stop.signal:
                 break
-            if meter.broken:
-                note(f"epoch {run.epoch}: {meter.broken} of {meter.seen} images could not be read and were replaced")
             if val_loader:
                 figures, picture = validate(network, val_loader, ab_bins, args)
                 set_training(network, args)
@@ -642,11 +647,10 @@ def main(args):
                 if figures["val_kl"] < run.best_kl:
                     run.best_kl = figures["val_kl"]
                     run.save_weights("best")
-            if run.batch < len(sampler):  # --max_steps ended the run within the epoch
-                break
-            run.epoch, run.batch = run.epoch + 1, 0
-            if run.epoch % args.save_freq == 0:
-                run.save(run.epoch - 1)
+            if run.batch == len(sampler):
+                run.epoch, run.batch = run.epoch + 1, 0
+                if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
+                    run.save(run.epoch - 1)
         run.save("latest")
     finally:
         progress.close()
