@@ -25,7 +25,17 @@ from functools import partial
 from PIL import Image
 
 from dataset import InvalidImageError, list_images, read_rgb, relative_path
-from utils import EXIT_SKIPPED, UserError, atomic_text, available_cores, check_at_least, note, parallel_map, printable
+from utils import (
+    EXIT_SKIPPED,
+    UserError,
+    atomic_text,
+    available_cores,
+    check_at_least,
+    make_folder,
+    note,
+    parallel_map,
+    printable,
+)
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 SINGLE_CHANNEL_MODES = ("1", "L", "LA", "La", "I", "F")  # of Pillow; "I;16" and its kin besides
@@ -130,6 +140,7 @@ def parse_args(argv=None):
 def main(args):
     check_args(args)
     paths = list_images(args.image_dir)
+    make_folder(args.output)
 
     # Decode every image, wholly: a truncated file shows only at its end.
     judge = partial(why_invalid, tolerance=args.tolerance)

@@ -41,6 +41,7 @@ from utils import (
     available_cores,
     check_at_least,
     load_weights,
+    make_folder,
     note_some,
     printable,
     provenance,
@@ -275,6 +276,7 @@ def main(args):
         labels = np.array([label_by_folder(name, root, numbers) for name in names])
     for problem, missing in left_out.items():
         note_some(problem, missing)
+    make_folder(args.save_path)
 
     # Classify; what cannot be read in one version is left out of all
     network = load_classifier(args.arch, args.weights)

@@ -52,6 +52,7 @@ from utils import (
     first_threshold,
     load_ab_bins,
     load_prior,
+    make_folder,
     note,
     note_some,
     parallel_map,
@@ -214,7 +215,7 @@ def write_counts(histograms, path):
 
 def plot(results, path):
     """The curves of {name: histograms [3, 152]}; gray dashed."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     for name, histograms in results.items():
         style = "--" if name == GRAY else "-"
@@ -223,7 +224,7 @@ def plot(results, path):
             axes.plot(100 * curve, style, color=color, label=label)
     axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="distance in ab", ylabel="pixels within it (%)")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", title="AuC")
+    figure.legend(loc="outside lower center", ncols=len(results), title="AuC")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -277,6 +278,7 @@ def main(args):
         pairs, left_out = pair_images(args.imgs_dir, args.results_dir)
     for problem, names in left_out.items():
         note_some(problem, names)
+    make_folder(args.save_path)
 
     # Compare, pair by pair
     compare = partial(count_errors, load_size=args.load_size, crop_size=args.crop_size)

@@ -181,6 +181,18 @@ def atomic_path(path):
             temporary.unlink()
 
 
+def make_folder(path):
+    """Makes the folder that results go to, before the work for them is done. Raises UserError when it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+        reason = "permission denied"
+    except OSError as error:
+        writable, reason = False, error.strerror.lower()
+    if not writable:
+        raise UserError(f"{printable(path)}: cannot be written to: {reason}")
+
+
 @contextmanager
 def atomic_text(path):
     """A text file to write, by way of `atomic_path`. A name in it that is no UTF-8 comes out byte for byte."""

@@ -199,7 +199,7 @@ def test_worker_processes_find_the_same(tmp_path):
         (("--image_dir", "images", "--tolerance", "256"), "--tolerance 256: must be from 0 to 255"),
         (("--image_dir", "images", "--num_workers", "-1"), "--num_workers -1: must be at least 0"),
         (("--image_dir", "images", "--move_to", "images/bad"), "--move_to images/bad: lies within --image_dir"),
-        (("--image_dir", "images", "--output", "images/a.png"), "invalid_images.csv: cannot be written: "),
+        (("--image_dir", "images", "--output", "images/a.png"), "images/a.png: cannot be written to: file exists"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):

@@ -381,7 +381,7 @@ def test_names_of_any_bytes(tmp_path):
             "--crop_size 9: larger than --load_size 8",
         ),
         (("--imgs_dir", "t", "--gray", "--load_size", "8"), "--load_size without --crop_size"),
-        (("--imgs_dir", "t", "--gray", "--save_path", "t/a.png"), "gray_auc.json: cannot be written: "),
+        (("--imgs_dir", "t", "--gray", "--save_path", "t/a.png"), "t/a.png: cannot be written to: file exists"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
