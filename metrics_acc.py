@@ -59,7 +59,7 @@ TOP = (1, 5)
 
 
 def load_synsets():
-    """The WordNet ids of ImageNet's 1000 classes in the classifiers' order, which is the sorted one."""
+    """The WordNet ids of the 1000 classes of ImageNet's challenge (ILSVRC 2012) in every classifier's order: sorted."""
     return (RESOURCES / "imagenet_synsets.txt").read_text().split()
 
 
