@@ -30,6 +30,7 @@ NASTY_NAMES = (
     ),
     *("tab\t.png", "return\r.png", "!bang.png", "~.png", "#.png", os.fsdecode(b"latin-\xe9.png")),
 )
+FOLDER = "-gray $x\n"  # as nasty: `$(dirname …)` would lose the line break
 
 
 def save(path, image, **options):
@@ -119,33 +120,33 @@ def test_tolerance_is_the_spread_of_a_pixels_channels(tmp_path, spread, flags, i
 def test_script_removes_the_listed_files_whatever_their_names(tmp_path):
     images = tmp_path / "$(touch pwned) 'images'"
     for name in NASTY_NAMES:
-        save(images / "-gray $x\n" / name, GRAY)
+        save(images / FOLDER / name, GRAY)
         save(images / "color" / name, COLOR)
     _, listed = run(images, tmp_path)
-    assert sorted(listed) == sorted(str(images / "-gray $x\n" / name) for name in NASTY_NAMES)
+    assert sorted(listed) == sorted(str(images / FOLDER / name) for name in NASTY_NAMES)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for _ in range(2):  # harmless when run again
         done = run_script(tmp_path, cwd=elsewhere)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-        assert list((images / "-gray $x\n").iterdir()) == []
+        assert list((images / FOLDER).iterdir()) == []
         assert sorted(path.name for path in (images / "color").iterdir()) == sorted(NASTY_NAMES)
     assert list(elsewhere.iterdir()) == []
 
 
 def test_script_moves_and_keeps_the_folders(tmp_path):
-    images, target = tmp_path / "images", tmp_path / "-moved ones"
+    images, target = tmp_path / "images", tmp_path / "-moved $ones"
     for name in NASTY_NAMES:
-        save(images / "a b" / name, GRAY)
-    content = (images / "a b" / NASTY_NAMES[0]).read_bytes()
+        save(images / FOLDER / name, GRAY)
+    content = (images / FOLDER / NASTY_NAMES[0]).read_bytes()
     save(images / "color.png", COLOR)
     run(images, tmp_path, "--move_to", str(target))
     for _ in range(2):
         done = run_script(tmp_path)
         assert (done.returncode, done.stderr) == (0, b"")
-        assert sorted(path.name for path in (target / "a b").iterdir()) == sorted(NASTY_NAMES)
+        assert sorted(path.name for path in (target / FOLDER).iterdir()) == sorted(NASTY_NAMES)
         assert [path.name for path in images.rglob("*.png")] == ["color.png"]
-    assert (target / "a b" / NASTY_NAMES[0]).read_bytes() == content
+    assert (target / FOLDER / NASTY_NAMES[0]).read_bytes() == content
 
 
 def test_moving_replaces_nothing_and_goes_on(tmp_path):

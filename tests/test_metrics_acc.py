@@ -115,8 +115,8 @@ def test_labels_file_with_a_bad_line(tmp_path, line):
 
 
 def test_top1_and_top5_in_a_flat_folder(tmp_path, weights, ranking):
-    """Labels of the ranks 1, 3, 5 and 6: one of four is right at once, three of four are among five."""
-    lines = [f"{name}.JPEG {ranking(image)[i]}" for (name, image), i in zip(PHOTOS.items(), (0, 2, 4, 5))]
+    """Labels of the ranks 1, 3, 6 and 5: one of four is right at once, three of four are among five."""
+    lines = [f"{name}.JPEG {ranking(image)[i]}" for (name, image), i in zip(PHOTOS.items(), (0, 2, 5, 4))]
     (tmp_path / "labels.txt").write_text("\n".join(lines))
     results = save_all(tmp_path / "c", PHOTOS)
     for flags in (), ("--batch_size", 3), ("--num_workers", 2):
