@@ -5,9 +5,12 @@ place of further downsampling) and predicts, at a quarter of the input's resolut
 over the 313 bins of the ab plane.
 """
 
+import paddle
+import paddle.nn.functional as F
 from paddle import nn
 
 NUM_BINS = 313
+EXTRA_RELU = "extra_relu_ahead_of_conv6"  # the entry that marks a state dict of that variant
 
 
 def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
@@ -38,10 +41,16 @@ class CIC(nn.Layer):
     """Lightness to logits over the ab bins; 32,240,377 parameters.
 
     Works for any batch size and any height and width that are multiples of 8.
+
+    `extra_relu` makes it the network of an earlier Paddle port, for weights that were trained there: one more ReLU,
+    directly ahead of conv6. The parameters are the same, so its state dict has an entry more that tells it apart.
     """
 
-    def __init__(self):
+    def __init__(self, extra_relu=False):
         super().__init__()
+        self.extra_relu = extra_relu
+        if extra_relu:
+            self.register_buffer(EXTRA_RELU, paddle.ones([1]))
         self.conv1 = conv_stage(1, 64, convs=2, stride=2)
         self.conv2 = conv_stage(64, 128, convs=2, stride=2)
         self.conv3 = conv_stage(128, 256, convs=3, stride=2)
@@ -66,7 +75,7 @@ class CIC(nn.Layer):
         x = self.conv3(x)  #                                                     [N, 256, H/8, W/8]
         x = self.conv4(x)  #                                                     [N, 512, H/8, W/8]
         x = self.conv5(x)
-        x = self.conv6(x)
+        x = self.conv6(F.relu(x) if self.extra_relu else x)
         x = self.conv7(x)
         x = self.conv8(x)  #                                                     [N, 256, H/4, W/4]
         return self.conv8_313(x)  #                                              [N, 313, H/4, W/4]

@@ -6,13 +6,15 @@ The mathematics is pure functions on Paddle tensors (the AuC: on NumPy arrays).
 
 import hashlib
 import json
+import math
 import os
 import pickle
+import pickletools
 import platform
+import re
 import shlex
 import signal
 import sys
-from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -22,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 import PIL
 from tqdm import tqdm
+
+from model import CIC, EXTRA_RELU
 
 RESOURCES = Path(__file__).resolve().parent / "resources"
 
@@ -37,7 +40,11 @@ class UserError(SystemExit):
 
 def printable(path):
     """A file's name for a message: bytes that are no UTF-8 and line breaks are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def one_line(text):
+    """Text from a file for a message: what would not print, or break the line, is escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -97,15 +104,33 @@ def soft_cross_entropy(logits, indices, weights):
     """Cross-entropy with a soft target that is given by its few non-zero entries (Eq. 2, without v).
 
     logits [N, Q, h, w]; indices int64 and weights float32 [N, K, h, w] as `soft_encode` returns them
-    (weights sum to 1) -> float32 [N, h, w], nats per position.
-
-    A dense target is never built. As the weights sum to 1, -sum_k w_k log p_k is the cross-entropy
-    of the first neighbor alone, for which Paddle has a fast, stable kernel, corrected by a
-    difference of logits.
+    (weights sum to 1, the indices of a position differ) -> float32 [N, h, w], nats per position.
+    Gradients reach the logits only.
     """
-    first = F.cross_entropy(logits, indices[:, :1], axis=1, reduction="none").squeeze(1)
-    chosen = paddle.take_along_axis(logits, indices, axis=1)  #                        [N, K, h, w]
-    return first + chosen[:, 0] - (weights * chosen).sum(axis=1)
+    return _SoftCrossEntropy.apply(logits, indices, weights)
+
+
+class _SoftCrossEntropy(paddle.autograd.PyLayer):
+    """-sum_k w_k log p_k = log(sum_q exp x_q) - sum_k w_k x_k, whose gradient is softmax minus target.
+
+    By hand, because nothing of the logits' size is then kept but the logits; and Paddle's own log_softmax along
+    axis 1 is some thirty times slower on the CPU, its cross_entropy cut off at 64 nats there.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, indices, weights):
+        peak = logits.max(axis=1, keepdim=True)
+        log_sum = (logits - peak).exp_().sum(axis=1, keepdim=True).log() + peak  #          [N, 1, h, w]
+        ctx.save_for_backward(logits, indices, weights, log_sum)
+        chosen = paddle.take_along_axis(logits, indices, axis=1)  #                         [N, K, h, w]
+        return log_sum.squeeze(1) - (weights * chosen).sum(axis=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, indices, weights, log_sum = ctx.saved_tensor()
+        result = (logits - log_sum).exp_()  #                                               [N, Q, h, w]
+        result = paddle.put_along_axis(result, indices, -weights, axis=1, reduce="add")
+        return result.multiply_(gradient.unsqueeze(1))
 
 
 def entropy(weights):
@@ -242,46 +267,48 @@ def save_checkpoint(state, path):
         paddle.save(state, str(temporary))
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Opens what `paddle.save` writes and nothing that could run code: arrays, numbers, strings, containers."""
-
-    ALLOWED = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("builtins", "tuple"): tuple,
-        ("__builtin__", "tuple"): tuple,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module, name):
-        if (module, name) in self.ALLOWED:
-            return self.ALLOWED[module, name]
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return super().find_class(module, name)
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
-
-
 def load_checkpoint(path):
-    """The dict that `save_checkpoint` or `paddle.save` wrote, with NumPy arrays for the tensors.
+    """The dict that `save_checkpoint` or `paddle.save` (2.0 to 3.x) wrote, or a safetensors file.
 
-    Nothing in the file is executed. Raises UserError, naming the file, when it is missing, damaged
-    or holds anything but arrays, numbers, strings and containers of them.
+    NumPy arrays take the place of the tensors. Nothing in the file is executed: `paddle.load` would unpickle it,
+    and a pickle can run code. Raises UserError, naming the file, when it is missing, damaged or holds anything
+    but arrays, numbers, strings and containers of them.
     """
     try:
         with open(path, "rb") as file:
-            state = _ArrayUnpickler(file).load()
+            state = _read_safetensors(path) if is_safetensors(file) else _read_pickle(file)
     except FileNotFoundError:
         raise UserError(f"{printable(path)}: no such checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{printable(path)}: not a readable checkpoint: {error or type(error).__name__}") from error
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except Exception as error:  # bad bytes make the readers raise whatever they like: KeyError, struct.error, …
+        reason = one_line(str(error) or type(error).__name__)
+        raise UserError(f"{printable(path)}: not a readable checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise UserError(f"{printable(path)}: holds a {type(state).__name__}, not the state of a network")
     state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
     return state
+
+
+def check_names(state, expected, path):
+    """Raises UserError, naming them, when the state lacks names that are expected or has others."""
+    if missing := [name for name in expected if name not in state]:
+        raise UserError(f"{printable(path)}: another network's checkpoint, it lacks {_some(missing)}")
+    if unexpected := [str(name) for name in state if name not in expected]:
+        raise UserError(f"{printable(path)}: another network's checkpoint, it also has {_some(unexpected)}")
+
+
+def _some(names):
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return one_line(", ".join(names[:3])) + more
+
+
+def load_network(path):
+    """The network that the weights at `path` are for (the paper's, or the earlier port's variant), with them in it."""
+    state = load_checkpoint(path)
+    network = CIC(extra_relu=EXTRA_RELU in state)
+    set_weights(network, state, path)
+    return network
 
 
 def load_weights(network, path):
@@ -292,26 +319,178 @@ def load_weights(network, path):
 def set_weights(network, state, path):
     """Puts a state dict of arrays, read from `path`, into the network. Raises UserError if it does not fit wholly."""
     expected = network.state_dict()
-
-    def complain(what, names):
+    if (EXTRA_RELU in state) != (EXTRA_RELU in expected):
+        theirs, ours = ("with", "without") if EXTRA_RELU in state else ("without", "with")
         raise UserError(
-            f"{printable(path)}: {what}: {', '.join(names[:3])}"
-            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            f"{printable(path)}: weights for the network {theirs} the earlier port's extra ReLU ({EXTRA_RELU}); "
+            f"in this one, {ours} it, they would give other colors"
         )
-
-    if missing := [name for name in expected if name not in state]:
-        complain("another network's checkpoint, it lacks", missing)
-    if unexpected := [str(name) for name in state if name not in expected]:
-        complain("another network's checkpoint, it also has", unexpected)
+    check_names(state, expected, path)
+    found = {name: list(getattr(state[name], "shape", [type(state[name]).__name__])) for name in expected}
     if misshapen := [
-        f"{name} {list(np.shape(state[name]))} instead of {expected[name].shape}"
-        for name in expected
-        if list(np.shape(state[name])) != list(expected[name].shape)
+        f"{name} {found[name]} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if found[name] != list(tensor.shape)
     ]:
-        complain("another network's checkpoint", misshapen)
+        raise UserError(f"{printable(path)}: another network's checkpoint: {_some(misshapen)}")
     if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
-        complain("not finite (NaN or infinity)", broken)
-    network.set_state_dict(state)
+        raise UserError(f"{printable(path)}: not finite (NaN or infinity): {_some(broken)}")
+    network.set_state_dict({name: x.astype(np.float32) if x.dtype.kind == "f" else x for name, x in state.items()})
+
+
+# -------------------------------------------------------------------------------------------------
+# Pickles and safetensors, read as data
+#
+# A pickle is a program that names functions and calls them with arguments of its own. The few that `paddle.save`
+# writes are replaced by the stand-ins below, which check their arguments: NumPy's own would take any size and, by
+# way of a forged dtype, numbers for pointers.
+
+
+def _read_pickle(file):
+    _check_memo(file)
+    # Python 2 wrote the bytes of an array as a string, to be read as latin1.
+    state = _to_plain(_ArrayUnpickler(file, encoding="latin1").load(), {})
+    if isinstance(state, dict) and (parts := state.pop("UnpackBigParamInfor@@", None)):
+        for name, part in parts.items():  # below protocol 4, Paddle splits arrays of over 1 GB
+            joined = np.concatenate([state.pop(key) for key in part["slices"]])
+            state[name] = joined.reshape(part["OriginShape"])
+    return state
+
+
+def _check_memo(file):
+    """Refuses a pickle that asks for memory: the memo's indices count up, but a single one may claim gigabytes."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise pickle.UnpicklingError("its memo has gaps")
+    file.seek(0)
+
+
+def _to_plain(value, done):
+    """The unpickled value with NumPy arrays for their stand-ins; `done`: containers met before, by identity."""
+    if isinstance(value, _PickledArray):
+        return _widen(value.array)
+    if value is None or isinstance(value, (bool, int, float, str, np.generic)):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            plain = {_to_plain(key, done): _to_plain(item, done) for key, item in value.items()}
+        elif isinstance(value, (list, tuple)):
+            plain = type(value)(_to_plain(item, done) for item in value)
+        else:
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which no checkpoint needs")
+        done[id(value)] = plain
+    return done[id(value)]
+
+
+def _widen(array):
+    """bfloat16, which NumPy lacks and Paddle hands on as uint16, as float32; other arrays as they are."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Opens what `paddle.save` writes and nothing that could run code."""
+
+    def find_class(self, module, name):
+        module = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
+        if (module, name) not in STAND_INS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
+        stand_in = STAND_INS[module, name]
+        return lambda *arguments: stand_in(*arguments)  # a fresh one, as a pickle may also set attributes
+
+
+class _PickledDtype:
+    """The type of an array's numbers: f4, i8, …"""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code, *_):
+        if not re.fullmatch("b1|[iu][1248]|f[248]", code):
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}, not of numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        if state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
+
+    def array(self, shape, data, order="C"):
+        data = data.encode("latin1") if isinstance(data, str) else data
+        if math.prod(shape) * self.dtype.itemsize != len(data) or min(shape, default=0) < 0:
+            raise pickle.UnpicklingError(f"it holds {len(data)} bytes for an array of shape {shape}")
+        return np.ndarray(shape, self.dtype, data, order=order).astype(self.dtype.newbyteorder("="))
+
+
+class _PickledArray:
+    """An array that is on its way: first made empty, then given shape, type and bytes."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_):
+        self.array = np.empty(0, np.float32)
+
+    def __setstate__(self, state):
+        _, shape, dtype, in_fortran_order, data = state
+        self.array = dtype.array(shape, data, "F" if in_fortran_order else "C")
+
+
+def _named_tensor(pair):
+    """Paddle 2.1 and later write a tensor among other things as tuple((name, array))."""
+    return pair[1] if len(pair) == 2 and isinstance(pair[1], _PickledArray) else tuple(pair)
+
+
+def _lone_tensor(*arguments):
+    """Paddle writes a DenseTensor as eval("data", {"data": array})."""
+    if arguments[:1] != ("data",) or not isinstance(arguments[1]["data"], _PickledArray):
+        raise pickle.UnpicklingError("it holds builtins.eval, which no checkpoint needs")
+    return arguments[1]["data"]
+
+
+def _encode(text, encoding):
+    """Protocol 2 has no bytes and writes them as a string to be encoded."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds text in {encoding}")
+    return text.encode("latin1")
+
+
+STAND_INS = {
+    ("collections", "OrderedDict"): dict,
+    ("builtins", "tuple"): _named_tensor,
+    ("builtins", "eval"): _lone_tensor,
+    ("builtins", "bytes"): lambda: b"",
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): None,  # only ever named as the kind of array that _reconstruct shall make
+    ("numpy", "dtype"): _PickledDtype,
+    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy.core.multiarray", "scalar"): lambda dtype, data: dtype.array((), data)[()],
+}
+
+
+def is_safetensors(file):
+    """Whether an open file begins as that format does: the header's length in 8 bytes, then JSON."""
+    start = file.read(9)
+    file.seek(0)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
+
+
+def _read_safetensors(path):
+    safetensors = import_safetensors(path)
+    return {name: _widen(array) for name, array in safetensors.load_file(path).items()}
+
+
+def save_safetensors(state, path):
+    """Writes a flat dict of NumPy arrays in the format to publish weights in: it holds numbers and nothing else."""
+    safetensors = import_safetensors(path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.save(state, metadata={"format": "pd"}))
+
+
+def import_safetensors(path):
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise UserError(
+            f"{printable(path)}: this format needs the package safetensors (pip install safetensors)"
+        ) from None
+    return safetensors.numpy
 
 
 # -------------------------------------------------------------------------------------------------

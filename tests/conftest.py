@@ -1,0 +1,96 @@
+"""What the tests share: photographs that scikit-image bundles, a small network, the scripts' main functions."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image, ImageOps
+from skimage import data
+
+import test
+import train
+import utils
+from model import NUM_BINS, conv_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+
+os.environ.setdefault("GLOG_minloglevel", "2")
+utils.use_all_cores()
+
+
+class SmallNetwork(paddle.nn.Layer):
+    """Reads and returns what CIC does, with 1/500 of its parameters: for tests of what is around the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = paddle.nn.Sequential(*(conv_stage(i, o, 1, stride=2) for i, o in ((1, 16), (16, 32), (32, 32))))
+        self.up = paddle.nn.Conv2DTranspose(32, 32, 4, stride=2, padding=1)
+        self.head = paddle.nn.Conv2D(32, NUM_BINS, 1)
+
+    def forward(self, lightness):
+        return self.head(self.up(self.down(lightness)))
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """`train.py` and `test.py` use the small network."""
+    monkeypatch.setattr(train, "CIC", SmallNetwork)
+    monkeypatch.setattr(test, "CIC", SmallNetwork)
+    return SmallNetwork
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder of four photographs, 96 pixels wide or high at the short side, of different shapes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in PHOTOGRAPHS:
+        image = Image.fromarray(getattr(data, name)())
+        scale = 96 / min(image.size)
+        image.resize([round(side * scale) for side in image.size]).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory):
+    """A folder of the same four as squares of 64 pixels."""
+    folder = tmp_path_factory.mktemp("squares")
+    for name in PHOTOGRAPHS:
+        ImageOps.fit(Image.fromarray(getattr(data, name)()), (64, 64)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def run_training(tmp_path, squares):
+    """Runs `train.py` for two steps of four 32-pixel crops; flags override. Returns the lines of its log."""
+
+    def run(*flags, folder="run", image_dir=squares):
+        short = "--load_size 40 --crop_size 32 --batch_size 4 --max_steps 2 --loss_step 1 --num_workers 0"
+        where = ["--model_path", str(tmp_path / folder / "model"), "--log_path", str(tmp_path / folder / "log")]
+        code = train.main(train.parse_args(["--image_dir", str(image_dir), *where, *short.split(), *map(str, flags)]))
+        assert code == 0
+        return [json.loads(line) for line in (tmp_path / folder / "log" / "train.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def stopped():
+    """Runs a main function that must stop with one clear line, and returns the line."""
+
+    def stopped(main, args):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        message = str(stop.value.code)
+        assert message and "\n" not in message
+        return message
+
+    return stopped
+
+
+def random_rgb(count, seed=0):
+    """uint8 [count, 3, 1, 1] random colors."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, 1, 1), dtype=np.uint8)

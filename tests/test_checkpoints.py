@@ -1,0 +1,305 @@
+"""Checkpoints are opened as data: whatever `paddle.save` wrote is read, anything else is refused and never run."""
+
+import importlib.util
+import os
+import pickle
+import sys
+import time
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from utils import UserError, load_checkpoint, load_weights, save_checkpoint, save_safetensors
+
+needs_safetensors = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="safetensors is missing")
+
+
+@pytest.fixture
+def network():
+    return nn.Sequential(nn.Conv2D(2, 3, 3), nn.BatchNorm2D(3))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "epoch_0_model.pdparams"
+
+
+def refusal(path, content=None):
+    """The message with which a file is refused: one line that begins with its name."""
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and message.isprintable()
+    return message[len(str(path)) + 2 :]
+
+
+def assert_same(loaded, saved):
+    if isinstance(saved, dict):
+        assert list(loaded) == list(saved)
+        for name in saved:
+            assert_same(loaded[name], saved[name])
+    elif isinstance(saved, (list, tuple)):
+        assert len(loaded) == len(saved) and type(loaded) is type(saved)
+        for one, other in zip(loaded, saved):
+            assert_same(one, other)
+    elif isinstance(saved, paddle.Tensor):
+        assert type(loaded) is np.ndarray
+        np.testing.assert_array_equal(loaded, saved.numpy())
+    else:
+        np.testing.assert_array_equal(loaded, saved)
+
+
+# -------------------------------------------------------------------------------------------------
+# What Paddle writes
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_weights_come_back_whatever_the_protocol(network, path, protocol):
+    """2 was Paddle 2.0's default, 4 is today's."""
+    paddle.save(network.state_dict(), str(path), protocol=protocol)
+    assert_same(load_checkpoint(path), network.state_dict())
+
+
+def test_an_optimizers_state_comes_back(network, path):
+    schedule = paddle.optimizer.lr.MultiStepDecay(0.1, [2, 5])
+    optimizer = paddle.optimizer.Adam(schedule, parameters=network.parameters())
+    network(paddle.ones([1, 2, 4, 4])).sum().backward()
+    optimizer.step()
+    schedule.step()
+    save_checkpoint(optimizer.state_dict(), path)
+    assert_same(load_checkpoint(path), optimizer.state_dict())
+
+
+def test_nested_states_come_back(network, path):
+    """Here Paddle writes tensors as pairs of a name and an array."""
+    state = {
+        "network": network.state_dict(),
+        "progress": {"epoch": 3, "best": np.float64(1.5), "count": np.int64(7), "done": False, "rest": None},
+        "list": [paddle.arange(3), ("a", 1.5), "text"],
+        "scalar": paddle.to_tensor(2.5),
+    }
+    save_checkpoint(state, path)
+    assert_same(load_checkpoint(path), state)
+
+
+def test_arrays_of_every_kind_come_back(path):
+    for protocol in (2, 3, 4):
+        kinds = ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64", ">f4", ">i8")
+        state = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+        state |= {"empty": np.zeros((0, 3)), "number": np.array(2.0), "columns": np.asfortranarray(np.eye(2, 3))}
+        with open(path, "wb") as file:
+            pickle.dump(state, file, protocol)
+        loaded = load_checkpoint(path)
+        assert_same(loaded, state)
+        assert all(array.flags.writeable and array.dtype.isnative for array in loaded.values())
+
+
+def test_bfloat16_is_widened(network, path):
+    save_checkpoint({"nested": [paddle.to_tensor([1.5, -2.0, 3e38]).astype("bfloat16")]}, path)
+    (array,) = load_checkpoint(path)["nested"]
+    np.testing.assert_allclose(array, [1.5, -2.0, 3e38], rtol=1 / 128)
+
+
+def test_dense_tensors_come_back(path):
+    """Paddle writes these as a call of `eval`, of which only this one expression is understood."""
+    two = paddle.full([2], 2.0)  # by name, as the DenseTensor does not keep it alive
+    save_checkpoint({"dense": [two.value().get_tensor()], "tensor": [paddle.ones([1])]}, path)
+    assert_same(load_checkpoint(path), {"dense": [two], "tensor": [np.ones(1)]})
+
+
+def test_large_parameters_that_paddle_split_are_joined(path):
+    """Below protocol 4 it writes an array of over 1 GB in parts."""
+    state = {
+        "weight@@.0": np.arange(4.0),
+        "weight@@.1": np.arange(4.0, 6.0),
+        "UnpackBigParamInfor@@": {"weight": {"OriginShape": (2, 3), "slices": ["weight@@.0", "weight@@.1"]}},
+        "StructuredToParameterName@@": {"weight": "linear_0.w_0"},
+    }
+    path.write_bytes(pickle.dumps(state, 2))
+    assert_same(load_checkpoint(path), {"weight": np.arange(6.0).reshape(2, 3)})
+
+
+def test_a_checkpoint_of_paddle_2_0_under_python_2_comes_back(path):
+    """As it was then: text is bytes, an array's numbers are such text, NumPy's module has its old name."""
+    path.write_bytes(
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89U\x08\x00\x00\x80\x3f\x00\x00\x80\xbftbs."
+    )
+    assert_same(load_checkpoint(path), {"w": np.array([1, -1], np.float32)})
+
+
+@needs_safetensors
+def test_safetensors_are_known_by_their_content(network, path):
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    save_safetensors(state, path)
+    loaded = load_checkpoint(path)
+    assert_same({name: loaded[name] for name in state}, state)
+    load_weights(network, path)
+
+
+def test_without_safetensors_the_message_says_what_to_install(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install safetensors" in refusal(path, b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+
+
+# -------------------------------------------------------------------------------------------------
+# What runs code, or asks for memory
+
+
+class Call:
+    """Pickles as a call of the function: what an attacker puts into a file."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_a_malicious_pickle_does_not_run(path, tmp_path, protocol):
+    trace = tmp_path / "it-ran"
+    for function, argument in (
+        (os.system, f"touch {trace}"),
+        (eval, f"open({str(trace)!r}, 'w')"),
+        (exec, f"open({str(trace)!r}, 'w')"),
+        (os.mkdir, str(trace)),
+        (np.save, str(trace)),
+    ):
+        attack = {"conv1.0.weight": np.ones(3), "conv1.0.bias": Call(function, argument)}
+        assert "which no checkpoint needs" in refusal(path, pickle.dumps(attack, protocol))
+        assert "which no checkpoint needs" in refusal(path, pickle.dumps(Call(function, argument), protocol))
+    assert not list(tmp_path.glob("it-ran*"))
+
+
+def test_the_message_says_what_the_file_held(path):
+    assert "posix.system" in refusal(path, pickle.dumps({"a": Call(os.system, "true")}))
+    assert "time.sleep" in refusal(path, pickle.dumps({"a": time.sleep}))
+    assert "it holds a set" in refusal(path, pickle.dumps({"a": {1, 2}}))
+    assert "holds a list, not the state" in refusal(path, pickle.dumps([1]))
+    assert "Linear" in refusal(path, pickle.dumps({"a": nn.Linear}))
+
+
+def array_pickle(shape, code, data, flags=0):
+    """One array, with a dtype and numbers that need not fit."""
+    return pickle.dumps({"a": _Forged(shape, _ForgedDtype(code, flags), data)}, 2)
+
+
+class _ForgedDtype:
+    def __init__(self, code, flags):
+        self.code, self.flags = code, flags
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), (3, "<", None, None, None, -1, -1, self.flags)
+
+
+class _Forged:
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        shape, dtype, data = self.parts
+        reconstruct = np.ones(1).__reduce__()[0]
+        return reconstruct, (np.ndarray, (0,), b"b"), (1, shape, dtype, False, data)
+
+
+def test_forged_arrays_are_refused(path):
+    path.write_bytes(array_pickle((2,), "f4", b"\0" * 8))
+    assert load_checkpoint(path)["a"].shape == (2,)  # the forgery works, if it is honest
+    for shape, code, data, message in (
+        ((1,), "O8", b"\x41" * 8, "array of 'O8'"),  # numbers that would be taken for pointers
+        ((2**40,), "f4", b"\0" * 8, "8 bytes for an array of shape"),
+        ((2**32, 2**32), "f4", b"", "0 bytes for an array"),  # a product that overflows to nothing
+        ((-2, -1), "f4", b"\0" * 8, "8 bytes for an array"),
+        ((1,), "V8", b"\0" * 8, "array of 'V8'"),
+        ((1,), "S8", b"\0" * 8, "array of 'S8'"),
+    ):
+        assert message in refusal(path, array_pickle(shape, code, data))
+
+
+def test_allowed_functions_are_not_called_with_what_the_file_says(path):
+    """NumPy's own would take these for gigabytes, for the pickled function's attributes, for objects."""
+    reconstruct, scalar = np.ones(1).__reduce__()[0], np.float64(1).__reduce__()[0]
+    assert load_checkpoint_of(path, Call(reconstruct, np.ndarray, (2**40,), b"d")).size == 0
+    assert "array of 'O'" in refusal(path, pickle.dumps({"a": Call(scalar, Call(np.dtype, "O"), [1])}))
+    assert "not a readable checkpoint" in refusal(path, pickle.dumps({"a": Call(np.ndarray, (2**40,))}))
+    assert "not a readable checkpoint" in refusal(path, pickle.dumps({"a": Call(eval, "data", {"data": 1})}))
+
+
+def load_checkpoint_of(path, value):
+    path.write_bytes(pickle.dumps({"a": value}))
+    return load_checkpoint(path)["a"]
+
+
+def test_a_few_bytes_do_not_cost_gigabytes(path):
+    assert "its memo has gaps" in refusal(path, b"\x80\x02}r\xff\xff\xff\x0f.")
+    assert "not a readable checkpoint" in refusal(path, b"\x80\x04}\x8e\xff\xff\xff\xff\xff\xff\xff\x0f.")
+    bomb = []
+    for _ in range(60):
+        bomb = [bomb, bomb]  # 2^60 lists, if each were copied
+    path.write_bytes(pickle.dumps({"a": bomb}))
+    load_checkpoint(path)
+    endless = []
+    endless.append(endless)
+    assert "not a readable checkpoint" in refusal(path, pickle.dumps({"a": endless}))
+
+
+# -------------------------------------------------------------------------------------------------
+# Damaged files and other networks' files
+
+
+def test_a_truncated_file_costs_one_line_wherever_it_ends(network, path):
+    paddle.save(network.state_dict(), str(path))
+    whole = path.read_bytes()
+    for length in (0, 1, 2, 9, 40, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        assert "not a readable checkpoint" in refusal(path, whole[:length])
+
+
+@needs_safetensors
+def test_a_truncated_safetensors_file_costs_one_line(path):
+    save_safetensors({"a": np.ones(100, np.float32)}, path)
+    assert "not a readable checkpoint" in refusal(path, path.read_bytes()[:-1])
+
+
+def test_noise_and_missing_files_cost_one_line(path, tmp_path):
+    assert "not a readable checkpoint" in refusal(path, np.random.default_rng(0).bytes(1000))
+    assert "not a readable checkpoint" in refusal(path, b"PK\x03\x04")
+    assert "no such checkpoint" in refusal(tmp_path / "nothing.pdparams")
+    assert "is a directory" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("0.bias"), r"another network's checkpoint, it lacks 0.bias$"),
+        (lambda s: s.clear(), r"it lacks 0.weight, 0.bias, 1.weight and 3 more$"),
+        (lambda s: s.update(extra=paddle.ones([1])), r"another network's checkpoint, it also has extra$"),
+        (
+            lambda s: s.update({"0.bias": paddle.ones([4])}),
+            r"another network's checkpoint: 0.bias \[4\] instead of \[3\]",
+        ),
+        (lambda s: s.update({"0.bias": paddle.to_tensor([1.0, float("nan"), 1.0])}), r"not finite .*: 0.bias$"),
+        (lambda s: s.update({"0.bias": [1.0, 2.0, 3.0]}), r"checkpoint: 0.bias \['list'\] instead of \[3\]"),
+    ],
+    ids=["missing", "many missing", "unexpected", "misshapen", "NaN", "no array"],
+)
+def test_weights_that_do_not_fit_are_named(network, path, change, message):
+    before = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+    state = dict(network.state_dict())
+    change(state)
+    save_checkpoint(state, path)
+    with pytest.raises(UserError, match=message):
+        load_weights(network, path)
+    assert_same(before, network.state_dict())  # and nothing of it was taken
+
+
+def test_weights_that_fit_are_taken(network, path):
+    other = nn.Sequential(nn.Conv2D(2, 3, 3), nn.BatchNorm2D(3))
+    save_checkpoint(other.state_dict(), path)
+    load_weights(network, path)
+    assert_same({name: tensor.numpy() for name, tensor in network.state_dict().items()}, other.state_dict())

@@ -1,0 +1,226 @@
+"""`test.py`: photographs in, colored photographs out."""
+
+import os
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+from conftest import SmallNetwork
+from PIL import Image
+from skimage import color, data
+
+import test
+from dataset import lab_to_rgb, rgb_to_lab, to_uint8
+from utils import EXIT_SKIPPED, annealed_mean, load_ab_bins, save_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path, small_network):
+    """Colors with a random small network. Returns the exit code and the folder of results."""
+    paddle.seed(0)
+    network = SmallNetwork()
+    save_checkpoint(network.state_dict(), tmp_path / "model" / "epoch_19_model.pdparams")
+
+    def run(images, *flags, result="result"):
+        where = ["--model_path", str(tmp_path / "model"), "--result_path", str(tmp_path / result)]
+        return test.main(test.parse_args([str(images), *where, *map(str, flags)])), tmp_path / result
+
+    run.network = network
+    return run
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_every_photograph_keeps_its_place_and_its_size(run, tmp_path, photographs):
+    nested = tmp_path / "in"
+    for i, path in enumerate(sorted(photographs.iterdir())):
+        (nested / f"class {i}").mkdir(parents=True)
+        os.link(path, nested / f"class {i}" / path.name)
+    code, result = run(nested)
+    assert code == 0
+    for path in nested.rglob("*.png"):
+        assert pixels(result / path.relative_to(nested)).shape == pixels(path).shape
+    assert len(list(result.rglob("*"))) == 8
+
+
+def test_lightness_stays_the_photographs_own(run, photographs):
+    _, result = run(photographs, "--temperature", 1000)
+    for path in photographs.iterdir():
+        before, after = (color.rgb2lab(pixels(p))[..., 0] for p in (path, result / path.name))
+        assert np.abs(before - after).mean() < 0.5  # colors out of gamut are clipped, which moves L a little
+
+
+def test_a_result_is_the_networks_ab_upsampled_bilinearly(run, photographs):
+    """Step by step, without strips, batches and threads."""
+    _, result = run(photographs / "coffee.png", "--load_size", 64)
+    image = Image.open(photographs / "coffee.png")
+    small = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))
+    run.network.eval()
+    with paddle.no_grad():
+        lightness = rgb_to_lab(paddle.to_tensor(small.transpose(2, 0, 1)[None]))[:, :1]
+        ab = annealed_mean(run.network(lightness - 50), load_ab_bins())
+    full = rgb_to_lab(paddle.to_tensor(np.asarray(image).transpose(2, 0, 1)[None]))
+    ab = F.interpolate(ab, size=full.shape[2:], mode="bilinear")
+    expected = to_uint8(lab_to_rgb(paddle.concat([full[:, :1], ab], axis=1)))[0].transpose([1, 2, 0]).numpy()
+    assert np.abs(pixels(result / "coffee.png").astype(int) - expected).max() <= 1
+
+
+def test_strips_and_batches_change_nothing(run, photographs, monkeypatch):
+    _, whole = run(photographs, "--batch_size", 1, result="whole")
+    monkeypatch.setattr(test, "STRIP_PIXELS", 700)
+    monkeypatch.setattr(test, "PIXELS_AHEAD", 20_000)
+    _, strips = run(photographs, "--batch_size", 3, "--num_workers", 1, result="strips")
+    for path in photographs.iterdir():
+        assert np.abs(pixels(whole / path.name).astype(int) - pixels(strips / path.name)).max() <= 1
+
+
+def test_the_network_sees_the_aspect_in_multiples_of_8():
+    assert test.network_size(500, 375, 256) == (344, 256)
+    assert test.network_size(375, 500, 256) == (256, 344)
+    assert test.network_size(50, 50, 256) == (256, 256)
+    assert test.network_size(10_000, 10, 256) == (2048, 256)  # squeezed, so that memory is bounded
+    assert test.network_size(3, 3, 4) == (8, 8)
+
+
+def test_squares_as_papers_evaluate(run, photographs):
+    _, result = run(photographs, "--load_size", 72, "--crop_size", 64)
+    for path in result.iterdir():
+        assert pixels(path).shape == (64, 64, 3)
+    gray_photo = color.rgb2lab(np.asarray(Image.open(photographs / "rocket.png").resize((108, 72), Image.BILINEAR)))
+    left = (gray_photo.shape[1] - 64) // 2
+    own = color.rgb2lab(pixels(result / "rocket.png"))[..., 0]
+    assert np.abs(own - gray_photo[4:68, left : left + 64, 0])[1:-1, 1:-1].mean() < 1
+
+
+def test_temperature_makes_colors_duller(run, photographs):
+    chroma = []
+    for temperature in (0.01, 1):
+        _, result = run(photographs / "coffee.png", "--temperature", temperature)
+        chroma.append(np.hypot(*color.rgb2lab(pixels(result / "coffee.png"))[..., 1:].transpose(2, 0, 1)).mean())
+    assert chroma[0] > chroma[1] + 5
+
+
+def test_gray_alpha_palette_cmyk_16_bit_and_turned_photographs(run, tmp_path):
+    coffee = Image.fromarray(data.coffee()[::8, ::8])  # 75 x 50
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    coffee.convert("L").save(folder / "gray.png")
+    coffee.convert("RGBA").save(folder / "alpha.png")
+    coffee.quantize(32).save(folder / "palette.png")
+    coffee.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.asarray(coffee.convert("L")).astype(np.uint16) * 257).save(folder / "16bit.tif")
+    coffee.save(folder / "turned.jpg", exif=exif)
+    for suffix in ("bmp", "webp", "ppm"):
+        coffee.save(folder / f"{suffix}.{suffix}")
+    code, result = run(folder)
+    assert code == 0
+    assert {p.stem for p in result.iterdir()} == {p.stem for p in folder.iterdir()}
+    for path in result.iterdir():
+        assert pixels(path).shape == ((75, 50, 3) if path.stem == "turned" else (50, 75, 3))
+
+
+def test_a_file_that_cannot_be_read_costs_a_line_and_the_exit_code(run, tmp_path, photographs, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = (photographs / "coffee.png").read_bytes()
+    (folder / "a.png").write_bytes(whole)
+    (folder / "b.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "c.png").write_bytes(b"")
+    (folder / "d.png").write_bytes(whole)
+    code, result = run(folder)
+    assert code == EXIT_SKIPPED
+    assert {p.name for p in result.iterdir()} == {"a.png", "d.png"}
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2 and "b.png" in lines[0] + lines[1] and "c.png: empty file" in lines[0] + lines[1]
+
+
+def test_names_that_differ_in_the_suffix_alone_both_get_results(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "gray").save(folder / "a.jpg")
+    Image.new("RGB", (24, 16), "gray").save(folder / "a.png")
+    _, result = run(folder)
+    assert pixels(result / "a.png").shape == (16, 16, 3) and pixels(result / "a.png.png").shape == (16, 24, 3)
+
+
+def test_names_of_any_bytes(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", "猫.png".encode(), b"a\nb.png", b"-rf.png", b"a b.png"):
+        Image.new("RGB", (16, 16), "gray").save(os.fsdecode(os.path.join(os.fsencode(folder), name)))
+    code, result = run(folder)
+    assert code == 0 and set(os.listdir(os.fsencode(result))) == set(os.listdir(os.fsencode(folder)))
+
+
+def test_max_samples_and_skip_existing(run, photographs, capsys):
+    _, result = run(photographs, "--max_samples", 2)
+    assert [p.name for p in sorted(result.iterdir())] == ["astronaut.png", "chelsea.png"]
+    before = (result / "astronaut.png").stat().st_mtime_ns
+    run(photographs, "--skip_existing")
+    assert len(list(result.iterdir())) == 4 and (result / "astronaut.png").stat().st_mtime_ns == before
+    assert "2 images colored" in capsys.readouterr().out
+
+
+def test_compare_writes_sheets_beside_the_results(run, photographs):
+    _, result = run(photographs, "--compare")
+    assert len(list(result.iterdir())) == 4
+    sheet = pixels(result.with_name("result_compare") / "sheet_001.png")
+    assert sheet.shape[1] > 3 * 320 and sheet.std() > 10
+
+
+def test_results_inside_the_folder_are_not_colored_again(run, tmp_path, photographs):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((photographs / "coffee.png").read_bytes())
+    run(folder, "--compare", result="in/result")
+    run(folder, "--compare", result="in/result")
+    assert sorted(p.name for p in folder.rglob("*.png")) == ["a.png", "a.png", "sheet_001.png"]
+
+
+# What the user can get wrong
+
+
+def test_mistakes_give_one_line(run, tmp_path, photographs, stopped):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    coffee = photographs / "coffee.png"
+
+    def message(images, *flags, **settings):
+        return stopped(lambda _: run(images, *flags, **settings), None)
+
+    assert "missing: no such file" in message(tmp_path / "missing")
+    assert "empty: no images" in message(tmp_path / "empty")
+    assert "there are: --load_model 19" in message(coffee, "--load_model", 7)
+    assert "multiple of 8" in message(coffee, "--crop_size", 100)
+    assert "larger than --load_size" in message(coffee, "--crop_size", 512)
+    assert "temperature" in message(coffee, "--temperature", 0)
+    assert "batch_size" in message(coffee, "--batch_size", 0)
+    assert "cannot be written" in message(coffee, result="file/result")
+    assert "overwrite" in message(coffee, result=photographs)
+
+
+def test_a_checkpoint_by_its_path(run, tmp_path, photographs):
+    code, _ = run(photographs / "coffee.png", "--load_model", tmp_path / "model" / "epoch_19_model.pdparams")
+    assert code == 0
+
+
+def test_checkpoints_that_do_not_fit(run, tmp_path, photographs, stopped):
+    path = tmp_path / "model" / "epoch_19_model.pdparams"
+    whole = path.read_bytes()
+
+    def message():
+        return stopped(lambda _: run(photographs / "coffee.png"), None)
+
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "not a readable checkpoint" in message()
+    save_checkpoint(paddle.nn.Linear(2, 2).state_dict(), path)
+    assert "another network" in message()
+    state = run.network.state_dict()
+    state["head.bias"] = state["head.bias"] * float("nan")
+    save_checkpoint(state, path)
+    assert "not finite" in message() and "head.bias" in message()

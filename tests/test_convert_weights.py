@@ -1,0 +1,541 @@
+"""Weights from elsewhere give here what they give there: against networks that are built here in their layouts.
+
+The real files are not at hand, so random weights stand in, with the batch-norm statistics that they have on
+photographs, and the releases' conventions: their scales of input and output, their temperature, their formats.
+"""
+
+import hashlib
+import importlib.util
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+import skimage.color
+import skimage.data
+import skimage.transform
+from paddle import nn
+
+import weights
+from model import CIC, EXTRA_RELU
+from resources import convert_weights
+from utils import UserError, annealed_mean, load_ab_bins, load_checkpoint, load_network, load_weights, save_checkpoint
+
+SIDE = 64
+STAGES = ((2, 64, 2, 1), (2, 128, 2, 1), (3, 256, 2, 1), (3, 512, 1, 1), (3, 512, 1, 2), (3, 512, 1, 2), (3, 512, 1, 1))
+needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
+needs_safetensors = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="safetensors is missing")
+
+
+@pytest.fixture(scope="module")
+def lightness():
+    """Of four photographs, as float32 [4, 1, SIDE, SIDE] in [0, 100]; scikit-image computes it."""
+    names = ("astronaut", "coffee", "chelsea", "rocket")
+    photos = [
+        skimage.transform.resize(getattr(skimage.data, name)(), (SIDE, SIDE), anti_aliasing=True) for name in names
+    ]
+    return np.stack([skimage.color.rgb2lab(photo)[None, :, :, 0] for photo in photos]).astype(np.float32)
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """Runs the script on a file and returns the logits of the network that it wrote."""
+
+    def run(source, lightness, *options):
+        path = tmp_path / "epoch_converted_model.pdparams"
+        convert_weights.main(convert_weights.parse_args([str(source), str(path), *options]))
+        return logits_of(load_network(path), lightness - 50)
+
+    return run
+
+
+def read_and_run(source, lightness):
+    """Like `convert`, without the file between."""
+    return logits_of(weights.read_network(source)[0], lightness - 50)
+
+
+@paddle.no_grad()
+def logits_of(network, x):
+    network.eval()
+    return network(paddle.to_tensor(x)).numpy()
+
+
+def ab_map(logits):
+    return annealed_mean(paddle.to_tensor(logits), load_ab_bins()).numpy()
+
+
+def expected_ab(logits, temperature):
+    """The mean over the bins in float64, in one line of NumPy."""
+    likelihood = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
+    return np.einsum("nqhw,qc->nchw", likelihood / likelihood.sum(axis=1, keepdims=True), load_ab_bins().numpy())
+
+
+def assert_agree(ours, theirs):
+    """Logits to 1e-4 of their largest; they must also differ from place to place, or little would be shown."""
+    assert theirs.std() > 0.5 and theirs.std(axis=(2, 3)).mean() > 0.2
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+# -------------------------------------------------------------------------------------------------
+# The authors' PyTorch release
+
+
+def official_module():
+    """A network of the layout of the authors' eccv16, with random weights."""
+    import torch
+
+    class Colorizer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            width = 1
+            for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
+                layers = []
+                for i in range(convs):
+                    step = stride if i == convs - 1 else 1
+                    layers += [torch.nn.Conv2d(width, channels, 3, step, dilation, dilation), torch.nn.ReLU()]
+                    width = channels
+                self.add_module(f"model{number}", torch.nn.Sequential(*layers, torch.nn.BatchNorm2d(channels)))
+            layers = [torch.nn.ConvTranspose2d(512, 256, 4, 2, 1), torch.nn.ReLU()]
+            layers += [torch.nn.Conv2d(256, 256, 3, 1, 1), torch.nn.ReLU()]
+            layers += [torch.nn.Conv2d(256, 256, 3, 1, 1), torch.nn.ReLU()]
+            self.model8 = torch.nn.Sequential(*layers, torch.nn.Conv2d(256, 313, 1))
+            self.model_out = torch.nn.Conv2d(313, 2, 1, bias=False)
+
+        def forward(self, lightness):
+            x = (lightness - 50) / 100
+            for number in range(1, 9):
+                x = getattr(self, f"model{number}")(x)
+            return x, self.model_out(torch.softmax(x, dim=1)) * 110
+
+    torch.manual_seed(0)
+    network = Colorizer()
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # the statistics are the average of the passes below
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, std=0.3)
+    network.model8[6].weight.data *= 4  # logits as decided as a trained network's
+    network.model_out.weight.data = torch.tensor(load_ab_bins().numpy().T.reshape(2, 313, 1, 1) / 110).contiguous()
+    return network
+
+
+@pytest.fixture(scope="module")
+def official(lightness, tmp_path_factory):
+    """The release as a file, its logits and its ab map."""
+    torch = pytest.importorskip("torch")
+    network, x = official_module(), torch.tensor(lightness)
+    with torch.no_grad():
+        network.train()(x)
+        logits, ab = network.eval()(x)
+    path = tmp_path_factory.mktemp("official") / "colorization_release.pth"
+    torch.save(network.state_dict(), path)
+    return path, logits.numpy(), ab.numpy()
+
+
+@needs_torch
+def test_official_release_gives_the_authors_colors_by_default(official, lightness, convert):
+    path, logits, ab = official
+    ours = convert(path, lightness)
+    assert_agree(ours, 0.38 * logits)
+    np.testing.assert_allclose(ab_map(ours), ab, atol=0.05)
+    assert ab.std() > 5  # they are colors
+
+
+@needs_torch
+def test_official_release_whose_head_carries_no_temperature(official, lightness, convert):
+    path, logits, _ = official
+    ours = convert(path, lightness, "--head_temperature", "1")
+    assert_agree(ours, logits)
+    np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
+
+
+@needs_torch
+def test_official_release_in_the_format_of_before_pytorch_1_6(official, lightness, tmp_path):
+    import torch
+
+    path, logits, _ = official
+    state = torch.load(path, weights_only=True)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_agree(read_and_run(tmp_path / "old.pth", lightness), 0.38 * logits)
+
+
+@needs_torch
+@needs_safetensors
+def test_official_release_as_safetensors(official, lightness, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    path, logits, _ = official
+    save_file(torch.load(path, weights_only=True), tmp_path / "official.safetensors")
+    assert_agree(read_and_run(tmp_path / "official.safetensors", lightness), 0.38 * logits)
+
+
+@pytest.fixture
+def edited(official, tmp_path):
+    """The release after a change to its state dict."""
+    import torch
+
+    def edit(change):
+        state = torch.load(official[0], weights_only=True)
+        change(state)
+        torch.save(state, tmp_path / "edited.pth")
+        return tmp_path / "edited.pth"
+
+    return edit
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.update({"model_out.weight": s["model_out.weight"].flip(1)}), r"number 0 is \(100, 0\) instead of"),
+        (lambda s: s.update({"model_out.weight": s["model_out.weight"][:, :300]}), r"model_out is \[2, 300, 1, 1\]"),
+        (lambda s: s.pop("model3.6.running_var"), r"lacks model3.6.running_var$"),
+        (lambda s: s.update({"model9.0.weight": s["model1.0.bias"]}), r"also has model9.0.weight$"),
+        (lambda s: s.update({"model2.0.weight": s["model2.0.weight"][:, :1]}), r"conv2.0.weight \[128, 1, 3, 3\] inst"),
+        (lambda s: s["model4.0.weight"].fill_(float("nan")), r"not finite.*conv4.0.weight"),
+    ],
+    ids=["other order of bins", "other number of bins", "missing", "unexpected", "misshapen", "NaN"],
+)
+def test_official_release_that_was_changed_is_refused(edited, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        weights.read_network(edited(change))
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------
+# The earlier Paddle port
+
+
+class PortNetwork(nn.Layer):
+    def __init__(self, layers):
+        super().__init__()
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, lightness):
+        return self.features(lightness)
+
+
+def port_network(extra_relu=True):
+    """One flat Sequential; the port had a ReLU between the batch norm of conv5 and conv6."""
+    paddle.seed(0)
+    layers, width = [], 1
+    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
+        if number == 6 and extra_relu:
+            layers.append(nn.ReLU())
+        for i in range(convs):
+            layers.append(nn.Conv2D(width, channels, 3, stride if i == convs - 1 else 1, dilation, dilation))
+            layers.append(nn.ReLU())
+            width = channels
+        layers.append(nn.BatchNorm2D(channels, momentum=0.0))
+    layers += [nn.Conv2DTranspose(512, 256, 4, 2, 1), nn.ReLU(), nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU()]
+    layers += [nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2D(256, 313, 1)]
+    network = PortNetwork(layers)
+    for layer in layers:
+        if isinstance(layer, (nn.Conv2D, nn.Conv2DTranspose)):
+            fan_in = np.prod(layer.weight.shape) / layer.bias.shape[0]
+            layer.weight.set_value(paddle.randn(layer.weight.shape) * (2 / fan_in) ** 0.5)
+        elif isinstance(layer, nn.BatchNorm2D):
+            layer.weight.set_value(paddle.rand(layer.weight.shape) + 0.5)
+            layer.bias.set_value(0.3 * paddle.randn(layer.bias.shape))
+    layers[0].weight.set_value(layers[0].weight / 30)  # the input, L - 50, is about that large
+    return network
+
+
+@pytest.fixture(scope="module")
+def port(lightness, tmp_path_factory):
+    """The port's checkpoint, its logits, and those that it would give without its extra ReLU."""
+    network, x = port_network(), lightness - 50
+    with paddle.no_grad():
+        network(paddle.to_tensor(x))  # in training mode, with a momentum of 0: the statistics are the photographs'
+    state = network.state_dict()
+    path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
+    paddle.save(state, str(path))
+    return path, logits_of(network, x), state
+
+
+def test_port_gives_its_own_colors(port, lightness, convert):
+    path, logits, _ = port
+    ours = convert(path, lightness)
+    assert_agree(ours, logits)
+    np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
+
+
+def test_port_without_its_extra_relu_would_give_other_colors(port, lightness):
+    network, _ = weights.read_network(port[0])
+    network.extra_relu = False
+    changed = ab_map(logits_of(network, lightness - 50)) - ab_map(port[1])
+    assert np.abs(changed).mean() > 1
+
+
+def test_port_saved_from_data_parallel(port, lightness, tmp_path):
+    path, logits, state = port
+    paddle.save({f"_layers.{name}": tensor for name, tensor in state.items()}, str(tmp_path / "parallel.pdparams"))
+    assert_agree(read_and_run(tmp_path / "parallel.pdparams", lightness), logits)
+
+
+def test_a_checkpoint_does_not_load_into_the_other_variant(tmp_path):
+    """Both ways; a silent change of colors is what must not happen."""
+    for extra_relu in (True, False):
+        save_checkpoint(CIC(extra_relu).state_dict(), tmp_path / "epoch_0_model.pdparams")
+        with pytest.raises(UserError, match=f"extra ReLU \\({EXTRA_RELU}\\)"):
+            load_weights(CIC(not extra_relu), tmp_path / "epoch_0_model.pdparams")
+        assert load_network(tmp_path / "epoch_0_model.pdparams").extra_relu == extra_relu
+
+
+# -------------------------------------------------------------------------------------------------
+# The authors' Caffe release: the file is written here byte by byte, as protobuf's documentation has it
+
+
+def varint(number):
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+def field(number, payload):
+    """Length-delimited: a message, a string or a packed array."""
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def blob(array, old_shape=False, double=False):
+    shape = field(7, field(1, b"".join(map(varint, array.shape))))
+    if old_shape:
+        sizes = (1,) * (4 - array.ndim) + array.shape
+        shape = b"".join(varint(number << 3) + varint(size) for number, size in enumerate(sizes, start=1))
+    return shape + (field(8, array.astype("<f8").tobytes()) if double else field(5, array.astype("<f4").tobytes()))
+
+
+def write_caffe(path, layers, old=False, **options):
+    """`layers`: {name: arrays}. `old` is the form of layers before 2015."""
+    layer_number, name_number, blob_number = (2, 4, 6) if old else (100, 1, 7)
+    net = field(1, b"a network") + field(3, b"data_l")
+    for name, arrays in layers.items():
+        kind = varint(5 << 3) + varint(4) if old else field(2, b"Convolution")
+        blobs = b"".join(field(blob_number, blob(array, old_shape=old, **options)) for array in arrays)
+        net += field(layer_number, field(name_number, name.encode()) + kind + blobs)
+    path.write_bytes(net)
+    return path
+
+
+FACTOR = 999.98
+
+
+def caffe_network(x):
+    """Layers with random weights and the statistics that they have on x, L - 50; returns them and the logits."""
+    random = np.random.default_rng(0)
+    layers = {"data_ab_ss": [np.ones((2, 1, 1, 1))]}  # a layer that only training needs
+
+    def convolve(name, x, out, size, transposed=False, **options):
+        shape = (x.shape[1], out, size, size) if transposed else (out, x.shape[1], size, size)
+        gain = 4 if transposed else 1
+        fan_in = x.shape[1] * size * size / gain
+        weight = random.normal(0, (2 / fan_in) ** 0.5, shape).astype(np.float32)
+        bias = random.normal(0, 0.1, out).astype(np.float32)
+        layers[name] = [weight, bias]
+        function = F.conv2d_transpose if transposed else F.conv2d
+        return function(x, paddle.to_tensor(weight), paddle.to_tensor(bias), **options)
+
+    x = paddle.to_tensor(x / 30)
+    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
+        for i in range(1, convs + 1):
+            name = f"conv{number}_{i}" if (number, i) != (1, 1) else "bw_conv1_1"
+            options = {"stride": stride if i == convs else 1, "padding": dilation, "dilation": dilation}
+            x = F.relu(convolve(name, x, channels, 3, **options))
+        mean, variance = x.mean(axis=[0, 2, 3]), x.var(axis=[0, 2, 3], unbiased=False)
+        layers[f"conv{number}_{convs}norm"] = [
+            *(FACTOR * mean.numpy(), FACTOR * variance.numpy(), np.array([FACTOR], np.float32)),
+        ]
+        x = (x - mean.reshape([1, -1, 1, 1])) / (variance.reshape([1, -1, 1, 1]) + 1e-5).sqrt()
+    x = F.relu(convolve("conv8_1", x, 256, 4, transposed=True, stride=2, padding=1))
+    x = F.relu(convolve("conv8_3", F.relu(convolve("conv8_2", x, 256, 3, padding=1)), 256, 3, padding=1))
+    logits = convolve("conv8_313", x, 313, 1)
+    layers["bw_conv1_1"][0] /= 30  # instead of the input
+    layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as it comes; programs fill it in
+    return layers, logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def caffe(lightness):
+    return caffe_network(lightness - 50)
+
+
+def test_caffe_release_gives_the_authors_colors(caffe, lightness, convert, tmp_path):
+    layers, logits = caffe
+    ours = convert(write_caffe(tmp_path / "release.caffemodel", layers), lightness)
+    assert_agree(ours, logits)
+    np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
+
+
+def test_caffe_file_of_before_2015_in_double_precision(caffe, lightness, tmp_path):
+    layers, logits = caffe
+    path = write_caffe(tmp_path / "release.caffemodel", layers, old=True, double=True)
+    assert_agree(read_and_run(path, lightness), logits)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"conv6_2": []}, r"lacks conv6_2.0, conv6_2.1$"),
+        ({"conv3_3norm": [np.ones(256), np.ones(256), np.zeros(1)]}, "conv3_3norm was never trained"),
+        ({"conv5_1": [np.ones((512, 512, 5, 5)), np.ones(512)]}, r"conv5.0.weight \[512, 512, 5, 5\] instead of"),
+    ],
+    ids=["missing", "untrained", "misshapen"],
+)
+def test_other_caffe_networks_are_refused(caffe, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        weights.read_network(write_caffe(tmp_path / "other.caffemodel", {**caffe[0], **change}))
+
+
+# -------------------------------------------------------------------------------------------------
+# Files that are none of these
+
+
+def test_files_of_other_kinds_cost_one_clear_line(tmp_path):
+    for content, message in {
+        b"": "text or empty",
+        b"<!DOCTYPE html><html><body>Not found": "did its download go wrong",
+        b'name: "net"\nlayer {\n  name: "conv1"\n}': "text or empty",
+        b"\xff\xd8\xff\xe0 a JPEG": "no format that is known here",
+        field(100, field(1, b"conv1_2"))[:-2]: "no format that is known here",
+        b"PK\x03\x04 cut short": "PyTorch",
+        b"\x80\x04cut short": "not a readable checkpoint",
+    }.items():
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            weights.read_network(tmp_path / "file")
+        assert "\n" not in str(error.value) and str(tmp_path / "file") in str(error.value)
+    with pytest.raises(UserError, match="no such file"):
+        weights.read_network(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is a directory"):
+        weights.read_network(tmp_path)
+
+
+def test_another_networks_checkpoint_is_refused_by_name(tmp_path):
+    paddle.save(nn.Linear(2, 2).state_dict(), str(tmp_path / "linear.pdparams"))
+    with pytest.raises(UserError, match=r"no network that is known here; it holds weight, bias"):
+        weights.read_network(tmp_path / "linear.pdparams")
+
+
+def test_pytorch_is_asked_for_only_when_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "release.pth").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match="pip install torch"):
+        weights.read_network(tmp_path / "release.pth")
+    with pytest.raises(UserError, match="pip install torch"):
+        weights.find_weights(tmp_path, "official")
+
+
+# -------------------------------------------------------------------------------------------------
+# The script
+
+
+@needs_safetensors
+def test_safetensors_out_and_in_keep_every_number(port, tmp_path, capsys):
+    def convert(source, destination):
+        convert_weights.main(convert_weights.parse_args([str(source), str(destination)]))
+        return capsys.readouterr().out.splitlines()
+
+    report, use = convert(port[0], tmp_path)
+    assert report.endswith("epoch_port_19_model.pdparams: 32,240,377 numbers of the earlier Paddle port")
+    assert use == f"python test.py --model_path {tmp_path} --load_model port_19 --image_dir DIR"
+    ours = tmp_path / "epoch_port_19_model.pdparams"
+    convert(ours, tmp_path)
+    published = tmp_path / "epoch_port_19_model.safetensors"
+    convert(published, tmp_path / "again.pdparams")
+    first, second, third = (load_checkpoint(p) for p in (ours, published, tmp_path / "again.pdparams"))
+    assert first.keys() == second.keys() == third.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(np.array_equal(first[name], third[name]) for name in first)
+    assert load_network(published).extra_relu
+
+
+@pytest.mark.parametrize(
+    "source, kind, written",
+    [
+        ("colorization_release_v2-9b330a0b.pth", weights.PYTORCH, "epoch_official_model.pdparams"),
+        ("colorization_release_v2.caffemodel", weights.CAFFE, "epoch_caffe_model.pdparams"),
+        ("colorization_release_v2_norebal.caffemodel", weights.CAFFE, "epoch_norebal_model.pdparams"),
+        ("epoch_19_model.pdparams", weights.PORT, "epoch_port_19_model.pdparams"),
+        ("epoch_19_model.pdparams", weights.OURS, "epoch_19_model.safetensors"),
+        ("epoch_19_model.safetensors", weights.OURS, "epoch_19_model.pdparams"),
+    ],
+)
+def test_names_in_a_model_folder(source, kind, written):
+    assert convert_weights.destination_path(source, "model", kind).name == written
+
+
+def test_the_source_is_not_overwritten(port):
+    with pytest.raises(UserError, match="is the source itself"):
+        convert_weights.main(convert_weights.parse_args([str(port[0]), str(port[0])]))
+
+
+# -------------------------------------------------------------------------------------------------
+# --load_model official
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Puts a file behind the official address, on this machine; its name ends with digits of the hash or others."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    monkeypatch.setattr("paddle.utils.download.WEIGHTS_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def put(content, digits=None):
+            name = f"release-{digits or hashlib.sha256(content).hexdigest()[:8]}.pth"
+            (folder / name).write_bytes(content)
+            monkeypatch.setattr(weights, "OFFICIAL_URL", f"http://127.0.0.1:{server.server_port}/{name}")
+            return tmp_path / "cache" / name
+
+        yield put
+        server.shutdown()
+
+
+@needs_torch
+def test_official_is_downloaded_once_and_kept(official, lightness, serve, tmp_path, monkeypatch):
+    serve(official[0].read_bytes())
+    path = weights.find_weights(tmp_path / "model", "official")
+    assert path == tmp_path / "model" / "epoch_official_model.pdparams"
+    assert_agree(logits_of(load_network(path), lightness - 50), 0.38 * official[1])
+    monkeypatch.setattr(weights, "OFFICIAL_URL", "http://127.0.0.1:9/unreachable-00000000.pth")
+    assert weights.find_weights(tmp_path / "model", "official") == path
+
+
+def test_a_download_with_another_hash_is_refused_and_removed(serve, tmp_path):
+    cached = serve(b"PK not what it says", digits="9b330a0b")
+    with pytest.raises(UserError, match=r"SHA-256 [0-9a-f]{8}…, not 9b330a0b…: damaged"):
+        weights.download(weights.OFFICIAL_URL, tmp_path)
+    assert not cached.exists()
+
+
+def test_without_a_network_there_is_one_line_with_the_offline_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("paddle.utils.download.WEIGHTS_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    url = "http://127.0.0.1:9/release-9b330a0b.pth"
+    with pytest.raises(UserError) as error:
+        weights.download(url, tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{url}: cannot be downloaded (")
+    assert f"python resources/convert_weights.py release-9b330a0b.pth {tmp_path / 'model'}" in str(error.value)
+
+
+def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
+    with pytest.raises(UserError, match=r"Caffe alone.*norebal.caffemodel, then python resources/convert_weights.py"):
+        weights.find_weights(tmp_path, "norebal")
+    with pytest.raises(UserError, match="epoch_19_model.pdparams: no such checkpoint; there is none"):
+        weights.find_weights(tmp_path, "19")
+    (tmp_path / "epoch_3_model.safetensors").touch()
+    with pytest.raises(UserError, match="there are: --load_model 3$"):
+        weights.find_weights(tmp_path, "19")
+    assert weights.find_weights(tmp_path, "3") == tmp_path / "epoch_3_model.safetensors"
+    assert weights.find_weights("elsewhere", str(tmp_path / "epoch_3_model.safetensors")).parent == tmp_path

@@ -1,0 +1,49 @@
+"""The network's shape, parameter count and layout."""
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from model import CIC
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = CIC()
+    network.eval()
+    return network
+
+
+def test_parameter_count(network):
+    assert sum(int(np.prod(p.shape)) for p in network.parameters()) == 32_240_377
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 64, 64), (1, 40, 72)])
+def test_the_output_is_a_quarter_of_the_input(network, size):
+    n, h, w = size
+    with paddle.no_grad():
+        assert network(paddle.zeros([n, 1, h, w])).shape == [n, 313, h // 4, w // 4]
+
+
+def test_layers_follow_the_table(network):
+    def describe(layer):
+        if isinstance(layer, nn.Conv2D):
+            return (
+                f"{layer.weight.shape[0]}"
+                + ("/2" if layer._stride[0] == 2 else "")
+                + ("d2" if layer._dilation[0] == 2 else "")
+            )
+        return {nn.ReLU: "r", nn.BatchNorm2D: "n"}[type(layer)]
+
+    stages = [" ".join(map(describe, getattr(network, f"conv{i}"))) for i in range(1, 8)]
+    assert stages == [
+        "64 r 64/2 r n",
+        "128 r 128/2 r n",
+        "256 r 256 r 256/2 r n",
+        "512 r 512 r 512 r n",
+        "512d2 r 512d2 r 512d2 r n",
+        "512d2 r 512d2 r 512d2 r n",
+        "512 r 512 r 512 r n",
+    ]
+    assert network.conv8[0].weight.shape == [512, 256, 4, 4] and network.conv8_313.weight.shape == [313, 256, 1, 1]

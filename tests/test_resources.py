@@ -1,0 +1,96 @@
+"""The shipped tables, and the scripts that make them."""
+
+import subprocess
+import sys
+
+import numpy as np
+from conftest import ROOT
+from PIL import Image
+from skimage import color
+
+from resources import estimate_prior, make_pts_in_hull
+from utils import load_ab_bins, load_prior
+
+
+def test_the_shipped_bins_are_those_of_the_script():
+    bins = np.load(ROOT / "resources" / "pts_in_hull.npy")
+    assert bins.dtype == np.int64 and bins.shape == (313, 2)
+    assert np.array_equal(bins, make_pts_in_hull.ab_bins())
+    assert np.array_equal(load_ab_bins().numpy(), bins)
+
+
+def test_bins_are_in_the_published_order():
+    bins = [tuple(x) for x in np.load(ROOT / "resources" / "pts_in_hull.npy")]
+    assert bins == sorted(set(bins)) and bins[0] == (-90, 50) and bins[-1] == (100, 0)
+
+
+def test_all_but_four_bins_follow_from_the_srgb_gamut():
+    """The corners of each 10x10 cell that an sRGB color falls in; the four others are the published table's own."""
+    levels = np.arange(256)
+    surface = [np.stack(np.broadcast_arrays(*channels), -1).reshape(-1, 3) for channels in _cube_faces(levels)]
+    ab = color.rgb2lab(np.concatenate(surface)[None].astype(np.uint8))[0, :, 1:]
+    inside = color.rgb2lab(np.random.default_rng(0).integers(0, 256, (1, 400_000, 3), dtype=np.uint8))[0, :, 1:]
+    cells = np.unique(np.floor(np.concatenate([ab, inside]) / 10).astype(int), axis=0) * 10
+    corners = {(a + i, b + j) for a, b in cells.tolist() for i in (0, 10) for j in (0, 10)}
+    table = {tuple(x) for x in make_pts_in_hull.ab_bins().tolist()}
+    assert table - corners == {(40, 90), (100, -90), (100, -10), (100, 0)}
+
+
+def _cube_faces(levels):
+    for end in (0, 255):
+        yield end, levels[:, None], levels
+        yield levels[:, None], end, levels
+        yield levels[:, None], levels, end
+
+
+def test_the_shipped_prior_is_a_distribution_without_zeros():
+    prior = np.load(ROOT / "resources" / "prior_probs.npy")
+    assert prior.dtype == np.float64 and prior.shape == (313,)
+    assert prior.sum() == 1 or abs(prior.sum() - 1) < 1e-12
+    assert prior.min() > 0
+    assert np.allclose(load_prior().numpy(), prior)
+
+
+def test_an_own_prior_is_the_mean_gaussian_over_all_bins(tmp_path, squares):
+    """Against a dense float64 computation over every pixel; a gray and a broken file do not count."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pixels = []
+    for path in sorted(squares.iterdir())[:2]:
+        image = Image.open(path).resize((256, 256), Image.Resampling.BILINEAR)
+        image.save(folder / path.name)
+        pixels.append(np.asarray(image))
+    Image.new("RGB", (300, 200), "gray").save(folder / "gray.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    output = tmp_path / "prior.npy"
+    flags = ["--image_dir", str(folder), "--output", str(output), "--num_workers", "0"]
+    assert estimate_prior.main(estimate_prior.parse_args(flags)) == 3
+
+    ab = color.rgb2lab(np.stack(pixels)).reshape(-1, 3)[:, 1:]
+    bins = make_pts_in_hull.ab_bins()
+    expected = np.zeros(313)
+    for part in np.array_split(ab, 50):
+        weights = np.exp(-((part[:, None] - bins) ** 2).sum(axis=2) / 50)
+        expected += (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
+    expected = (expected + 1) / (expected + 1).sum()
+    # The script counts colors in cells of a quarter unit, which matters far from all colors alone.
+    assert np.abs(np.load(output) - expected).sum() < 1e-3
+    np.testing.assert_allclose(np.load(output), expected, rtol=0.2)
+
+
+def test_a_set_without_color_has_no_prior(tmp_path, stopped):
+    Image.new("RGB", (30, 20), "gray").save(tmp_path / "gray.png")
+    args = estimate_prior.parse_args(
+        ["--image_dir", str(tmp_path), "--output", str(tmp_path / "p"), "--num_workers", "0"]
+    )
+    assert "no color image" in stopped(estimate_prior.main, args)
+
+
+def test_the_scripts_of_resources_run_from_anywhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "resources" / "estimate_prior.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "--image_dir" in done.stdout

@@ -1,0 +1,238 @@
+"""Weights, loss, annealed mean, AuC and small helpers, against dense NumPy in float64."""
+
+import argparse
+
+import numpy as np
+import paddle
+import pytest
+
+import utils
+from utils import (
+    UserError,
+    annealed_mean,
+    auc,
+    entropy,
+    error_histogram,
+    is_gray,
+    load_ab_bins,
+    load_prior,
+    rebalancing_weights,
+    soft_cross_entropy,
+)
+
+RANDOM = np.random.default_rng(0)
+
+
+# Rebalancing weights
+
+
+@pytest.mark.parametrize("lam", [0, 0.5, 1])
+def test_weights_average_to_one_under_the_prior(lam):
+    prior = load_prior()
+    weights = rebalancing_weights(prior, lam)
+    assert np.sum(prior.numpy().astype(np.float64) * weights.numpy()) == pytest.approx(1, abs=1e-6)
+
+
+def test_weights_are_the_formula_of_the_paper():
+    prior = load_prior().numpy().astype(np.float64)
+    raw = 1 / (0.5 * prior + 0.5 / 313)
+    np.testing.assert_allclose(rebalancing_weights(load_prior(), 0.5), raw / (prior * raw).sum(), rtol=1e-5)
+
+
+def test_lambda_one_weights_all_bins_alike():
+    np.testing.assert_allclose(rebalancing_weights(load_prior(), 1).numpy(), 1, rtol=1e-6)
+
+
+def test_the_shipped_prior_weights_nearly_as_imagenet_does():
+    weights = rebalancing_weights(load_prior()).numpy()  # over ImageNet's training set: 0.097 to 6.17
+    assert weights.min() == pytest.approx(0.097, rel=0.05) and weights.max() == pytest.approx(6.17, rel=0.05)
+
+
+@pytest.mark.parametrize("lam", [0, 0.5, 1])
+def test_a_prior_with_zeros_gives_finite_weights(lam):
+    prior = np.zeros(313, np.float32)
+    prior[100:110] = 0.1
+    weights = rebalancing_weights(paddle.to_tensor(prior), lam).numpy()
+    assert np.isfinite(weights).all() and (weights * prior).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_lambda_outside_its_range_is_an_error():
+    with pytest.raises(UserError, match="lambda"):
+        rebalancing_weights(load_prior(), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.ones(312), r"shape \(313,\)"),
+        (np.full(313, np.nan), "finite"),
+        (np.zeros(313), "zero"),
+        (-np.ones(313), "neg"),
+    ],
+)
+def test_a_prior_that_is_none_is_an_error(tmp_path, content, message):
+    np.save(tmp_path / "prior.npy", content)
+    with pytest.raises(UserError, match=message):
+        load_prior(tmp_path / "prior.npy")
+
+
+def test_a_prior_that_is_no_array_is_an_error(tmp_path):
+    (tmp_path / "prior.npy").write_text("313 numbers")
+    with pytest.raises(UserError, match="prior.npy"):
+        load_prior(tmp_path / "prior.npy")
+    with pytest.raises(UserError, match="missing.npy"):
+        load_prior(tmp_path / "missing.npy")
+
+
+def test_an_image_is_gray_when_no_ab_exceeds_5():
+    ab = paddle.zeros([3, 2, 4, 4])
+    ab[1, 1, 2, 3] = -5.5
+    ab[2, 0, 0, 0] = 5.0
+    assert is_gray(ab).tolist() == [True, False, True]
+
+
+# Loss
+
+
+def sparse_targets(n, h, w, k=5, bins=313):
+    """Random indices (distinct at each position) and weights, and the same as a dense float64 map."""
+    indices = RANDOM.random((n, bins, h, w)).argsort(axis=1)[:, :k]
+    weights = RANDOM.dirichlet(np.ones(k), (n, h, w)).transpose(0, 3, 1, 2)
+    dense = np.zeros((n, bins, h, w))
+    np.put_along_axis(dense, indices, weights, axis=1)
+    return paddle.to_tensor(indices), paddle.to_tensor(weights.astype(np.float32)), dense
+
+
+def dense_cross_entropy(logits, dense):
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -(dense * log_probabilities).sum(axis=1), np.exp(log_probabilities)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3, 30])
+def test_cross_entropy_is_that_of_the_dense_target(scale):
+    indices, weights, dense = sparse_targets(2, 6, 5)
+    logits = (scale * RANDOM.standard_normal((2, 313, 6, 5))).astype(np.float32)
+    expected, _ = dense_cross_entropy(logits, dense)
+    nats = soft_cross_entropy(paddle.to_tensor(logits), indices, weights)
+    assert nats.shape == [2, 6, 5]
+    np.testing.assert_allclose(nats.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_its_gradient_is_softmax_minus_target():
+    indices, weights, dense = sparse_targets(2, 3, 4)
+    values = RANDOM.standard_normal((2, 313, 3, 4)).astype(np.float32)
+    logits = paddle.to_tensor(values, stop_gradient=False)
+    soft_cross_entropy(logits, indices, weights).sum().backward()
+    _, probabilities = dense_cross_entropy(values, dense)
+    np.testing.assert_allclose(logits.grad.numpy(), probabilities - dense, atol=1e-6)
+
+
+def test_its_gradient_is_that_of_finite_differences():
+    indices, weights, dense = sparse_targets(1, 2, 2)
+    values = RANDOM.standard_normal((1, 313, 2, 2)).astype(np.float32)
+    logits = paddle.to_tensor(values, stop_gradient=False)
+    soft_cross_entropy(logits, indices, weights).sum().backward()
+    for bin_index in (0, 100, int(indices[0, 0, 1, 1])):
+        nudged = np.stack([values.astype(np.float64)] * 2)
+        nudged[:, 0, bin_index, 1, 1] += [1e-4, -1e-4]
+        above, below = (dense_cross_entropy(x, dense)[0].sum() for x in nudged)
+        assert float(logits.grad[0, bin_index, 1, 1]) == pytest.approx((above - below) / 2e-4, abs=1e-5)
+
+
+def test_entropy_is_what_the_cross_entropy_reaches_at_best():
+    _, weights, dense = sparse_targets(1, 3, 3)
+    expected = -(dense * np.log(np.maximum(dense, 1e-300))).sum(axis=1)
+    np.testing.assert_allclose(entropy(weights).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+# Annealed mean
+
+
+def test_a_certain_network_gives_the_bin_itself():
+    bins = load_ab_bins()
+    logits = np.full((1, 313, 1, 313), -50, np.float32)
+    logits[0, np.arange(313), 0, np.arange(313)] = 50
+    np.testing.assert_allclose(
+        annealed_mean(paddle.to_tensor(logits), bins).numpy()[0, :, 0].T, bins.numpy(), atol=1e-4
+    )
+
+
+def test_a_high_temperature_gives_the_mean_of_the_bins():
+    bins = load_ab_bins()
+    ab = annealed_mean(paddle.randn([1, 313, 2, 2]), bins, temperature=1e6).numpy()
+    np.testing.assert_allclose(ab[0, :, 1, 1], bins.numpy().mean(axis=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.38, 1])
+def test_the_expectation_under_the_softmax(temperature):
+    logits = 5 * RANDOM.standard_normal((2, 313, 3, 4))
+    scaled = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    expected = np.einsum("nqhw,qc->nchw", scaled / scaled.sum(axis=1, keepdims=True), load_ab_bins().numpy())
+    ab = annealed_mean(paddle.to_tensor(logits.astype(np.float32)), load_ab_bins(), temperature)
+    np.testing.assert_allclose(ab.numpy(), expected, atol=1e-3)
+
+
+# AuC
+
+
+def test_a_perfect_prediction_scores_one():
+    ab = RANDOM.uniform(-90, 90, (2, 20, 30))
+    assert auc(error_histogram(ab, ab)) == 1
+
+
+@pytest.mark.parametrize("offset", [0.5, 1, 10, 149.5, 150, 151, 400])
+def test_a_constant_offset_gives_the_area_by_hand(offset):
+    true = np.zeros((2, 4, 4))
+    predicted = np.stack([np.full((4, 4), offset), np.zeros((4, 4))])
+    shares = np.array([float(offset <= t) for t in range(151)])
+    by_hand = sum((shares[t] + shares[t + 1]) / 2 for t in range(150)) / 150
+    assert auc(error_histogram(predicted, true)) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_histograms_agree_with_counting_and_add_up_with_weights():
+    true, predicted = RANDOM.uniform(-110, 110, (2, 2, 500))
+    weights = RANDOM.random(500)
+    distance = np.sqrt(((true - predicted) ** 2).sum(axis=0))
+    parts = error_histogram(predicted[:, :100], true[:, :100], weights[:100])
+    parts = parts + error_histogram(predicted[:, 100:], true[:, 100:], weights[100:])
+    shares = [weights[distance <= t].sum() / weights.sum() for t in range(151)]
+    assert np.allclose(np.cumsum(parts)[:151] / parts.sum(), shares)
+    assert auc(parts) == pytest.approx(
+        np.trapezoid(shares) / 150 if hasattr(np, "trapezoid") else np.trapz(shares) / 150
+    )
+
+
+# Helpers
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], True),
+        (["--rebalance"], True),
+        (["--rebalance", "True"], True),
+        (["--rebalance", "False"], False),
+        (["--rebalance", "false"], False),
+        (["--no-rebalance"], False),
+    ],
+)
+def test_boolean_flags(given, expected):
+    parser = argparse.ArgumentParser()
+    utils.add_bool_flag(parser, "--rebalance", True, "help")
+    assert parser.parse_args(given).rebalance is expected
+
+
+def test_names_for_messages_stay_on_one_line():
+    assert utils.printable("a\nb") == "a\\nb"
+    assert utils.printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
+    assert utils.printable("é 猫") == "é 猫"
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), utils.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
