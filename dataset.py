@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from utils import UserError, printable
+from utils import UserError, note, printable
 
 # -------------------------------------------------------------------------------------------------
 # Files
@@ -61,6 +61,43 @@ def list_images(root):
     if not paths:
         raise UserError(f"{printable(root)}: no images here ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(paths)
+
+
+def relative_path(path, root):
+    """Of an image that `list_images(root)` found: its path below `root`, or its name if `root` is the file itself."""
+    return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root))
+
+
+def named_images(root):
+    """The images below `root` by their relative path without suffix, {name: path}, sorted.
+
+    Where two differ in the suffix alone, the later one keeps it, as in test.py's results (photo.png, photo.tif.png).
+    """
+    images = {}
+    for path in list_images(root):
+        name = relative_path(path, root)
+        stem = os.path.splitext(name)[0]
+        images[name if stem in images else stem] = path
+    return images
+
+
+def pair_images(true_dir, colored_dir):
+    """Images of two folders that belong together, by the names of `named_images`.
+
+    Returns a list of (name, path of the true image, path of the colored one) and what is left out, a dict from the
+    problem to the names. Raises UserError when not one pair is left.
+    """
+    true, colored = named_images(true_dir), named_images(colored_dir)
+    left_out = {
+        "no colored image": [name for name in true if name not in colored],
+        "no true image": [name for name in colored if name not in true],
+    }
+    pairs = [(name, true[name], colored[name]) for name in true if name in colored]
+    if not pairs:
+        raise UserError(
+            f"{printable(true_dir)} and {printable(colored_dir)} have no image in common (same path but for the suffix)"
+        )
+    return pairs, {problem: names for problem, names in left_out.items() if names}
 
 
 def read_rgb(path):
@@ -316,3 +353,25 @@ class ColorizationDataset(paddle.io.Dataset):
         across, down, mirror = random.random(3)
         square = crop_resized(image, self.load_size, self.crop_size, across, down)
         return (square[:, ::-1] if mirror < 0.5 else square).transpose(2, 0, 1)
+
+
+class ClassificationDataset(paddle.io.Dataset):
+    """Center squares of images for a classifier.
+
+    An item is (uint8 [3, crop_size, crop_size], whether the file could be read).
+    """
+
+    def __init__(self, paths, load_size, crop_size):
+        super().__init__()
+        self.paths, self.load_size, self.crop_size = paths, load_size, crop_size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            image = open_rgb(self.paths[index], least_side=self.load_size)
+        except InvalidImageError as error:
+            note(f"skipped {error}")
+            return np.zeros((3, self.crop_size, self.crop_size), np.uint8), False
+        return crop_resized(image, self.load_size, self.crop_size).transpose(2, 0, 1), True

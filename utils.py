@@ -4,17 +4,28 @@ checkpoints, and small helpers for the command line.
 The mathematics is pure functions on Paddle tensors (the AuC: on NumPy arrays).
 """
 
+import hashlib
+import json
 import math
 import os
 import pickle
 import pickletools
+import platform
 import re
+import shlex
+import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import paddle
+import PIL
+from tqdm import tqdm
 
 from model import CIC, EXTRA_RELU
 
@@ -147,6 +158,11 @@ def annealed_mean(logits, ab_bins, temperature=0.38):
 MAX_THRESHOLD = 150
 
 
+def first_threshold(distance):
+    """The smallest whole t that each distance (NumPy, any shape) lies within, int64; 151 beyond 150."""
+    return np.ceil(distance).clip(max=MAX_THRESHOLD + 1).astype(np.int64)
+
+
 def error_histogram(predicted_ab, true_ab, weights=None):
     """How many pixels (or how much weight) first lie within the threshold t, for t = 0 … 150.
 
@@ -154,9 +170,8 @@ def error_histogram(predicted_ab, true_ab, weights=None):
     is what lies farther off than 150. Histograms of several images add up.
     """
     distance = np.hypot(*(np.asarray(predicted_ab) - np.asarray(true_ab)).reshape(2, -1))
-    threshold = np.ceil(distance).clip(0, MAX_THRESHOLD + 1).astype(np.int64)
     weights = None if weights is None else np.asarray(weights).ravel()
-    return np.bincount(threshold, weights, MAX_THRESHOLD + 2).astype(np.float64)
+    return np.bincount(first_threshold(distance), weights, MAX_THRESHOLD + 2).astype(np.float64)
 
 
 def auc(histogram):
@@ -189,6 +204,61 @@ def atomic_path(path):
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def make_folder(path):
+    """Makes the folder that results go to, before the work for them is done. Raises UserError when it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+        reason = "permission denied"
+    except OSError as error:
+        writable, reason = False, error.strerror.lower()
+    if not writable:
+        raise UserError(f"{printable(path)}: cannot be written to: {reason}")
+
+
+@contextmanager
+def atomic_text(path):
+    """A text file to write, by way of `atomic_path`. A name in it that is no UTF-8 comes out byte for byte."""
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
+        yield file
+
+
+def write_json(data, path):
+    with atomic_text(path) as file:
+        json.dump(data, file, indent=2)
+        file.write("\n")
+
+
+COLORING = "coloring.json"  # beside colored images: what they were made with
+
+
+def read_coloring(results_dir):
+    """What a folder's colored images were made with, as its coloring.json tells; None where there is no such file."""
+    try:
+        return json.loads((Path(results_dir) / COLORING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def provenance():
+    """How a result came about: the command, when, and the versions behind it."""
+    return {
+        "command": printable(shlex.join(sys.argv)),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "paddle": paddle.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+    }
 
 
 def save_checkpoint(state, path):
@@ -445,6 +515,13 @@ def add_bool_flag(parser, name, default, help):
     )
 
 
+def check_at_least(args, **least):
+    """Raises UserError for a flag that is given and smaller than it may be."""
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {value}")
+
+
 def use_all_cores(threads=None):
     """Lets Paddle's CPU operators use the machine's cores; call it before the first operator.
 
@@ -471,8 +548,43 @@ def _has_avx2():
         return False
 
 
+def parallel_map(function, items, num_workers, title, setup=None):
+    """Yields function(item) of each item, in order, from worker processes (0: from this one), behind a progress bar.
+
+    `setup`: a function and its arguments, called once in each process. The place for what is too large to be sent
+    with every item; where processes are forked (Linux) it is not even copied.
+    """
+    bar = partial(tqdm, desc=title, total=len(items), unit="image", disable=None)
+    num_workers = min(num_workers, len(items))
+    if num_workers == 0:
+        if setup:
+            setup[0](*setup[1:])
+        yield from bar(map(function, items))
+        return
+    # Not multiprocessing.Pool: that one waits forever for a worker that was killed.
+    with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(setup,)) as pool:
+        try:
+            yield from bar(pool.map(function, items, chunksize=8))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory: try fewer --num_workers"
+            ) from error
+
+
+def _start_worker(setup):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, one traceback is enough
+    if setup:
+        setup[0](*setup[1:])
+
+
+def note_some(problem, names, limit=10):
+    """A line for each of the first names, one for the others."""
+    for name in names[:limit]:
+        note(f"{printable(name)}: {problem}")
+    if len(names) > limit:
+        note(f"… and {len(names) - limit} more: {problem}")
+
+
 def note(message):
     """One line for the user, on standard error, above any progress bar."""
-    from tqdm import tqdm
-
     tqdm.write(message, file=sys.stderr)

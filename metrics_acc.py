@@ -1,0 +1,328 @@
+"""How well an ImageNet classifier recognizes colored images (Section 3.1 of the paper, "semantic interpretability").
+
+    python metrics_acc.py --imgs_dir DIR                                     VGG-16 on ./result, with both controls
+    python metrics_acc.py --imgs_dir DIR --arch mobilenet_v2 --weights FILE  another classifier, no download
+    python metrics_acc.py --labels val.txt                                   a flat folder, as ImageNet's own
+
+Colors that make sense help a classifier that was trained on color photographs. Two controls bracket the result: the
+true images, and the same in gray (ab = 0), which are classified on the very images that have a colored one.
+
+An image's class is its folder's name, a WordNet id such as n01440764; for flat folders --labels has a line for each
+image, its name and its class (WordNet id, or number in the sorted list of ids, resources/imagenet_synsets.txt).
+
+Prints the table of top-1 and top-5 accuracy and writes accuracy.json and accuracy_per_class.csv into --save_path.
+"""
+
+import argparse
+import csv
+import logging
+import os
+import re
+import sys
+
+import numpy as np
+import paddle
+from paddle.vision import models
+from tqdm import tqdm
+
+from dataset import (
+    IMAGE_SUFFIXES,
+    ClassificationDataset,
+    lab_to_rgb,
+    named_images,
+    pair_images,
+    rgb_to_lightness,
+)
+from utils import (
+    EXIT_SKIPPED,
+    RESOURCES,
+    UserError,
+    atomic_text,
+    available_cores,
+    check_at_least,
+    load_weights,
+    make_folder,
+    note_some,
+    printable,
+    provenance,
+    read_coloring,
+    sha256,
+    use_all_cores,
+    write_json,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as Paddle's classifiers were trained
+TOP = (1, 5)
+
+# -------------------------------------------------------------------------------------------------
+# Classes
+
+
+def load_synsets():
+    """The WordNet ids of the 1000 classes of ImageNet's challenge (ILSVRC 2012) in every classifier's order: sorted."""
+    return (RESOURCES / "imagenet_synsets.txt").read_text().split()
+
+
+def class_number(text, numbers):
+    """The class that a label names, by WordNet id or number; None if there is none. numbers: {WordNet id: number}."""
+    if text in numbers:
+        return numbers[text]
+    return int(text) if text.isascii() and text.isdigit() and int(text) < len(numbers) else None
+
+
+def read_labels(path, numbers):
+    """The lines "name label" of a file as {name without suffix: number of the class}."""
+    labels = {}
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read: {error.strerror.lower()}") from error
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        labels[without_suffix(name.strip())] = number = class_number(label, numbers)
+        if not name or number is None:
+            raise UserError(f"{printable(path)}, line {i}: not a name and a class: {printable(line)}")
+    return labels
+
+
+def without_suffix(name):
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def label_by_folder(name, root, numbers):
+    """The class of an image of that name below `root`, from the folder that it lies in."""
+    folder = os.path.basename(os.path.dirname(name) or os.path.abspath(root))
+    if folder not in numbers:
+        raise UserError(
+            f"{printable(folder)}: the folder of {printable(name)} is no ImageNet class (a WordNet id such as "
+            "n01440764); for a flat folder give --labels FILE"
+        )
+    return numbers[folder]
+
+
+def label_by_file(name, labels, path):
+    """The class of an image from what `read_labels` read, by its relative path or its bare name."""
+    stem = without_suffix(name)
+    for key in (stem, os.path.basename(stem)):
+        if key in labels:
+            return labels[key]
+    raise UserError(f"{printable(name)}: has no line in {printable(path)}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Classifier
+
+
+def load_classifier(arch, weights=None):
+    """A classifier of `paddle.vision.models`, with its published weights or those of a file."""
+    known = sorted(name for name in models.__all__ if name.islower())
+    if arch not in known:
+        raise UserError(f"--arch {printable(arch)}: not one of {', '.join(known)}")
+    create = getattr(models, arch)
+    if not weights:
+        network = download(create, arch)
+    else:
+        network = create()
+        load_weights(network, weights)
+    network.eval()
+    return network
+
+
+def download(create, arch):
+    """The classifier with its published weights, which Paddle downloads once; a failure is told in one line."""
+    logger = logging.getLogger("paddle.utils.download")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells of every retry
+    try:
+        return create(pretrained=True)
+    except AssertionError:
+        raise UserError(f"--arch {arch}: Paddle has no published weights for it; give --weights FILE") from None
+    except (RuntimeError, OSError) as error:
+        url = re.search(r"https?://\S+", str(error))
+        what = url.group() if url else f"the weights of {arch} ({error})"
+        raise UserError(
+            f"cannot download {what}; fetch that file where there is a network, then give --arch {arch} --weights FILE"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def top_classes(network, rgb):
+    """The classes with the largest logits, best first: [N, 3, H, W] in [0, 1] -> int64 [N, 5]."""
+    mean, std = (paddle.to_tensor(values).reshape([1, 3, 1, 1]) for values in (MEAN, STD))
+    logits = network((rgb - mean) / std)
+    if isinstance(logits, (tuple, list)):  # GoogLeNet also returns those of its auxiliary classifiers
+        logits = logits[0]
+    return paddle.topk(logits, max(TOP), axis=1)[1]
+
+
+def as_float(rgb):
+    return rgb.astype("float32") / 255
+
+
+def as_gray(rgb):
+    """The image's L with ab = 0: uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1]."""
+    lightness = rgb_to_lightness(rgb)
+    return lab_to_rgb(paddle.concat([lightness, paddle.zeros_like(lightness), paddle.zeros_like(lightness)], axis=1))
+
+
+@paddle.no_grad()
+def classify(network, paths, labels, versions, args):
+    """For each version of the images whether its class is among the first 1 and 5, and which files can be read.
+
+    labels int64 [N]; versions: {name: function of uint8 [N, 3, H, W]} -> {name: bool [N, 2]}, bool [N].
+    """
+    dataset = ClassificationDataset(paths, args.load_size, args.crop_size)
+    loader = paddle.io.DataLoader(dataset, batch_size=args.batch_size, num_workers=args.num_workers)
+    hits, readable = {name: [] for name in versions}, []
+    with tqdm(desc=", ".join(versions), total=len(paths), unit="image", disable=None) as progress:
+        for rgb, could_be_read in loader:
+            label = labels[len(readable) :][: len(rgb), None]
+            readable += could_be_read.numpy().tolist()
+            for name, version in versions.items():
+                right = top_classes(network, version(rgb)).numpy() == label  #                     [N, 5]
+                hits[name] += [[row[:top].any() for top in TOP] for row in right]
+            progress.update(len(rgb))
+    return {name: np.array(values, bool) for name, values in hits.items()}, np.array(readable, bool)
+
+
+# -------------------------------------------------------------------------------------------------
+# What is written
+
+
+def accuracies(hits):
+    """{"top1": …, "top5": …} of bool [N, 2]."""
+    return {f"top{top}": float(share) for top, share in zip(TOP, hits.mean(axis=0))}
+
+
+def write_per_class(hits, labels, synsets, path):
+    with atomic_text(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(("class", "images", *(f"{name}_top{top}" for name in hits for top in TOP)))
+        for label in np.unique(labels):
+            of_class = labels == label
+            shares = [share for values in hits.values() for share in values[of_class].mean(axis=0)]
+            writer.writerow((synsets[label], of_class.sum(), *(f"{share:.4f}" for share in shares)))
+
+
+def print_table(hits):
+    print(f"{'':8s}" + "".join(f"   top-{top}" for top in TOP))
+    for name, values in hits.items():
+        print(f"{name:8s}" + "".join(f"{share:8.2%}" for share in accuracies(values).values()))
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Accuracy of an ImageNet classifier on colored images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("images").add_argument
+    add("--results_dir", default="./result", help="folder of the colored images (test.py)")
+    add("--imgs_dir", help="folder of the true images, laid out the same: adds them, and gray, as controls")
+    add("--controls_only", action="store_true", help="only the controls, without --results_dir")
+    add("--labels", metavar="FILE", help="lines of an image's name and its class, instead of class folders")
+    add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
+    add("--crop_size", type=int, default=224, help="side of the center crop that is classified, in pixels")
+
+    add = parser.add_argument_group("classifier").add_argument
+    add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models")
+    add("--weights", metavar="FILE", help="its weights (.pdparams), instead of a download")
+
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--batch_size", type=int, default=32, help="images classified at a time")
+    add("--num_workers", type=int, default=min(8, available_cores()), help="processes that decode; 0: this one")
+    add("--save_path", default="./metrics", help="folder for accuracy.json and accuracy_per_class.csv")
+    return parser.parse_args(argv)
+
+
+def find_images(args):
+    """The images' names, {"colored" and/or "true": their paths}, and what is left out, as `pair_images` says it."""
+    if args.controls_only:
+        images = named_images(args.imgs_dir)
+        return list(images), {"true": list(images.values())}, {}
+    if not args.imgs_dir:
+        images = named_images(args.results_dir)
+        return list(images), {"colored": list(images.values())}, {}
+    pairs, left_out = pair_images(args.imgs_dir, args.results_dir)
+    names, true, colored = map(list, zip(*pairs))
+    return names, {"colored": colored, "true": true}, left_out
+
+
+def main(args):
+    check_at_least(args, num_workers=0, batch_size=1, load_size=1, crop_size=1)
+    if args.crop_size > args.load_size:
+        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    if args.controls_only and not args.imgs_dir:
+        raise UserError("--controls_only needs --imgs_dir")
+    use_all_cores()
+
+    # Images and their classes, before the classifier: a wrong folder should not cost a download
+    names, paths, left_out = find_images(args)
+    synsets = load_synsets()
+    numbers = {synset: i for i, synset in enumerate(synsets)}
+    if args.labels:
+        by_name = read_labels(args.labels, numbers)
+        labels = np.array([label_by_file(name, by_name, args.labels) for name in names])
+    else:
+        root = args.imgs_dir or args.results_dir
+        labels = np.array([label_by_folder(name, root, numbers) for name in names])
+    for problem, missing in left_out.items():
+        note_some(problem, missing)
+    make_folder(args.save_path)
+
+    # Classify; what cannot be read in one version is left out of all
+    network = load_classifier(args.arch, args.weights)
+    hits, readable = {}, np.ones(len(names), bool)
+    for version, functions in (("colored", {"colored": as_float}), ("true", {"true": as_float, "gray": as_gray})):
+        if version in paths:
+            more_hits, could_be_read = classify(network, paths[version], labels, functions, args)
+            hits.update(more_hits)
+            readable &= could_be_read
+    if not readable.any():
+        raise UserError(f"none of the {len(names)} images can be read")
+    if not readable.all():
+        left_out["unreadable"] = [name for name, could in zip(names, readable) if not could]
+    hits, labels = {name: values[readable] for name, values in hits.items()}, labels[readable]
+
+    # Write and tell
+    def folder(path):
+        return printable(os.path.abspath(path)) if path else None
+
+    summary = {
+        "accuracy": {name: accuracies(values) for name, values in hits.items()},
+        "images": len(labels),
+        "classes": len(np.unique(labels)),
+        "true_images": folder(args.imgs_dir),
+        "colored_images": None if args.controls_only else folder(args.results_dir),
+        "coloring": None if args.controls_only else read_coloring(args.results_dir),
+        "load_size": args.load_size,
+        "crop_size": args.crop_size,
+        "classifier": {
+            "arch": args.arch,
+            "weights": folder(args.weights) or "published with Paddle",
+            "sha256": sha256(args.weights) if args.weights else None,
+        },
+        "labels": folder(args.labels) or "class folders",
+        "left_out": {problem: [printable(name) for name in missing] for problem, missing in left_out.items()},
+        **provenance(),
+    }
+    json_path = os.path.join(args.save_path, "accuracy.json")
+    csv_path = os.path.join(args.save_path, "accuracy_per_class.csv")
+    write_json(summary, json_path)
+    write_per_class(hits, labels, synsets, csv_path)
+    print_table(hits)
+    print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
+    print(f"written: {printable(json_path)}, {printable(csv_path)}")
+    return EXIT_SKIPPED if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -1,0 +1,84 @@
+"""The README's three steps in a row: get_invalid_images.py, test.py, then both metrics."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from skimage import data
+
+import get_invalid_images
+import metrics_acc
+import metrics_auc
+from model import CIC
+from utils import save_checkpoint
+
+ROOT = Path(get_invalid_images.__file__).parent
+SYNSETS = ("n01443537", "n02123045", "n04285008")
+PHOTOS = [data.coffee()[:200, :300], data.chelsea()[50:250, 50:350], data.rocket()[100:300, 200:500]]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An untrained colorization network and a classifier of random weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    paddle.seed(0)
+    save_checkpoint(CIC().state_dict(), folder / "epoch_19_model.pdparams")
+    paddle.save(paddle.vision.models.squeezenet1_1().state_dict(), str(folder / "squeezenet1_1.pdparams"))
+    return folder
+
+
+def colorize(*flags):
+    """test.py's main; by its path, as the standard library has a `test` too."""
+    spec = importlib.util.spec_from_file_location("colorize", ROOT / "test.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(module.parse_args(list(flags)))
+
+
+@pytest.mark.parametrize("layout", ["synsets", "flat"])
+@pytest.mark.parametrize("squares", [False, True])
+def test_three_steps(tmp_path, monkeypatch, weights, layout, squares):
+    monkeypatch.chdir(tmp_path)
+    names = [
+        f"val/{synset}/ILSVRC2012_val_0000000{i}" if layout == "synsets" else f"val/ILSVRC2012_val_0000000{i}"
+        for i, synset in enumerate(SYNSETS)
+    ]
+    for name, photo in zip(names, PHOTOS):
+        path = tmp_path / f"{name}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo).save(path)
+        Image.fromarray(photo).convert("L").save(path.with_name(path.stem + "9.JPEG"))
+    path.with_name("broken.JPEG").write_bytes(path.read_bytes()[:3000])
+    Path("labels.txt").write_text("".join(f"{Path(name).name}.JPEG {s}\n" for name, s in zip(names, SYNSETS)))
+
+    # 1. Clean the test set
+    assert get_invalid_images.main(get_invalid_images.parse_args(["--image_dir", "val"])) == 0
+    subprocess.run(["bash", "remove_invalid.sh"], check=True)
+    assert sorted(str(path.with_suffix("")) for path in Path("val").rglob("*.JPEG")) == sorted(names)
+
+    # 2. Color it
+    sizes = ["--load_size", "64", "--crop_size", "56"] if squares else ["--load_size", "64"]
+    assert colorize("--image_dir", "val", "--model_path", str(weights), *sizes) == 0
+    results = sorted(Path("result").rglob("*.png"))
+    assert [str(path.with_suffix("")) for path in results] == sorted(n.replace("val", "result", 1) for n in names)
+
+    # 3. Evaluate
+    auc_sizes = sizes if squares else []
+    assert metrics_auc.main(metrics_auc.parse_args(["--imgs_dir", "val", *auc_sizes])) == 0
+    arguments = ["--imgs_dir", "val", "--arch", "squeezenet1_1", "--weights", str(weights / "squeezenet1_1.pdparams")]
+    arguments += ["--labels", "labels.txt"] if layout == "flat" else []
+    assert metrics_acc.main(metrics_acc.parse_args(arguments)) == 0
+    area = json.loads(Path("metrics/auc.json").read_text())
+    accuracy = json.loads(Path("metrics/accuracy.json").read_text())
+    assert area["images"] == accuracy["images"] == accuracy["classes"] == 3
+    assert area["pixels"] == (3 * 56 * 56 if squares else sum(photo[..., 0].size for photo in PHOTOS))
+    assert list(accuracy["accuracy"]) == ["colored", "true", "gray"]
+    # An untrained network predicts nearly one color everywhere: near gray, and far from the true colors.
+    assert 0.5 < area["auc_raw"] < 0.99
+    lightness = [np.asarray(Image.open(path).convert("L"), float).std() for path in results]
+    assert min(lightness) > 5  # pictures, not plain areas

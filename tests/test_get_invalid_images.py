@@ -1,0 +1,225 @@
+"""get_invalid_images.py: what it finds, and what its script does to files of every kind of name."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+import get_invalid_images
+from utils import EXIT_SKIPPED
+
+ROOT = Path(get_invalid_images.__file__).parent
+COLOR = data.coffee()[100:196, 200:328]
+GRAY = np.asarray(Image.fromarray(COLOR).convert("L"))
+NASTY_NAMES = (
+    *("two words.png", "it's.png", 'double"quote.png', "$HOME.png", "`ls`.png", "$(touch pwned).png"),
+    *(
+        "line\nbreak.png",
+        "ends in newline\n.png",
+        "-rf.png",
+        "*.png",
+        "semi;colon.png",
+        "back\\slash.png",
+        "ümlaut.png",
+    ),
+    *("tab\t.png", "return\r.png", "!bang.png", "~.png", "#.png", os.fsdecode(b"latin-\xe9.png")),
+)
+FOLDER = "-gray $x\n"  # as nasty: `$(dirname …)` would lose the line break
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        Image.fromarray(image).save(file, options.pop("format", "PNG"), **options)
+    return path
+
+
+def run(image_dir, output, *flags):
+    """main's exit code and the listed {path: reason}."""
+    arguments = ["--image_dir", str(image_dir), "--output", str(output), "--num_workers", "0", *flags]
+    code = get_invalid_images.main(get_invalid_images.parse_args(arguments))
+    with open(output / "invalid_images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["path", "reason"]
+    return code, dict(rows[1:])
+
+
+def run_script(output, **options):
+    return subprocess.run(["bash", str(output / "remove_invalid.sh")], capture_output=True, **options)
+
+
+def noisy_gray(levels):
+    noise = np.random.default_rng(0).integers(-levels, levels + 1, COLOR.shape)
+    return (GRAY[..., None] + noise).clip(0, 255).astype(np.uint8)
+
+
+def test_tells_the_reasons_apart(tmp_path, capsys):
+    images = tmp_path / "images"
+    gray_rgb = np.repeat(GRAY[..., None], 3, axis=2)
+    one_red_corner = gray_rgb.copy()
+    one_red_corner[:4, :4] = (200, 30, 30)
+    save(images / "ok" / "color.png", COLOR)
+    save(images / "ok" / "color.jpg", COLOR, format="JPEG")
+    save(images / "ok" / "corner.png", one_red_corner)
+    Image.fromarray(COLOR).quantize(64).save(images / "ok" / "palette.png")
+    Image.fromarray(COLOR).convert("CMYK").save(images / "ok" / "cmyk.jpg")
+    single = images / "single"
+    save(single / "l.jpg", GRAY, format="JPEG")
+    save(single / "i16.png", GRAY.astype(np.uint16) * 257)
+    Image.fromarray(GRAY).convert("LA").save(single / "la.png")
+    Image.fromarray(GRAY).convert("1").save(single / "one_bit.png")
+    gray = images / "gray"
+    save(gray / "rgb.png", gray_rgb)
+    save(gray / "rgb.jpg", gray_rgb, format="JPEG")
+    save(gray / "noisy.jpg", noisy_gray(2), format="JPEG", quality=95)
+    Image.fromarray(GRAY).convert("P").save(gray / "palette.png")
+    broken = images / "broken"
+    whole = save(broken / "truncated.jpg", COLOR, format="JPEG").read_bytes()
+    (broken / "truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    whole = save(broken / "truncated.png", COLOR).read_bytes()
+    (broken / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (broken / "text.jpg").write_text("not an image")
+    (broken / "empty.jpg").touch()
+    before = sorted(images.rglob("*"))
+
+    code, listed = run(images, tmp_path)
+
+    categories = {os.path.relpath(path, images): reason.split(":")[0] for path, reason in listed.items()}
+    by_folder = {"single": "single channel", "gray": "gray in color", "broken": "unreadable"}
+    expected = [path.relative_to(images) for path in before if path.is_file() and path.parent.name != "ok"]
+    assert categories == {str(path): by_folder[path.parts[0]] for path in expected}
+    assert listed[str(broken / "empty.jpg")] == "unreadable: empty file"
+    assert "truncated" in listed[str(broken / "truncated.jpg")]
+    assert code == 0
+    printed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    assert printed[:4] == [
+        ["12", "of 17 images cannot serve"],
+        ["4", "single channel"],
+        ["4", "gray in color"],
+        ["4", "unreadable"],
+    ]
+    assert sorted(images.rglob("*")) == before  # nothing was touched
+
+
+@pytest.mark.parametrize(
+    ("spread", "flags", "invalid"), [(5, (), True), (6, (), False), (6, ("--tolerance", "6"), True)]
+)
+def test_tolerance_is_the_spread_of_a_pixels_channels(tmp_path, spread, flags, invalid):
+    image = np.repeat(GRAY[..., None] // 2, 3, axis=2)
+    image[50, 60, 1] += spread  # in one pixel only
+    save(tmp_path / "images" / "a.png", image)
+    assert bool(run(tmp_path / "images", tmp_path, *flags)[1]) == invalid
+
+
+def test_script_removes_the_listed_files_whatever_their_names(tmp_path):
+    images = tmp_path / "$(touch pwned) 'images'"
+    for name in NASTY_NAMES:
+        save(images / FOLDER / name, GRAY)
+        save(images / "color" / name, COLOR)
+    _, listed = run(images, tmp_path)
+    assert sorted(listed) == sorted(str(images / FOLDER / name) for name in NASTY_NAMES)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for _ in range(2):  # harmless when run again
+        done = run_script(tmp_path, cwd=elsewhere)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert list((images / FOLDER).iterdir()) == []
+        assert sorted(path.name for path in (images / "color").iterdir()) == sorted(NASTY_NAMES)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_script_moves_and_keeps_the_folders(tmp_path):
+    images, target = tmp_path / "images", tmp_path / "-moved $ones"
+    for name in NASTY_NAMES:
+        save(images / FOLDER / name, GRAY)
+    content = (images / FOLDER / NASTY_NAMES[0]).read_bytes()
+    save(images / "color.png", COLOR)
+    run(images, tmp_path, "--move_to", str(target))
+    for _ in range(2):
+        done = run_script(tmp_path)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert sorted(path.name for path in (target / FOLDER).iterdir()) == sorted(NASTY_NAMES)
+        assert [path.name for path in images.rglob("*.png")] == ["color.png"]
+    assert (target / FOLDER / NASTY_NAMES[0]).read_bytes() == content
+
+
+def test_moving_replaces_nothing_and_goes_on(tmp_path):
+    images, target = tmp_path / "images", tmp_path / "moved"
+    for name in ("a.png", "b.png"):
+        save(images / name, GRAY)
+    save(target / "a.png", COLOR)
+    there = (target / "a.png").read_bytes()
+    run(images, tmp_path, "--move_to", str(target))
+    done = run_script(tmp_path)
+    assert done.returncode == 1 and b"a.png: not moved" in done.stderr
+    assert (target / "a.png").read_bytes() == there and (images / "a.png").exists()
+    assert (target / "b.png").exists() and not (images / "b.png").exists()
+
+
+def test_one_file_as_image_dir(tmp_path):
+    path = save(tmp_path / "images" / "gray.png", GRAY)
+    run(path, tmp_path, "--move_to", str(tmp_path / "moved"))
+    assert run_script(tmp_path).returncode == 0
+    assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
+
+
+def test_what_cannot_be_opened_is_not_condemned(tmp_path, capsys):
+    save(tmp_path / "images" / "color.png", COLOR)
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "not there.png")
+    code, listed = run(tmp_path / "images", tmp_path)
+    assert (code, listed) == (EXIT_SKIPPED, {})
+    assert "link.png: no such file" in capsys.readouterr().err
+    assert "link" not in (tmp_path / "remove_invalid.sh").read_text()
+
+
+def test_nothing_found_still_leaves_a_script(tmp_path):
+    save(tmp_path / "images" / "color.png", COLOR)
+    assert run(tmp_path / "images", tmp_path) == (0, {})
+    assert run_script(tmp_path).returncode == 0
+
+
+def test_worker_processes_find_the_same(tmp_path):
+    for i in range(20):
+        save(tmp_path / "images" / f"{i}.png", GRAY if i % 3 else COLOR)
+    _, alone = run(tmp_path / "images", tmp_path)
+    _, shared = run(tmp_path / "images", tmp_path, "--num_workers", "2")
+    assert list(alone.items()) == list(shared.items()) and len(alone) == 13
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--image_dir", "missing"), "missing: no such file or folder"),
+        (("--image_dir", "empty"), "empty: no images here"),
+        (("--image_dir", "images", "--tolerance", "256"), "--tolerance 256: must be from 0 to 255"),
+        (("--image_dir", "images", "--num_workers", "-1"), "--num_workers -1: must be at least 0"),
+        (("--image_dir", "images", "--move_to", "images/bad"), "--move_to images/bad: lies within --image_dir"),
+        (("--image_dir", "images", "--output", "images/a.png"), "images/a.png: cannot be written to: file exists"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "images" / "a.png", COLOR)
+    with pytest.raises(SystemExit) as stop:
+        get_invalid_images.main(get_invalid_images.parse_args(list(flags)))
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_as_a_command(tmp_path):
+    """The README's line; a wrong path ends it before the script of an earlier run is executed."""
+    save(tmp_path / "images" / "gray.png", GRAY)
+    command = f"'{sys.executable}' '{ROOT / 'get_invalid_images.py'}' --image_dir images && bash remove_invalid.sh"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not (tmp_path / "images" / "gray.png").exists()
+    last = "listed in ./invalid_images.csv; deleted by: bash ./remove_invalid.sh"
+    assert done.stdout.splitlines()[-1] == last
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("images: no images here")

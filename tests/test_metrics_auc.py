@@ -1,0 +1,411 @@
+"""metrics_auc.py against scikit-image, a loop over pixels, and areas computed by hand."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial import cKDTree
+from skimage import data
+from skimage.color import rgb2lab
+
+import metrics_auc
+from dataset import crop_resized
+from utils import EXIT_SKIPPED, auc, error_histogram, load_ab_bins, load_prior, rebalancing_weights
+
+PHOTOS = {"astronaut": data.astronaut(), "coffee": data.coffee(), "chelsea": data.chelsea(), "rocket": data.rocket()}
+SMALL = {name: photo[100:148, 200:264] for name, photo in PHOTOS.items()}  # 64x48
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def save_all(folder, images, suffix=".png"):
+    for name, image in images.items():
+        save(folder / (name + suffix), image)
+    return folder
+
+
+def altered(image):
+    """Other colors of the same image: red and blue swapped, washed out."""
+    return (image[..., ::-1] // 2 + 60).astype(np.uint8)
+
+
+def run(true, colored, output, *flags):
+    """main's exit code and its JSON; `colored` None is --gray."""
+    arguments = ["--imgs_dir", str(true), "--save_path", str(output), "--num_workers", "0", *flags]
+    arguments += ["--results_dir", str(colored)] if colored else ["--gray"]
+    code = metrics_auc.main(metrics_auc.parse_args(arguments))
+    return code, json.loads((output / ("auc.json" if colored else "gray_auc.json")).read_text())
+
+
+def areas(summary):
+    return [summary[f"auc_{kind}"] for kind in metrics_auc.KINDS]
+
+
+def oracle(pairs, weight_of_bin):
+    """Raw, rebalanced and own-rebalanced AuC of (true, predicted) Lab images in float64, from the definition."""
+    true_ab = np.concatenate([true[..., 1:].reshape(-1, 2) for true, _ in pairs])
+    predicted_ab = np.concatenate([predicted[..., 1:].reshape(-1, 2) for _, predicted in pairs])
+    distance = np.linalg.norm(true_ab - predicted_ab, axis=1)
+    nearest = cKDTree(load_ab_bins().numpy()).query(true_ab)[1]
+    own = 1 / np.bincount(nearest, minlength=313).clip(1)
+    result = []
+    for weights in (np.ones(len(distance)), weight_of_bin[nearest], own[nearest]):
+        curve = [weights[distance <= t].sum() / weights.sum() for t in range(151)]
+        result.append(sum((curve[t] + curve[t + 1]) / 2 for t in range(150)) / 150)
+    return result
+
+
+def prior_weights():
+    return rebalancing_weights(load_prior(), lam=0).numpy().astype(np.float64)
+
+
+# -------------------------------------------------------------------------------------------------
+# Formulas
+
+
+def test_table_of_colors_is_lab():
+    rgb = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    metrics_auc.share(metrics_auc.ab_of_every_color())
+    found = metrics_auc.look_up_ab(rgb)
+    expected = rgb2lab(rgb)[..., 1:].reshape(-1, 2)
+    assert np.abs(np.stack([found.real, found.imag], axis=1) - expected).max() < 1e-3
+
+
+def test_rounding_finds_the_nearest_bin_of_every_color():
+    table = metrics_auc.ab_of_every_color()
+    bins = load_ab_bins().numpy()
+    cells = np.unique(metrics_auc.nearest_cell(table))
+    points = np.stack(np.divmod(cells, metrics_auc.SIDE), axis=1) * 10 - 110
+    assert {tuple(point) for point in points} <= {tuple(ab_bin) for ab_bin in bins.astype(int)}
+    numbers = metrics_auc.weight_of_every_cell(bins, np.arange(313))
+    sample = table[np.random.default_rng(0).integers(0, len(table), 100_000)]
+    distance, nearest = cKDTree(bins).query(np.stack([sample.real, sample.imag], axis=1), k=2)
+    clear = distance[:, 1] - distance[:, 0] > 1e-4  # not on the border of two cells
+    assert clear.mean() > 0.999
+    assert (numbers[metrics_auc.nearest_cell(sample)] == nearest[:, 0])[clear].all()
+
+
+@pytest.mark.parametrize(
+    ("distance", "area"),
+    # The curve is 0 below the first whole t within reach and 1 from there on.
+    [(0, 1), (0.5, 149.5 / 150), (10.5, 139.5 / 150), (11, 139.5 / 150), (149.5, 0.5 / 150), (150.01, 0), (400, 0)],
+)
+def test_constant_distance_gives_the_area_by_hand(distance, area):
+    true = np.random.default_rng(0).integers(-100, 100, (2, 30, 40)).astype(np.float64)
+    angle = math.radians(0 if distance == 11 else 30)
+    predicted = true + distance * np.array([math.cos(angle), math.sin(angle)])[:, None, None]
+    histogram = error_histogram(predicted, true)
+    assert auc(histogram) == pytest.approx(area, abs=1e-12)
+    assert histogram.sum() == 1200
+
+
+def test_weights_of_the_histograms():
+    """One pixel each in two cells, the second three times: own weights even them out, given ones multiply."""
+    classes, counts = np.array([0 * 152 + 10, 5 * 152 + 20]), np.array([1, 3])
+    given = np.arange(529.0) + 1
+    total = np.zeros(529 * 152, np.int64)
+    total[classes] = counts
+    result = metrics_auc.histograms(classes, counts, [np.ones(529), given, metrics_auc.own_weights(total)])
+    assert result[:, 10].tolist() == [1, 1, 1]
+    assert result[:, 20].tolist() == [3, 18, 1]
+    assert result.sum() == 25
+
+
+# -------------------------------------------------------------------------------------------------
+# From files to figures
+
+
+def test_agrees_with_a_loop_over_pixels(tmp_path):
+    true, colored = SMALL["coffee"], altered(SMALL["coffee"])
+    _, summary = run(save_all(tmp_path / "t", {"a": true}), save_all(tmp_path / "c", {"a": colored}), tmp_path)
+    bins, weights = load_ab_bins().numpy(), prior_weights()
+    within, weight_within, weight_sum = [0] * 151, [0.0] * 151, 0.0
+    for (_, a, b), (_, pa, pb) in zip(rgb2lab(true).reshape(-1, 3), rgb2lab(colored).reshape(-1, 3)):
+        distance = math.hypot(pa - a, pb - b)
+        weight = weights[min(range(313), key=lambda q: (bins[q][0] - a) ** 2 + (bins[q][1] - b) ** 2)]
+        weight_sum += weight
+        for t in range(151):
+            if distance <= t:
+                within[t] += 1
+                weight_within[t] += weight
+    raw = sum(within[t] + within[t + 1] for t in range(150)) / 2 / 150 / true[..., 0].size
+    rebalanced = sum(weight_within[t] + weight_within[t + 1] for t in range(150)) / 2 / 150 / weight_sum
+    assert 0.2 < raw < 0.95 and abs(raw - rebalanced) > 0.01  # a case that tells something
+    assert summary["auc_raw"] == pytest.approx(raw, abs=1e-5)
+    assert summary["auc_rebalanced"] == pytest.approx(rebalanced, abs=1e-5)
+    assert (summary["images"], summary["pixels"]) == (1, 64 * 48)
+
+
+def test_float32_changes_the_auc_by_less_than_a_millionth(tmp_path):
+    true, colored = PHOTOS, {name: altered(photo) for name, photo in PHOTOS.items()}
+    code, summary = run(save_all(tmp_path / "t", true), save_all(tmp_path / "c", colored), tmp_path)
+    labs = {name: (rgb2lab(photo), rgb2lab(colored[name])) for name, photo in true.items()}
+    assert code == 0
+    expected = oracle(labs.values(), prior_weights())
+    assert areas(summary)[0] == pytest.approx(expected[0], abs=1e-6)
+    assert areas(summary) == pytest.approx(expected, abs=2e-5)  # one pixel of a rare color weighs more
+    gray = oracle([(lab, np.zeros_like(lab)) for lab, _ in labs.values()], prior_weights())
+    assert areas(summary["gray"])[0] == pytest.approx(gray[0], abs=1e-6)
+    assert areas(summary["gray"]) == pytest.approx(gray, abs=2e-5)
+
+
+def test_identity_is_one(tmp_path):
+    true = save_all(tmp_path / "t", SMALL)
+    assert areas(run(true, true, tmp_path)[1]) == [1, 1, 1]
+
+
+def test_the_largest_errors_are_counted(tmp_path):
+    """Blue against green is 258 in ab: no index error, and all pixels in the total."""
+    true = save_all(tmp_path / "t", {"a": np.full((4, 6, 3), (0, 0, 255), np.uint8)})
+    colored = save_all(tmp_path / "c", {"a": np.full((4, 6, 3), (0, 255, 0), np.uint8)})
+    _, summary = run(true, colored, tmp_path)
+    assert areas(summary) == [0, 0, 0] and summary["pixels"] == 24
+    assert (tmp_path / "auc.txt").read_text().splitlines()[-1].split() == ["total", "24"]
+
+
+def test_gray_flag_gray_column_and_gray_files_agree(tmp_path):
+    true = save_all(tmp_path / "t", SMALL)
+    colored = save_all(tmp_path / "c", {name: altered(photo) for name, photo in SMALL.items()})
+    grays = {name: np.asarray(Image.fromarray(photo).convert("L").convert("RGB")) for name, photo in SMALL.items()}
+    _, flag = run(true, None, tmp_path)
+    _, column = run(true, colored, tmp_path)
+    _, files = run(true, save_all(tmp_path / "g", grays), tmp_path / "files")
+    assert areas(flag) == areas(column["gray"]) == areas(flag["gray"])
+    assert areas(files) == pytest.approx(areas(flag), abs=2e-3)  # uint8 gray is ab = 0 up to 0.01
+    assert areas(column) != areas(flag)
+
+
+def test_prior_matters_to_rebalanced_alone(tmp_path):
+    true = save_all(tmp_path / "t", SMALL)
+    prior = np.zeros(313)  # zeros too: of bins that never occurred
+    prior[100:200] = 1
+    np.save(tmp_path / "prior.npy", prior)
+    _, shipped = run(true, None, tmp_path)
+    _, other = run(true, None, tmp_path, "--prior", str(tmp_path / "prior.npy"))
+    assert (shipped["auc_raw"], shipped["auc_rebalanced_own"]) == (other["auc_raw"], other["auc_rebalanced_own"])
+    # Equal weights: what never occurred is taken to be as rare as the rarest that did.
+    assert other["auc_rebalanced"] == pytest.approx(other["auc_raw"], abs=1e-6)
+    assert shipped["auc_rebalanced"] < shipped["auc_raw"] - 0.01
+    assert other["prior"]["file"] == str(tmp_path / "prior.npy") != shipped["prior"]["file"]
+    assert other["prior"]["sha256"] != shipped["prior"]["sha256"]
+
+
+def test_worker_processes_give_the_same(tmp_path):
+    images = {f"{name}{i}": np.roll(photo, 7 * i, axis=0) for name, photo in SMALL.items() for i in range(5)}
+    true = save_all(tmp_path / "t", images)
+    colored = save_all(tmp_path / "c", {name: altered(photo) for name, photo in images.items()})
+    run(true, colored, tmp_path / "alone")
+    run(true, colored, tmp_path / "shared", "--num_workers", "2")
+    for name in ("auc.csv", "auc.txt"):
+        assert (tmp_path / "alone" / name).read_text() == (tmp_path / "shared" / name).read_text()
+
+
+# -------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_files_that_are_written(tmp_path, capsys):
+    true = save_all(tmp_path / "t", SMALL)
+    colored = save_all(tmp_path / "c", {name: altered(photo) for name, photo in SMALL.items()})
+    (colored / "coloring.json").write_text('{"checkpoint": "model/epoch_19_model.pdparams"}')
+    _, summary = run(true, colored, tmp_path / "new" / "folder")
+    output = tmp_path / "new" / "folder"
+    assert sorted(os.listdir(output)) == ["auc.csv", "auc.json", "auc.png", "auc.txt"]
+    # The counts give the area again.
+    lines = (output / "auc.txt").read_text().splitlines()
+    table = np.array([line.split() for line in lines[1:-1]], float)
+    assert table[:, 0].tolist() == list(range(151))
+    assert table[:, 1] / summary["pixels"] == pytest.approx(table[:, 2], abs=1e-8)
+    assert ((table[1:, 2:] + table[:-1, 2:]) / 2).mean(axis=0) == pytest.approx(areas(summary), abs=1e-7)
+    assert int(lines[-1].split()[1]) == summary["pixels"] == 4 * 64 * 48
+    # Each image's row is what it gives alone.
+    with open(output / "auc.csv", newline="") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert sorted(rows) == sorted(SMALL)
+    _, alone = run(true / "coffee.png", colored / "coffee.png", tmp_path / "alone")
+    for key, expected in (("", alone), ("gray_", alone["gray"])):
+        assert float(rows["coffee"][key + "auc_raw"]) == pytest.approx(expected["auc_raw"], abs=1e-6)
+        assert float(rows["coffee"][key + "auc_rebalanced"]) == pytest.approx(expected["auc_rebalanced"], abs=1e-6)
+    assert int(rows["coffee"]["pixels"]) == 64 * 48
+    # The curve is a picture with something in it.
+    with Image.open(output / "auc.png") as picture:
+        assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 50
+    assert summary["coloring"] == {"checkpoint": "model/epoch_19_model.pdparams"}
+    assert summary["colored_images"] == str(colored) and summary["left_out"] == {}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:4] == ["colored", "AuC", "raw", f"{summary['auc_raw']:.2%}"]
+    assert printed[3] == f"written: {output / 'auc'}.json, .csv, .txt, .png"
+
+
+# -------------------------------------------------------------------------------------------------
+# Pairs and sizes
+
+
+def test_pairs_by_path_and_says_what_is_missing(tmp_path, capsys):
+    true, colored = tmp_path / "t", tmp_path / "c"
+    for name, photo in SMALL.items():  # the same file name in two folders: only the path tells them apart
+        save(true / name / "x.jpeg", photo)
+        if name != "rocket":
+            save(colored / name / "x.png", photo)
+    save(colored / "stray.png", SMALL["coffee"])
+    code, summary = run(true, colored, tmp_path)
+    assert code == EXIT_SKIPPED and summary["images"] == 3
+    assert summary["auc_raw"] > 0.97  # JPEG against PNG of the same; swapped ones would be far lower
+    assert summary["left_out"] == {"no colored image": ["rocket/x"], "no true image": ["stray"]}
+    error = capsys.readouterr().err
+    assert "rocket/x: no colored image\n" in error and "stray: no true image\n" in error
+
+
+def test_many_missing_are_summed_up(tmp_path, capsys):
+    true = save_all(tmp_path / "t", {f"{i:02d}": SMALL["coffee"] for i in range(30)})
+    colored = save_all(tmp_path / "c", {"07": SMALL["coffee"]})
+    _, summary = run(true, colored, tmp_path)
+    assert len(summary["left_out"]["no colored image"]) == 29
+    assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no colored image"
+
+
+def test_names_that_differ_in_the_suffix_alone(tmp_path):
+    """test.py writes a.jpg to a.png and a.tif to a.tif.png."""
+    true = save(tmp_path / "t" / "a.jpg", SMALL["coffee"]).parent
+    save(true / "a.tif", SMALL["chelsea"])
+    colored = save(tmp_path / "c" / "a.png", SMALL["coffee"]).parent
+    save(colored / "a.tif.png", SMALL["chelsea"])
+    code, summary = run(true, colored, tmp_path)
+    assert (code, summary["images"]) == (0, 2) and summary["auc_raw"] > 0.97
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--crop_size", "32"), ("--load_size", "40"), ("--load_size", "40", "--crop_size", "32")]
+)
+def test_squares_are_compared_with_the_same_square(tmp_path, flags):
+    load_size = 40 if "--load_size" in flags else 32
+    squares = {name: crop_resized(Image.fromarray(photo), load_size, 32) for name, photo in SMALL.items()}
+    true, colored = save_all(tmp_path / "t", SMALL), save_all(tmp_path / "c", squares)
+    code, summary = run(true, colored, tmp_path, *flags)
+    assert code == 0 and areas(summary) == [1, 1, 1] and summary["pixels"] == 4 * 32 * 32
+    if flags and flags != ("--load_size", "40"):
+        assert areas(run(true, None, tmp_path, *flags)[1]) == areas(summary["gray"])
+    # Under another crop they would not be the same.
+    other = ("--load_size", "48") if load_size == 32 else ("--load_size", "32")
+    assert run(true, colored, tmp_path, *other)[1]["auc_raw"] < 0.999
+
+
+def test_a_square_crop_of_a_square_image_needs_the_flag(tmp_path):
+    """Of the same size, but a crop: --crop_size says so."""
+    image = SMALL["coffee"][:, :48]
+    true = save_all(tmp_path / "t", {"a": image})
+    colored = save_all(tmp_path / "c", {"a": crop_resized(Image.fromarray(image), 64, 48)})
+    assert run(true, colored, tmp_path)[1]["auc_raw"] < 0.999
+    assert run(true, colored, tmp_path, "--load_size", "64", "--crop_size", "48")[1]["auc_raw"] == 1
+
+
+def test_photographs_that_the_decoder_shrinks(tmp_path):
+    """test.py lets the JPEG decoder shrink large photographs before the resize; so must the comparison."""
+    path = tmp_path / "t" / "a.jpg"
+    save(path, data.astronaut())
+    image = Image.open(path)
+    image.draft("RGB", (128, 128))
+    colored = save_all(tmp_path / "c", {"a": crop_resized(image, 128, 64)})
+    assert run(path, colored, tmp_path, "--load_size", "128")[1]["auc_raw"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "message"),
+    [
+        ((40, 64), (), "a.png: 64x40 does not go with the true image's 64x48"),
+        ((48, 64), ("--crop_size", "32"), "a.png: 64x48 does not go with --crop_size 32"),
+        ((40, 40), ("--crop_size", "32"), "a.png: 40x40 does not go with --crop_size 32"),
+        ((40, 40), ("--load_size", "32"), "a.png: 40x40 does not go with the true image's 64x48"),
+    ],
+)
+def test_other_sizes_are_named_and_the_rest_goes_on(tmp_path, capsys, shape, flags, message):
+    true = save_all(tmp_path / "t", {"a": SMALL["coffee"], "b": SMALL["chelsea"]})
+    colored = save_all(tmp_path / "c", {"a": SMALL["coffee"][: shape[0], : shape[1]], "b": SMALL["chelsea"][:32, :32]})
+    code, summary = run(true, colored, tmp_path, *flags)
+    assert code == EXIT_SKIPPED and summary["images"] == 1
+    assert list(summary["left_out"].values()) == [["a"]]
+    assert message in capsys.readouterr().err
+
+
+def test_unreadable_files_are_named_and_the_rest_goes_on(tmp_path, capsys):
+    true = save_all(tmp_path / "t", SMALL)
+    colored = save_all(tmp_path / "c", SMALL)
+    whole = (colored / "coffee.png").read_bytes()
+    (colored / "coffee.png").write_bytes(whole[: len(whole) // 2])
+    (true / "rocket.png").write_text("text")
+    code, summary = run(true, colored, tmp_path, "--num_workers", "2")
+    assert code == EXIT_SKIPPED and summary["images"] == 2 and summary["auc_raw"] == 1
+    error = capsys.readouterr().err
+    assert f"skipped {colored / 'coffee.png'}: " in error and f"skipped {true / 'rocket.png'}: " in error
+    assert sorted(*summary["left_out"].values()) == ["coffee", "rocket"]
+
+
+def test_names_of_any_bytes(tmp_path):
+    names = ["line\nbreak", os.fsdecode(b"latin-\xe9"), "com,ma \"quote\" 'x'"]
+    true = save_all(tmp_path / "t", dict.fromkeys(names, SMALL["coffee"]))
+    save(true / (os.fsdecode(b"missing-\xff\n") + ".png"), SMALL["coffee"])
+    code, summary = run(true, save_all(tmp_path / "c", dict.fromkeys(names, SMALL["coffee"])), tmp_path)
+    assert (code, summary["images"]) == (EXIT_SKIPPED, 3)
+    assert summary["left_out"] == {"no colored image": ["missing-\\xff\\n"]}
+    with open(tmp_path / "auc.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert sorted(row[0] for row in list(csv.reader(file))[1:]) == sorted(names)
+
+
+# -------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--imgs_dir", "missing"), "missing: no such file or folder"),
+        (("--imgs_dir", "t", "--results_dir", "missing"), "missing: no such file or folder"),
+        (("--imgs_dir", "t", "--results_dir", "other"), "t and other have no image in common"),
+        (("--imgs_dir", "t", "--gray", "--prior", "missing.npy"), "missing.npy: cannot be read as a prior"),
+        (("--imgs_dir", "broken", "--gray"), "broken: none of its 1 images could be compared"),
+        (("--imgs_dir", "t", "--gray", "--num_workers", "-1"), "--num_workers -1: must be at least 0"),
+        (("--imgs_dir", "t", "--gray", "--crop_size", "0"), "--crop_size 0: must be at least 1"),
+        (
+            ("--imgs_dir", "t", "--gray", "--crop_size", "9", "--load_size", "8"),
+            "--crop_size 9: larger than --load_size 8",
+        ),
+        (("--imgs_dir", "t", "--gray", "--load_size", "8"), "--load_size without --crop_size"),
+        (("--imgs_dir", "t", "--gray", "--save_path", "t/a.png"), "t/a.png: cannot be written to: file exists"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    save_all(tmp_path / "t", {"a": SMALL["coffee"]})
+    save_all(tmp_path / "other", {"b": SMALL["coffee"]})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("text")
+    with pytest.raises(SystemExit) as stop:
+        metrics_auc.main(metrics_auc.parse_args(list(flags)))
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_as_a_command(tmp_path):
+    script = Path(metrics_auc.__file__)
+    true = save_all(tmp_path / "t", SMALL)
+    environment = {**os.environ, "MPLBACKEND": "TkAgg", "DISPLAY": ""}  # it needs no display
+    done = subprocess.run(
+        [sys.executable, script, "--imgs_dir", true, "--gray"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "written: ./metrics/gray_auc.json, .csv, .txt, .png"
+    assert "%|" not in done.stderr  # no progress bar off a terminal
