@@ -146,10 +146,9 @@ def annealed_mean(logits, ab_bins, temperature=0.38):
     """
     scaled = (logits.astype("float32") / temperature).flatten(2)  #                      [N, Q, hw]
     likelihood = paddle.exp(scaled - scaled.max(axis=1, keepdim=True))
-    # One product gives sum(p a), sum(p b) and sum(p); a softmax along axis 1 is slow on the CPU.
-    columns = paddle.concat([ab_bins, paddle.ones_like(ab_bins[:, :1])], axis=1)  #          [Q, 3]
-    sums = paddle.matmul(columns, likelihood, transpose_x=True)  #                       [N, 3, hw]
-    return (sums[:, :2] / sums[:, 2:]).reshape([logits.shape[0], 2, *logits.shape[2:]])
+    # A softmax along axis 1 is slow on the CPU; the division by the sum can follow the expectation.
+    ab = paddle.matmul(ab_bins, likelihood, transpose_x=True) / likelihood.sum(axis=1, keepdim=True)  # [N, 2, hw]
+    return ab.reshape([logits.shape[0], 2, *logits.shape[2:]])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -523,13 +522,13 @@ def check_at_least(args, **least):
 
 
 def use_all_cores(threads=None):
-    """Lets Paddle's CPU operators use the machine's cores; call it before the first operator.
+    """Lets Paddle's CPU operators use the machine's cores; call it before the first operator. Returns their number.
 
-    Paddle starts with one thread unless OMP_NUM_THREADS is set, and the MKL that it bundles takes its slow,
-    generic path on AMD processors unless told that AVX2 is there. Both are left alone where the user set them.
+    Paddle starts with one thread unless OMP_NUM_THREADS is set, and the MKL that it bundles takes its slow, generic
+    path on AMD processors unless it is told what they can do. What the user has set is left alone.
     """
-    if _has_avx2():
-        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    if kind := _mkl_kind():
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", kind)
     threads = threads or available_cores()
     paddle.base.core.set_num_threads(threads)
     return threads
@@ -541,11 +540,15 @@ def available_cores():
     return os.cpu_count() or 1
 
 
-def _has_avx2():
+def _mkl_kind():
+    """What MKL calls the instructions of this AMD processor: "7" for AVX-512, "5" for AVX2; None elsewhere."""
     try:
-        return " avx2 " in Path("/proc/cpuinfo").read_text()
+        processor = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return None
+    if "AuthenticAMD" not in processor:
+        return None
+    return "7" if " avx512f " in processor else "5" if " avx2 " in processor else None
 
 
 def parallel_map(function, items, num_workers, title, setup=None):

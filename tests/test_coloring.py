@@ -11,8 +11,10 @@ from PIL import Image
 from skimage import color, data
 
 import test
+import train
 from dataset import lab_to_rgb, rgb_to_lab, to_uint8
-from utils import EXIT_SKIPPED, annealed_mean, load_ab_bins, save_checkpoint
+from model import CIC
+from utils import EXIT_SKIPPED, annealed_mean, load_ab_bins, load_network, save_checkpoint
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_every_photograph_keeps_its_place_and_its_size(run, tmp_path, photograph
     assert code == 0
     for path in nested.rglob("*.png"):
         assert pixels(result / path.relative_to(nested)).shape == pixels(path).shape
-    assert len(list(result.rglob("*"))) == 8
+    assert len(list(result.rglob("*.png"))) == 4
 
 
 def test_lightness_stays_the_photographs_own(run, photographs):
@@ -87,7 +89,7 @@ def test_the_network_sees_the_aspect_in_multiples_of_8():
 
 def test_squares_as_papers_evaluate(run, photographs):
     _, result = run(photographs, "--load_size", 72, "--crop_size", 64)
-    for path in result.iterdir():
+    for path in result.rglob("*.png"):
         assert pixels(path).shape == (64, 64, 3)
     gray_photo = color.rgb2lab(np.asarray(Image.open(photographs / "rocket.png").resize((108, 72), Image.BILINEAR)))
     left = (gray_photo.shape[1] - 64) // 2
@@ -119,8 +121,8 @@ def test_gray_alpha_palette_cmyk_16_bit_and_turned_photographs(run, tmp_path):
         coffee.save(folder / f"{suffix}.{suffix}")
     code, result = run(folder)
     assert code == 0
-    assert {p.stem for p in result.iterdir()} == {p.stem for p in folder.iterdir()}
-    for path in result.iterdir():
+    assert {p.stem for p in result.glob("*.png")} == {p.stem for p in folder.iterdir()}
+    for path in result.rglob("*.png"):
         assert pixels(path).shape == ((75, 50, 3) if path.stem == "turned" else (50, 75, 3))
 
 
@@ -134,7 +136,7 @@ def test_a_file_that_cannot_be_read_costs_a_line_and_the_exit_code(run, tmp_path
     (folder / "d.png").write_bytes(whole)
     code, result = run(folder)
     assert code == EXIT_SKIPPED
-    assert {p.name for p in result.iterdir()} == {"a.png", "d.png"}
+    assert {p.name for p in result.glob("*.png")} == {"a.png", "d.png"}
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and "b.png" in lines[0] + lines[1] and "c.png: empty file" in lines[0] + lines[1]
 
@@ -154,21 +156,23 @@ def test_names_of_any_bytes(run, tmp_path):
     for name in (b"caf\xe9.png", "猫.png".encode(), b"a\nb.png", b"-rf.png", b"a b.png"):
         Image.new("RGB", (16, 16), "gray").save(os.fsdecode(os.path.join(os.fsencode(folder), name)))
     code, result = run(folder)
-    assert code == 0 and set(os.listdir(os.fsencode(result))) == set(os.listdir(os.fsencode(folder)))
+    assert code == 0 and set(os.listdir(os.fsencode(result))) - {b"coloring.json"} == set(
+        os.listdir(os.fsencode(folder))
+    )
 
 
 def test_max_samples_and_skip_existing(run, photographs, capsys):
     _, result = run(photographs, "--max_samples", 2)
-    assert [p.name for p in sorted(result.iterdir())] == ["astronaut.png", "chelsea.png"]
+    assert [p.name for p in sorted(result.glob("*.png"))] == ["astronaut.png", "chelsea.png"]
     before = (result / "astronaut.png").stat().st_mtime_ns
     run(photographs, "--skip_existing")
-    assert len(list(result.iterdir())) == 4 and (result / "astronaut.png").stat().st_mtime_ns == before
+    assert len(list(result.glob("*.png"))) == 4 and (result / "astronaut.png").stat().st_mtime_ns == before
     assert "2 images colored" in capsys.readouterr().out
 
 
 def test_compare_writes_sheets_beside_the_results(run, photographs):
     _, result = run(photographs, "--compare")
-    assert len(list(result.iterdir())) == 4
+    assert len(list(result.glob("*.png"))) == 4
     sheet = pixels(result.with_name("result_compare") / "sheet_001.png")
     assert sheet.shape[1] > 3 * 320 and sheet.std() > 10
 
@@ -180,6 +184,64 @@ def test_results_inside_the_folder_are_not_colored_again(run, tmp_path, photogra
     run(folder, "--compare", result="in/result")
     run(folder, "--compare", result="in/result")
     assert sorted(p.name for p in folder.rglob("*.png")) == ["a.png", "a.png", "sheet_001.png"]
+
+
+# The fast way beside the plain one
+
+
+def photograph(width, height, count=1):
+    image = Image.fromarray(data.coffee()).resize((width, height))
+    rgb = paddle.to_tensor(np.stack([np.asarray(image).transpose(2, 0, 1)] * count))
+    return rgb_to_lab(rgb)[:, :1] - 50
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The real network with outputs of a usual size: its layers scaled on a photograph."""
+    paddle.seed(1)
+    network = CIC()
+    train.data_dependent_init(network, photograph(96, 96) + 50)
+    path = tmp_path_factory.mktemp("model") / "epoch_0_model.pdparams"
+    save_checkpoint(network.state_dict(), path)
+    return path
+
+
+def test_the_exported_network_colors_as_the_plain_one_at_any_size(trained, capsys):
+    plain, fast = test.plain_predictor(load_network(trained), 0.38, "float32"), test.make_predictor(trained)
+    assert "slower way" not in capsys.readouterr().err
+    for size in ((64, 64), (120, 72), (72, 120, 3), (8, 8), (64, 64)):
+        lightness = photograph(*size)
+        assert np.abs(fast(lightness).numpy() - plain(lightness).numpy()).max() < 0.01
+
+
+def test_bf16_changes_colors_little(trained, capsys):
+    exact, bf16 = test.make_predictor(trained), test.make_predictor(trained, precision="bf16")
+    lightness = photograph(120, 72)
+    assert np.abs(exact(lightness).numpy() - bf16(lightness).numpy()).mean() < 0.5
+
+
+def test_the_export_is_kept_and_renewed_when_the_checkpoint_changes(run, tmp_path, photographs):
+    coffee = photographs / "coffee.png"
+    _, result = run(coffee)
+    stamp = tmp_path / "model" / "epoch_19_model.exported" / "stamp"
+    before, made = pixels(result / "coffee.png"), stamp.stat().st_mtime_ns
+    run(coffee)
+    assert stamp.stat().st_mtime_ns == made
+    paddle.seed(7)
+    save_checkpoint(SmallNetwork().state_dict(), tmp_path / "model" / "epoch_19_model.pdparams")
+    run(coffee)
+    assert stamp.stat().st_mtime_ns != made and not np.array_equal(pixels(result / "coffee.png"), before)
+
+
+def test_without_the_engine_the_plain_way_serves_and_says_so(run, photographs, monkeypatch, capsys):
+    def missing(*_):
+        raise RuntimeError("no such engine")
+
+    _, fast = run(photographs / "coffee.png", result="fast")
+    monkeypatch.setattr(test, "exported_predictor", missing)
+    code, plain = run(photographs / "coffee.png", result="plain")
+    assert code == 0 and capsys.readouterr().err.count("slower way") == 1
+    assert np.abs(pixels(fast / "coffee.png").astype(int) - pixels(plain / "coffee.png")).max() <= 1
 
 
 # What the user can get wrong

@@ -1,0 +1,93 @@
+"""`test.py` end to end: what share of the time is the network's, and how fast beside a plain loop; peak memory.
+
+    python tests/benchmarks/bench_coloring.py --image_dir DIR [--max_samples 50] [--precision bf16]
+    python tests/benchmarks/bench_coloring.py --megapixels 50
+
+A random network serves: its time does not depend on the weights.
+"""
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import test
+import train
+from dataset import list_images, read_rgb, rgb_to_lightness
+from model import CIC
+from utils import save_checkpoint, use_all_cores
+
+
+def timed(predict, seconds):
+    def run(lightness):
+        start = time.perf_counter()
+        ab = predict(lightness)
+        seconds.append(time.perf_counter() - start)
+        return ab
+
+    return run
+
+
+def plain_loop(paths, predict, folder):
+    """The same steps, one after the other."""
+    for i, path in enumerate(paths):
+        rgb = read_rgb(path)
+        size = test.network_size(rgb.shape[1], rgb.shape[0], 256)
+        small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
+        ab = predict(rgb_to_lightness(paddle.to_tensor(small.transpose(2, 0, 1)[None])) - 50)[0]
+        Image.fromarray(test.join(rgb, ab)).save(folder / f"{i}.png", compress_level=test.PNG_COMPRESSION)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image_dir")
+    parser.add_argument("--max_samples", type=int)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megapixels", type=int, help="color one photograph of this size and report memory")
+    args = parser.parse_args()
+    use_all_cores()
+    folder = Path(tempfile.mkdtemp())
+    network = CIC()
+    train.data_dependent_init(network, 50 + 20 * paddle.randn([2, 1, 64, 64]))
+    save_checkpoint(network.state_dict(), folder / "epoch_19_model.pdparams")
+    del network
+    if args.megapixels:
+        side = int((args.megapixels * 1e6 / 1.5) ** 0.5)
+        noise = np.random.default_rng(0).integers(0, 256, (side // 16, side * 3 // 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((side * 3 // 2, side)).save(folder / "large.jpg")
+        args.image_dir = str(folder / "large.jpg")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    flags = ["--image_dir", args.image_dir, "--model_path", str(folder), "--result_path", str(folder / "result")]
+    flags += ["--precision", args.precision] + (["--max_samples", str(args.max_samples)] if args.max_samples else [])
+    make, seconds = test.make_predictor, []
+    test.make_predictor = lambda *settings: timed(make(*settings), seconds)
+    predict = make(folder / "epoch_19_model.pdparams", 0.38, args.precision)
+    paths = list_images(args.image_dir)[: args.max_samples]
+    for _ in range(args.rounds if not args.megapixels else 1):
+        seconds.clear()
+        start = time.perf_counter()
+        test.main(test.parse_args(flags))
+        wall = time.perf_counter() - start
+        start = time.perf_counter()
+        if not args.megapixels:
+            plain_loop(paths, predict, folder)
+        loop = time.perf_counter() - start
+        print(
+            f"{len(paths)} photographs, {args.precision}: {len(paths) / wall:.2f} a second, network {sum(seconds) / wall:.0%} "
+            f"of the time; plain loop {len(paths) / max(loop, 1e-9):.2f} a second",
+            flush=True,
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"resident memory: {before:.0f} MB before coloring, {peak:.0f} MB at the peak")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What precedes the network, per training image on one thread, beside decoding and resizing alone (the floor).
+
+    python tests/benchmarks/bench_data_path.py --image_dir DIR [--images 200]
+
+Then images a second with worker processes, as `train.py` uses them.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import train
+from dataset import ColorizationDataset, list_images, rgb_to_lab, rgb_to_lightness, soft_encode
+from utils import is_gray, load_ab_bins, load_prior, rebalancing_weights, use_all_cores
+
+LOAD, CROP, BATCH = 256, 176, 40
+
+
+def floor(paths):
+    """Decode and resize the short side to 256, with nothing that a plain loader would not do."""
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        scale = LOAD / min(image.size)
+        np.asarray(image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR))
+
+
+def squares(dataset, indices):
+    return [dataset[i][0] for i in indices]
+
+
+def to_targets(batch, ab_bins, bin_weights):
+    """All that the step does ahead of the network."""
+    rgb = paddle.to_tensor(np.stack(batch))
+    lightness, ab = train.targets(rgb)
+    indices, weights = soft_encode(ab, ab_bins)
+    importance = paddle.gather(bin_weights, indices[:, 0].flatten()).reshape(indices[:, 0].shape)
+    return lightness - 50, weights, importance * (~is_gray(ab)).astype("float32").reshape([-1, 1, 1])
+
+
+def parts(rgb, ab_bins):
+    """Milliseconds an image of the batch-wise parts."""
+    ab = rgb_to_lab(rgb[:, :, ::4, ::4])[:, 1:]
+    return {
+        "lightness": seconds(lambda: rgb_to_lightness(rgb)),
+        "ab at a quarter": seconds(lambda: rgb_to_lab(rgb[:, :, ::4, ::4])),
+        "soft-encoding": seconds(lambda: soft_encode(ab, ab_bins)),
+    }
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def workers(paths, count):
+    """Images a second out of a DataLoader."""
+    dataset = ColorizationDataset(paths, LOAD, CROP, augment=True)
+    loader = paddle.io.DataLoader(dataset, batch_size=BATCH, num_workers=count)
+    return len(paths) / seconds(lambda: [None for _ in loader])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image_dir", required=True)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    use_all_cores(1)
+    paths = list_images(args.image_dir)[: args.images // BATCH * BATCH]
+    dataset = ColorizationDataset(paths, LOAD, CROP, augment=True)
+    ab_bins, bin_weights = load_ab_bins(), rebalancing_weights(load_prior())
+    to_targets(squares(dataset, range(BATCH)), ab_bins, bin_weights)
+
+    def full():
+        for start in range(0, len(paths), BATCH):
+            to_targets(squares(dataset, range(start, start + BATCH)), ab_bins, bin_weights)
+
+    rounds = [(seconds(lambda: floor(paths)), seconds(full)) for _ in range(args.rounds)]
+    rgb = paddle.to_tensor(np.stack(squares(dataset, range(BATCH))))
+    for name in (measured := [parts(rgb, ab_bins) for _ in range(args.rounds)])[0]:
+        print(f"{name}: {1000 * statistics.median(x[name] for x in measured) / BATCH:.2f} ms an image")
+    for name, times in zip(("floor: decode and resize", "all ahead of the network"), zip(*rounds)):
+        print(f"{name}: {1000 * statistics.median(times) / len(paths):.2f} ms an image")
+    print(f"ratio: {statistics.median(b / a for a, b in rounds):.2f}")
+    for count in (1, 2):
+        print(f"{count} worker(s): {statistics.median(workers(paths, count) for _ in range(3)):.0f} images a second")
+
+
+if __name__ == "__main__":
+    main()
