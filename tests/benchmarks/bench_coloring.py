@@ -80,11 +80,9 @@ def main():
         if not args.megapixels:
             plain_loop(paths, predict, folder)
         loop = time.perf_counter() - start
-        print(
-            f"{len(paths)} photographs, {args.precision}: {len(paths) / wall:.2f} a second, network {sum(seconds) / wall:.0%} "
-            f"of the time; plain loop {len(paths) / max(loop, 1e-9):.2f} a second",
-            flush=True,
-        )
+        share, speeds = sum(seconds) / wall, (len(paths) / wall, len(paths) / max(loop, 1e-9))
+        print(f"{len(paths)} photographs, {args.precision}: network {share:.0%} of the time; ", end="")
+        print(f"{speeds[0]:.2f} a second, plain loop {speeds[1]:.2f}", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"resident memory: {before:.0f} MB before coloring, {peak:.0f} MB at the peak")
 
