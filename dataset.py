@@ -296,8 +296,10 @@ def _cells():
 def _candidate_tables(ab_bins, neighbors):
     """For every cell the bins that are among the nearest of some color in it.
 
-    Their numbers, int64 [cells, K], and their coordinates, float32 [cells, 2K]: first every a, then every b. A bin is one if its distance from the cell's nearest point is at most the `neighbors`-th smallest
-    of the bins' distances from the cell's farthest points. Rows are filled up with bins at infinity.
+    Their numbers, int64 [cells, K], and their coordinates, float32 [cells, 2K]: first every a, then every b.
+
+    A bin is one if its distance from the cell's nearest point is at most the `neighbors`-th smallest of the bins'
+    distances from the cell's farthest points. Rows are filled up with bins at infinity.
     """
     bins = ab_bins.numpy().astype(np.float64)
     if not 1 <= neighbors <= len(bins):
