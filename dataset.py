@@ -270,12 +270,12 @@ def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
     of the ab plane, and only those are compared.
     """
     bin_table, ab_table = _candidate_tables(ab_bins, neighbors)
-    colors = ab.transpose([0, 2, 3, 1]).reshape([-1, 1, 2])  #                            [M, 1, 2]
-    a, b = ((colors[:, 0] + AB_LIMIT) / CELL).floor().clip(0, _cells() - 1).astype("int32").unbind(1)
-    cell = a * _cells() + b  #                                                                  [M]
-    candidates = paddle.gather(ab_table, cell).reshape([cell.shape[0], -1, 2])  #         [M, K, 2]
-    offset = candidates - colors
-    squared = (offset * offset).sum(axis=2)  #                                    [M, K]
+    a, b = (x.reshape([-1, 1]) for x in ab.unbind(axis=1))  #                                [M, 1]
+    row, column = (((x + AB_LIMIT) / CELL).floor().clip(0, _cells() - 1).astype("int32") for x in (a, b))
+    cell = (row * _cells() + column).flatten()  #                                               [M]
+    bins_a, bins_b = paddle.gather(ab_table, cell).chunk(2, axis=1)  #                       [M, K]
+    offset_a, offset_b = bins_a - a, bins_b - b
+    squared = offset_a * offset_a + offset_b * offset_b  #                                   [M, K]
     squared, order = paddle.topk(squared, neighbors, axis=1, largest=False)
     indices = paddle.take_along_axis(paddle.gather(bin_table, cell), order, axis=1)
     # Relative to the nearest: far from every bin all exponentials would underflow to 0 / 0.
