@@ -35,7 +35,7 @@ from dataset import (
     crop_resized,
     image_size,
     lab_to_rgb,
-    list_images,
+    named_images,
     open_rgb,
     rgb_to_lightness,
     to_uint8,
@@ -47,6 +47,7 @@ from utils import (
     annealed_mean,
     atomic_path,
     available_cores,
+    check_at_least,
     load_ab_bins,
     load_network,
     note,
@@ -123,9 +124,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    for name in ("load_size", "crop_size", "batch_size", "num_workers", "max_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_at_least(args, load_size=1, crop_size=1, batch_size=1, num_workers=1, max_samples=1)
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0")
     if args.crop_size and args.crop_size % 8:
@@ -140,9 +139,11 @@ def check_args(args):
 
 def plan(args):
     """The photographs to color, those that the network sees at one size together."""
-    paths = without_results(list_images(args.image_dir), args)[: args.max_samples]
-    root = args.image_dir if os.path.isdir(args.image_dir) else os.path.dirname(args.image_dir)
-    targets = unique_targets(paths, root, Path(args.result_path))
+    targets = {path: Path(args.result_path) / f"{name}.png" for name, path in named_images(args.image_dir).items()}
+    paths = without_results(sorted(targets), args)[: args.max_samples]
+    for path in paths:
+        if os.path.realpath(targets[path]) == os.path.realpath(path):
+            raise UserError(f"{printable(path)}: the result would overwrite it; choose another --result_path")
     if args.skip_existing:
         paths = [path for path in paths if not targets[path].exists()]
     with ThreadPoolExecutor(args.num_workers) as pool:
@@ -158,21 +159,6 @@ def without_results(paths, args):
     if not (result.startswith(root) and result != root):
         return paths
     return [path for path in paths if not os.path.realpath(path).startswith((result, sheets))]
-
-
-def unique_targets(paths, root, result_path):
-    """Where each result goes: the photograph's relative path with .png, or with .jpg.png where two would collide."""
-    stems = [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
-    taken, targets = set(), {}
-    for path, stem in zip(paths, stems):
-        name = stem + ".png" if stem not in taken else os.path.relpath(path, root) + ".png"
-        taken.add(stem)
-        targets[path] = result_path / name
-        if os.path.realpath(targets[path]) == os.path.realpath(path):
-            raise UserError(
-                f"{printable(path)}: the result would overwrite the photograph; choose another --result_path"
-            )
-    return targets
 
 
 def prepare(path, args, targets):
