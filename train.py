@@ -22,6 +22,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib  # noqa: F401  ahead of Paddle: the GPU builds of 2.x carry a zlib with which Pillow could read no PNG
@@ -65,7 +66,7 @@ from utils import (
 warnings.filterwarnings("ignore", message="When training, we now always track")  # says nothing that one could mend
 
 INIT_IMAGES = 8  # that data-dependent initialization looks at
-ASK_SECONDS = 5  # between two questions among the processes whether to stop: a launcher gives them 30 after SIGTERM
+ASK_SECONDS = 1  # between two questions among the processes whether to stop: after Ctrl-C a launcher may give them 4
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
 LINE = (
     "epoch {epoch:3d}  step {step:6d}  loss {loss:9.1f}  nats {nats:.4f}  kl {kl:.4f}  lr {lr:.3g}  "
@@ -181,9 +182,20 @@ class EpochSampler(DistributedBatchSampler):
         return len(self.dataset) // (self.batch_size * self.nranks)
 
 
-def leave_signals_to_parent(_):
-    """Ctrl-C and a launcher's SIGTERM reach all of a process group: a worker leaves it, as its parent decides."""
+def begin_worker(_):
+    """In a process that reads images: it ends when its parent does, whatever ends that, and not before.
+
+    Ctrl-C and a launcher's SIGTERM reach a whole group of processes, which a worker therefore leaves. Paddle's own
+    watch over the parent waits for work first, so that a worker would outlive a parent that was killed.
+    """
     os.setpgrp()
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def leave_with(parent):
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def list_once(folder):
@@ -204,9 +216,7 @@ def training_data(args):
             f"{printable(args.image_dir)}: {len(dataset)} images do not fill one --batch_size {args.batch_size}"
         )
     sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size())
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=leave_signals_to_parent
-    )
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=begin_worker)
     return loader, sampler
 
 
@@ -218,9 +228,7 @@ def validation_data(args):
     dataset = ColorizationDataset(list_once(args.val_dir), args.load_size, side)
     share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
-    return DataLoader(
-        share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=leave_signals_to_parent
-    )
+    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker)
 
 
 def targets(rgb):
@@ -348,9 +356,14 @@ def share_statistics(network):
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: noted here, obeyed between two steps. A second Ctrl-C leaves at once."""
+    """SIGTERM or Ctrl-C: noted here, obeyed between two steps. A second Ctrl-C leaves at once.
+
+    So is the end of the launcher, which of several processes is the parent: one kind of it (that of gloo) has no
+    ear for SIGTERM and dies without a word to them.
+    """
 
     def __init__(self):
+        self.launcher = os.getppid() if dist.get_world_size() > 1 else None
         self.noticed = 0  # by this process
         self.signal = 0  # that all processes agreed to obey
         self.asked, self.due = (0, time.perf_counter()), 0
@@ -365,11 +378,13 @@ class StopRequest:
 
     def agreed(self):
         """The signal that any of the processes was sent, or 0; to be asked by all of them at the same place."""
+        if self.launcher and os.getppid() != self.launcher:
+            self.noticed = self.noticed or signal.SIGTERM
         self.signal = int(all_reduce(np.array([self.noticed], np.float64), dist.ReduceOp.MAX)[0])
         return self.signal
 
     def after(self, step):
-        """`agreed`, asked after each step; several processes in fact ask each other every few seconds only."""
+        """`agreed`, asked after each step; several processes in fact ask each other every second or so only."""
         if dist.get_world_size() == 1:
             return self.agreed()
         if step < self.due:
