@@ -26,7 +26,7 @@ import threading
 import time
 import warnings
 import zlib  # noqa: F401  ahead of Paddle: the GPU builds of 2.x carry a zlib with which Pillow could read no PNG
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -350,9 +350,10 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
 def share_statistics(network):
     """Gives all processes the mean of their batch norm statistics, which each gathers from its own images."""
     if dist.get_world_size() > 1:
-        for statistic in network.buffers():
-            dist.all_reduce(statistic)
-            statistic.set_value(statistic / dist.get_world_size())
+        for tensor in network.state_dict().values():
+            if tensor.stop_gradient:  # a statistic, not a weight
+                dist.all_reduce(tensor)
+                tensor.set_value(tensor / dist.get_world_size())
 
 
 class StopRequest:
@@ -531,8 +532,11 @@ def to_tensors(state):
 class Log:
     """Lines on the terminal, JSON lines and VisualDL; of the first process, silent in the others."""
 
-    def __init__(self, folder, step):
-        """`step`: where the run begins; what an earlier, killed run logged beyond it is removed."""
+    def __init__(self, folder, step, to_validate):
+        """Of a run that begins after `step`, if `to_validate` with a validation: lines of what comes are removed.
+
+        They are there when an earlier run was killed.
+        """
         self.folder, self.file, self.board = folder, None, None
         if not is_first():
             return
@@ -542,7 +546,7 @@ class Log:
         with self.one_line():
             before = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             with atomic_path(path) as temporary:
-                temporary.write_text("".join(line for line in before if step_of(line) <= step))
+                temporary.write_text("".join(line for line in before if place(line) <= (step, not to_validate)))
             self.file = open(path, "a")  # noqa: SIM115
             self.board = LogWriter(logdir=str(folder))
 
@@ -572,16 +576,18 @@ class Log:
 
     def close(self):
         if self.file is not None:
-            self.file.close()
-            self.board.close()
+            with suppress(OSError):  # told already, when it was written
+                self.file.close()
+                self.board.close()
 
 
-def step_of(line):
-    """Of a line of train.jsonl; infinite for one that was cut off when the run was killed."""
+def place(line):
+    """Of a line of train.jsonl: its step and whether it comes after the step, from a validation."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        figures = json.loads(line)
+    except ValueError:  # cut off when the run was killed
+        return math.inf, True
+    return figures["step"], "val_kl" in figures
 
 
 class Meter:
@@ -687,7 +693,7 @@ def main(args):
     if args.continue_train:
         run.resume(args.which_epoch)
     schedule.step(run.step)  # from the flags, not from the checkpoint: a changed --lr holds
-    log = Log(args.log_path, run.step)
+    log = Log(args.log_path, run.step, to_validate=run.batch == len(sampler))
     model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
     set_training(network, args)
     last_step = args.max_steps or args.num_epochs * len(sampler)

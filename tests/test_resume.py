@@ -103,7 +103,9 @@ def test_the_real_network_killed_while_it_writes_goes_on(tmp_path, squares):
         process.wait()
     assert list((tmp_path / "model").glob(".*.tmp"))
     done = state(tmp_path)["progress"]["step"]
-    code, _ = run(tmp_path, *flags(tmp_path, squares, *more, "--max_steps", done + 1, "--continue_train"), script=script)
+    code, _ = run(
+        tmp_path, *flags(tmp_path, squares, *more, "--max_steps", done + 1, "--continue_train"), script=script
+    )
     assert code == 0 and state(tmp_path)["progress"]["step"] == done + 1
     assert not list((tmp_path / "model").glob(".*"))
 
