@@ -60,8 +60,8 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, squar
     """It saves after every second step, so that most of its time goes into writing: some kills fall into that."""
     (whole := tmp_path / "whole").mkdir()
     more = ["--save_latest", 2, "--batch_size", 1, "--num_workers", 1, "--val_dir", squares, "--num_epochs", 500]
-    killed_at_random(tmp_path / "parts", squares, 120, 4, *more)
-    assert run(whole, *flags(whole, squares, "--max_steps", 120, *more))[0] == 0
+    killed_at_random(tmp_path / "parts", squares, 80, 3, *more)
+    assert run(whole, *flags(whole, squares, "--max_steps", 80, *more))[0] == 0
     assert same(state(whole), state(tmp_path / "parts"))
     assert figures(whole) == figures(tmp_path / "parts")
     assert not list((tmp_path / "parts" / "model").glob(".*"))
