@@ -339,25 +339,30 @@ class ColorizationDataset(paddle.io.Dataset):
 
     def __init__(self, paths, load_size, crop_size, augment=False, seed=0):
         super().__init__()
-        self.paths = paths
+        # One string of bytes: a worker process that touches a list of a million strings copies it all.
+        encoded = [os.fsencode(path) for path in paths]
+        self.paths, self.ends = b"".join(encoded), np.cumsum([len(path) for path in encoded])
         self.load_size, self.crop_size = load_size, crop_size
         self.augment, self.seed, self.epoch = augment, seed, 0
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.ends)
+
+    def path(self, index):
+        return os.fsdecode(self.paths[self.ends[index - 1] if index else 0 : self.ends[index]])
 
     def __getitem__(self, index):
         random = np.random.default_rng((self.seed, self.epoch, index))
         broken = 0
         while True:
             try:
-                return self._square(self.paths[index], random), np.int64(broken)
+                return self._square(self.path(index), random), np.int64(broken)
             except InvalidImageError as error:
                 print(f"skipped {error}", file=sys.stderr, flush=True)
             broken += 1
             if broken > MAX_REPLACEMENTS:  # a gray image: it teaches nothing (its weight is 0)
                 return np.full((3, self.crop_size, self.crop_size), 128, np.uint8), np.int64(broken)
-            index = int(random.integers(len(self.paths)))
+            index = int(random.integers(len(self)))
 
     def _square(self, path, random):
         image = open_rgb(path, least_side=self.load_size)
@@ -379,7 +384,10 @@ class ClassificationDataset(paddle.io.Dataset):
         self.paths, self.load_size, self.crop_size = paths, load_size, crop_size
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.ends)
+
+    def path(self, index):
+        return os.fsdecode(self.paths[self.ends[index - 1] if index else 0 : self.ends[index]])
 
     def __getitem__(self, index):
         try:

@@ -4,6 +4,9 @@
     python -m paddle.distributed.launch --gpus 0,1,2,3 train.py --image_dir DIR      four GPUs
     python train.py --image_dir DIR --continue_train                                 go on after a stop
 
+SIGTERM and Ctrl-C save `latest` before they end the run. Exit codes: 0 done, 1 a mistake or a fault (one line says
+which), 2 unknown flags, 130 stopped by Ctrl-C, 143 by SIGTERM.
+
 The defaults are the paper's (its final model: 450,000 steps of 40 images). The results table's variants:
 full --gamma 0.5 · non-rebalance --rebalance False · rebalance --gamma 0.
 
@@ -13,14 +16,17 @@ Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_st
 """
 
 import argparse
-import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
+import zlib  # noqa: F401  ahead of Paddle: the GPU builds of 2.x carry a zlib with which Pillow could read no PNG
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +39,7 @@ from tqdm import tqdm
 from dataset import ColorizationDataset, lab_to_rgb, list_images, rgb_to_lab, rgb_to_lightness, soft_encode, to_uint8
 from model import CIC
 from utils import (
+    MAX_THRESHOLD,
     UserError,
     add_bool_flag,
     annealed_mean,
@@ -49,6 +56,7 @@ from utils import (
     note,
     printable,
     rebalancing_weights,
+    remove_temporaries,
     save_checkpoint,
     set_weights,
     soft_cross_entropy,
@@ -58,6 +66,7 @@ from utils import (
 warnings.filterwarnings("ignore", message="When training, we now always track")  # says nothing that one could mend
 
 INIT_IMAGES = 8  # that data-dependent initialization looks at
+ASK_SECONDS = 1  # between two questions among the processes whether to stop: after Ctrl-C a launcher may give them 4
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
 LINE = (
     "epoch {epoch:3d}  step {step:6d}  loss {loss:9.1f}  nats {nats:.4f}  kl {kl:.4f}  lr {lr:.3g}  "
@@ -81,7 +90,7 @@ def parse_args(argv=None):
     add("--val_dir", help="folder of validation photographs, looked at after each epoch")
     add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
     add("--crop_size", type=int, default=176, help="side of the random crops in pixels, a multiple of 8")
-    add("--num_workers", type=int, default=min(8, available_cores()), help="processes that decode, for each device")
+    add("--num_workers", type=int, default=min(8, cores_each()), help="processes that decode, for each device")
     add("--max_broken", type=float, default=0.1, help="share of unreadable images in an epoch that stops the run")
 
     group = parser.add_argument_group("method")
@@ -138,6 +147,11 @@ def check_args(args, processes):
         raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
     if args.batch_size % processes:
         raise UserError(f"--batch_size {args.batch_size}: cannot be shared out evenly among {processes} processes")
+    for name in ("num_workers", "keep", "max_broken", "weight_decay"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if args.freeze_bn and args.sync_bn:
+        raise UserError("--freeze_bn and --sync_bn exclude each other")
     if args.continue_train and args.init_from:
         raise UserError("--continue_train and --init_from exclude each other")
     if not re.fullmatch(r"latest|\d+", args.which_epoch):
@@ -149,34 +163,60 @@ def check_args(args, processes):
 
 
 class EpochSampler(DistributedBatchSampler):
-    """Paddle's sampler, which shares out each batch among the processes, made to start anywhere in any epoch."""
+    """Random batches of the whole set, shared out among the processes, from anywhere in any epoch.
 
-    skip = 0
+    The order follows from seed and epoch alone, whatever the number of processes: each takes its part of every
+    batch. (Paddle's own order depends on their number, as it fills the set up to a multiple of it beforehand.)
+    """
 
-    def begin(self, seed, epoch, skip):
-        self.set_epoch((seed * 1_000_003 + epoch) % 2**32)  # it shuffles with this as the seed
-        self.skip = skip
+    seed = epoch = skip = 0
 
     def __iter__(self):
-        return itertools.islice(super().__iter__(), self.skip, None)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
+        for batch in range(self.skip, len(self)):
+            start = (batch * self.nranks + self.local_rank) * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+    def __len__(self):
+        """Batches in an epoch; the few images that do not fill one wait for the next epoch."""
+        return len(self.dataset) // (self.batch_size * self.nranks)
 
 
-def ignore_ctrl_c(_):
-    """Ctrl-C reaches the worker processes too; they leave the stopping to the training process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def begin_worker(_):
+    """In a process that reads images: it ends when its parent does, whatever ends that, and not before.
+
+    Ctrl-C and a launcher's SIGTERM reach a whole group of processes, which a worker therefore leaves. Paddle's own
+    watch over the parent waits for work first, so that a worker would outlive a parent that was killed.
+    """
+    os.setpgrp()
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def leave_with(parent):
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+def list_once(folder):
+    """`list_images`, by the first process for all: they need agree, and a large folder is slow to walk through."""
+    listing = [list_images(folder) if is_first() else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(listing, src=0)
+    return listing[0]
 
 
 def training_data(args):
     """The training set's loader and its sampler."""
     dataset = ColorizationDataset(
-        list_images(args.image_dir), args.load_size, args.crop_size, augment=True, seed=args.seed
+        list_once(args.image_dir), args.load_size, args.crop_size, augment=True, seed=args.seed
     )
     if len(dataset) < args.batch_size:
         raise UserError(
             f"{printable(args.image_dir)}: {len(dataset)} images do not fill one --batch_size {args.batch_size}"
         )
-    sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size(), shuffle=True, drop_last=True)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=ignore_ctrl_c)
+    sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size())
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=begin_worker)
     return loader, sampler
 
 
@@ -185,10 +225,10 @@ def validation_data(args):
     if not args.val_dir:
         return None
     side = args.load_size // 8 * 8
-    dataset = ColorizationDataset(list_images(args.val_dir), args.load_size, side)
+    dataset = ColorizationDataset(list_once(args.val_dir), args.load_size, side)
     share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
-    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=ignore_ctrl_c)
+    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker)
 
 
 def targets(rgb):
@@ -241,14 +281,17 @@ def data_dependent_init(network, lightness):
 
 
 @paddle.no_grad()
-def validate(network, loader, ab_bins, args):
+def validate(network, loader, ab_bins, args, stop):
     """Cross-entropy and KL in nats per position, raw AuC, and a picture; over the validation images of all processes.
 
-    The figures need no rebalancing, so that they compare between variants.
+    The figures need no rebalancing, so that they compare between variants. None when asked to stop meanwhile.
     """
+    share_statistics(network)
     network.eval()
     sums, histogram, panel = np.zeros(3), 0, []
     for rgb, broken in tqdm(loader, "validating", unit="batch", leave=False, disable=None if is_first() else True):
+        if stop.noticed:
+            break
         readable = np.flatnonzero(broken.numpy() == 0)
         if not len(readable):
             continue
@@ -261,10 +304,12 @@ def validate(network, loader, ab_bins, args):
         sums += [float(nats.sum()), float(kl.sum()), len(rgb)]
         lab = rgb_to_lab(rgb)
         colored = F.interpolate(annealed_mean(logits, ab_bins), scale_factor=4, mode="bilinear")
-        histogram = histogram + error_histogram(colored.swapaxes(0, 1).numpy(), lab[:, 1:].swapaxes(0, 1).numpy())
+        histogram = histogram + error_histogram(colored.numpy().swapaxes(0, 1), lab[:, 1:].numpy().swapaxes(0, 1))
         if len(panel) < PANEL_IMAGES:
             panel += [compare(*images) for images in zip(lab, colored, rgb)]
-    totals = all_sum(np.concatenate([sums, histogram if sums[2] else np.zeros(152)]))
+    if stop.agreed():
+        return None
+    totals = all_reduce(np.concatenate([sums, histogram if sums[2] else np.zeros(MAX_THRESHOLD + 2)]))
     if not totals[2]:
         raise UserError(f"{printable(args.val_dir)}: none of the images can be read")
     figures = {"val_cross_entropy": totals[0] / totals[2], "val_kl": totals[1] / totals[2], "val_auc": auc(totals[3:])}
@@ -287,13 +332,72 @@ def is_first():
     return dist.get_rank() == 0
 
 
-def all_sum(values):
-    """The sum of float64 arrays over the processes."""
+def cores_each():
+    """The cores of this machine for each of the processes that train on it."""
+    return max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
+
+
+def all_reduce(values, operation=dist.ReduceOp.SUM):
+    """The sum (or maximum) of a float64 array over the processes."""
     if dist.get_world_size() == 1:
         return values
     total = paddle.to_tensor(values)
-    dist.all_reduce(total)
+    dist.all_reduce(total, operation)
     return total.numpy()
+
+
+@paddle.no_grad()
+def share_statistics(network):
+    """Gives all processes the mean of their batch norm statistics, which each gathers from its own images."""
+    if dist.get_world_size() > 1:
+        for tensor in network.state_dict().values():
+            if tensor.stop_gradient:  # a statistic, not a weight
+                dist.all_reduce(tensor)
+                tensor.set_value(tensor / dist.get_world_size())
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: noted here, obeyed between two steps. A second Ctrl-C leaves at once.
+
+    So is the end of the launcher, which of several processes is the parent: one kind of it (that of gloo) has no
+    ear for SIGTERM and dies without a word to them.
+    """
+
+    def __init__(self):
+        self.launcher = os.getppid() if dist.get_world_size() > 1 else None
+        self.noticed = 0  # by this process
+        self.signal = 0  # that all processes agreed to obey
+        self.asked, self.due = (0, time.perf_counter()), 0
+        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def notice(self, number, _):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM: a launcher sends it several times
+        if not self.noticed and is_first():
+            # Not by print: the signal may have come amid one.
+            os.write(2, b"\nstopping after this step; Ctrl-C once more leaves at once\n")
+        self.noticed = self.noticed or number
+
+    def agreed(self):
+        """The signal that any of the processes was sent, or 0; to be asked by all of them at the same place."""
+        if self.launcher and os.getppid() != self.launcher:
+            self.noticed = self.noticed or signal.SIGTERM
+        self.signal = int(all_reduce(np.array([self.noticed], np.float64), dist.ReduceOp.MAX)[0])
+        return self.signal
+
+    def after(self, step):
+        """`agreed`, asked after each step; several processes in fact ask each other every second or so only."""
+        if dist.get_world_size() == 1:
+            return self.agreed()
+        if step < self.due:
+            return 0
+        (before, then), now = self.asked, time.perf_counter()
+        steps = ASK_SECONDS * (step - before) / all_reduce(np.array([now - then]), dist.ReduceOp.MAX)[0]
+        self.asked, self.due = (step, now), step + max(1, int(steps))
+        return self.agreed()
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,7 +425,7 @@ OBJECTIVE = ("rebalance", "gamma", "NN", "sigma")
 # Flags that say which image comes when: with others the place within the epoch means nothing.
 ORDER = ("seed", "batch_size", "images")
 # Flags that may change on the way.
-FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_decay")
+FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_decay", "amp", "freeze_bn")
 
 
 class Run:
@@ -338,6 +442,8 @@ class Run:
         self.best_kl = math.inf
         flags = {name: getattr(args, name) for name in (*OBJECTIVE, *FREE, "seed", "batch_size")}
         self.flags = {**flags, "images": images, "prior": prior.numpy()}
+        if is_first():
+            remove_temporaries(self.folder)
 
     def save(self, *names):
         """Writes `epoch_{name}_model.pdparams`, and beside it all that is needed to go on.
@@ -345,9 +451,12 @@ class Run:
         The training state holds the weights as well, so that it is whole by itself: a stop between the two
         files leaves no weights beside another step's moments.
         """
+        share_statistics(self.network)
         if not is_first():
             return
         weights = self.network.state_dict()
+        if not all(bool(paddle.isfinite(tensor).all()) for tensor in weights.values()):
+            raise UserError("the weights are not finite, so they are not saved: try a lower --lr, or --continue_train")
         state = {
             "network": weights,
             "optimizer": self.optimizer.state_dict(),
@@ -367,7 +476,8 @@ class Run:
     def prune(self):
         """Removes numbered checkpoints beyond the newest --keep; never `latest` nor `best`."""
         matches = [re.fullmatch(r"epoch_(\d+)_model\.pdparams", path.name) for path in self.folder.glob("epoch_*")]
-        epochs = sorted(int(match[1]) for match in matches if match)
+        # Later ones than this run's are another's, and not newer.
+        epochs = sorted(int(match[1]) for match in matches if match and int(match[1]) < self.epoch)
         for epoch in epochs[: -self.args.keep] if self.args.keep else []:
             for name in ("model.pdparams", "state.pdopt"):
                 (self.folder / f"epoch_{epoch}_{name}").unlink(missing_ok=True)
@@ -389,13 +499,13 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         for key, value in state["progress"].items():
             setattr(self, key, value)
-        if any(state["flags"][key] != self.flags[key] for key in ORDER) and self.batch:
+        if any(state["flags"].get(key) != self.flags[key] for key in ORDER) and self.batch:
             note(f"beginning epoch {self.epoch} again: its order of images is another one now")
             self.batch = 0
 
     def compare_flags(self, before, path):
         def changed(names):
-            return [f"--{x} {before[x]} is now {self.flags[x]}" for x in names if before[x] != self.flags[x]]
+            return [f"--{x} {before.get(x)} is now {self.flags[x]}" for x in names if before.get(x) != self.flags[x]]
 
         other = changed(OBJECTIVE)
         if self.args.rebalance and not np.allclose(before["prior"], self.flags["prior"]):
@@ -415,24 +525,6 @@ def to_tensors(state):
     return paddle.to_tensor(state) if isinstance(state, np.ndarray) else state
 
 
-class StopRequest:
-    """SIGTERM or Ctrl-C: noticed here, obeyed after the step that is under way; the second Ctrl-C leaves at once."""
-
-    def __init__(self):
-        self.signal = None
-        self.before = {s: signal.signal(s, self.notice) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def notice(self, number, _):
-        self.signal = number
-        self.restore()
-        if is_first():
-            note("stopping after this step; once more leaves at once")
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 # -------------------------------------------------------------------------------------------------
 # Logs
 
@@ -440,32 +532,43 @@ class StopRequest:
 class Log:
     """Lines on the terminal, JSON lines and VisualDL; of the first process, silent in the others."""
 
-    def __init__(self, folder, step):
-        """`step`: where the run begins; what an earlier, killed run logged beyond it is removed."""
-        self.file = self.board = None
+    def __init__(self, folder, step, to_validate):
+        """Of a run that begins after `step`, if `to_validate` with a validation: lines of what comes are removed.
+
+        They are there when an earlier run was killed.
+        """
+        self.folder, self.file, self.board = folder, None, None
         if not is_first():
             return
         from visualdl import LogWriter
 
         path = Path(folder) / "train.jsonl"
-        try:
+        with self.one_line():
             before = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             with atomic_path(path) as temporary:
-                temporary.write_text("".join(line for line in before if json.loads(line)["step"] <= step))
+                temporary.write_text("".join(line for line in before if place(line) <= (step, not to_validate)))
             self.file = open(path, "a")  # noqa: SIM115
             self.board = LogWriter(logdir=str(folder))
+
+    @contextmanager
+    def one_line(self):
+        """A full disk or a folder that is not writable: what went wrong in one line."""
+        try:
+            yield
         except OSError as error:
-            raise UserError(f"{printable(folder)}: cannot be written: {error.strerror.lower()}") from error
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"{printable(self.folder)}: the log cannot be written: {reason}") from error
 
     def write(self, line, figures, step):
         if self.file is None:
             return
         tqdm.write(line)
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.file.flush()
-        for name, value in figures.items():
-            group = "validation" if name.startswith("val_") else "training"
-            self.board.add_scalar(f"{group}/{name.replace('val_', '')}", value, step)
+        with self.one_line():
+            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.file.flush()
+            for name, value in figures.items():
+                group = "validation" if name.startswith("val_") else "training"
+                self.board.add_scalar(f"{group}/{name.replace('val_', '')}", value, step)
 
     def picture(self, image, step):
         if self.file is not None and image is not None:
@@ -473,8 +576,18 @@ class Log:
 
     def close(self):
         if self.file is not None:
-            self.file.close()
-            self.board.close()
+            with suppress(OSError):  # told already, when it was written
+                self.file.close()
+                self.board.close()
+
+
+def place(line):
+    """Of a line of train.jsonl: its step and whether it comes after the step, from a validation."""
+    try:
+        figures = json.loads(line)
+    except ValueError:  # cut off when the run was killed
+        return math.inf, True
+    return figures["step"], "val_kl" in figures
 
 
 class Meter:
@@ -512,15 +625,16 @@ class Meter:
     def check(self, max_broken):
         """Raises UserError for a loss that is not finite and for too many broken images, over all processes."""
         local = [*np.asarray(self.sums + paddle.zeros([3])), float(self.broken), self.seen]
-        *sums, broken, seen = all_sum(np.array(local, np.float64)).tolist()
+        *sums, broken, seen = all_reduce(np.array(local, np.float64)).tolist()
+        tried = seen + broken  # a broken image is replaced by another one
         if not math.isfinite(sums[0]):
             raise UserError(
                 f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr, "
                 "or go on from the last checkpoint with --continue_train"
             )
-        if broken > max_broken * max(seen, 20):  # a few are let pass in the smallest sets
-            raise UserError(f"{broken:.0f} of {seen:.0f} images cannot be read: more than --max_broken {max_broken:g}")
-        return sums, int(broken), int(seen)
+        if broken > max_broken * max(tried, 20):  # a few are let pass in the smallest sets
+            raise UserError(f"{broken:.0f} of {tried:.0f} images cannot be read: more than --max_broken {max_broken:g}")
+        return sums, int(broken), int(tried)
 
     def read(self, max_broken):
         """The means of the interval that ends here, over all processes."""
@@ -540,7 +654,7 @@ def main(args):
     # Setup
     if dist.ParallelEnv().world_size > 1:
         dist.init_parallel_env()
-    use_all_cores()
+    use_all_cores(cores_each())
     check_args(args, dist.get_world_size())
     paddle.seed(args.seed)
     on_gpu = paddle.get_device().startswith("gpu")
@@ -579,10 +693,10 @@ def main(args):
     if args.continue_train:
         run.resume(args.which_epoch)
     schedule.step(run.step)  # from the flags, not from the checkpoint: a changed --lr holds
-    log = Log(args.log_path, run.step)
+    log = Log(args.log_path, run.step, to_validate=run.batch == len(sampler))
     model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
     set_training(network, args)
-    last_step = min(args.num_epochs * len(sampler), args.max_steps or math.inf)
+    last_step = args.max_steps or args.num_epochs * len(sampler)
 
     def train_step(rgb):
         """One step on uint8 [N, 3, H, W]; returns loss, nats and kl as a tensor [3], which nobody need wait for."""
@@ -609,48 +723,67 @@ def main(args):
     # Loop
     stop = StopRequest()
     meter = Meter()
+    progress = tqdm(
+        total=min(last_step, args.num_epochs * len(sampler)),
+        initial=run.step,
+        unit="step",
+        disable=None if is_first() else True,
+    )
 
     def report():
         figures = {"epoch": run.epoch, **meter.read(args.max_broken), "lr": schedule.get_lr()}
         log.write(LINE.format(step=run.step, **figures), figures, run.step)
         progress.set_postfix({x: f"{figures[x]:.3f}" for x in ("nats", "kl")}, refresh=False)
 
-    progress = tqdm(total=last_step, initial=run.step, unit="step", disable=None if is_first() else True)
-    try:
-        while run.step < last_step and not stop.signal:
-            sampler.begin(args.seed, run.epoch, skip=run.batch)
-            loader.dataset.epoch = run.epoch
-            meter.begin_epoch()
-            for rgb, broken in meter.timed(loader):
-                meter.add(train_step(rgb), broken)
-                run.step += 1
-                run.batch += 1
-                progress.update()
-                if run.step % args.loss_step == 0:
-                    report()
-                if run.step % args.save_latest == 0:
-                    meter.check(args.max_broken)  # weights that went bad must not replace good ones
-                    run.save("latest")
-                if stop.signal or run.step >= last_step:
-                    break
-            _, broken, seen = meter.check(args.max_broken)
-            if broken and is_first():
-                note(f"epoch {run.epoch}: {broken} of {seen} images could not be read and were replaced by others")
-            if stop.signal:
+    def train_epoch():
+        """What is left of the epoch, or as much as --max_steps or a signal lets be done."""
+        sampler.seed, sampler.epoch, sampler.skip = args.seed, run.epoch, run.batch
+        loader.dataset.epoch = run.epoch
+        meter.begin_epoch()
+        for rgb, broken in meter.timed(loader):
+            meter.add(train_step(rgb), broken)
+            run.step += 1
+            run.batch += 1
+            progress.update()
+            if run.step % args.loss_step == 0:
+                report()
+            if run.step % args.save_latest == 0:
+                meter.check(args.max_broken)  # weights that went bad must not replace good ones
+                run.save("latest")
+            if stop.after(run.step) or run.step >= last_step:
                 break
-            if val_loader:
-                figures, picture = validate(network, val_loader, ab_bins, args)
-                set_training(network, args)
-                log.write(VAL_LINE.format(epoch=run.epoch, step=run.step, **figures), figures, run.step)
-                log.picture(picture, run.step)
-                if figures["val_kl"] < run.best_kl:
-                    run.best_kl = figures["val_kl"]
-                    run.save_weights("best")
-            if run.batch == len(sampler):
+        _, broken, tried = meter.check(args.max_broken)
+        if broken and is_first():
+            note(f"epoch {run.epoch}: {broken} of {tried} images could not be read; others took their place")
+
+    def validate_epoch():
+        figures, picture = validate(network, val_loader, ab_bins, args, stop) or (None, None)
+        set_training(network, args)
+        if figures is None:  # stopped
+            return
+        log.write(VAL_LINE.format(epoch=run.epoch, step=run.step, **figures), figures, run.step)
+        log.picture(picture, run.step)
+        if figures["val_kl"] < run.best_kl:
+            run.best_kl = figures["val_kl"]
+            run.save_weights("best")
+
+    try:
+        while run.epoch < args.num_epochs and run.step < last_step and not stop.signal:
+            train_epoch()
+            if not stop.agreed() and val_loader:
+                validate_epoch()
+            if run.batch == len(sampler) and not stop.signal:
                 run.epoch, run.batch = run.epoch + 1, 0
                 if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
-                    run.save(run.epoch - 1)
+                    run.save(run.epoch - 1, "latest")
         run.save("latest")
+    except SystemError as error:  # raised by Paddle, wherever this process is, when a worker process ends
+        if not re.search("DataLoader process|Blocking queue is killed", str(error)):
+            raise
+        raise UserError(
+            "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
+            "go on with --continue_train, perhaps with fewer --num_workers"
+        ) from None
     finally:
         progress.close()
         stop.restore()
@@ -658,7 +791,8 @@ def main(args):
 
     latest = run.folder / "epoch_latest_model.pdparams"
     if stop.signal:
-        note(f"stopped at step {run.step}: {latest}; to go on: --continue_train")
+        if is_first():
+            note(f"stopped at step {run.step}: {latest}; to go on: --continue_train")
         return 128 + stop.signal
     if is_first():
         print(f"{latest}: {run.step} steps; log in {args.log_path} (visualdl --logdir {args.log_path})")

@@ -17,7 +17,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,7 @@ def atomic_path(path):
     Raises UserError when the folder cannot be written to or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see `remove_temporaries`
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -201,8 +201,26 @@ def atomic_path(path):
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"{printable(path)}: cannot be written: {reason}") from error
     finally:
-        if temporary.exists():
+        with suppress(OSError):
             temporary.unlink()
+
+
+def remove_temporaries(folder):
+    """Removes what processes that were killed while they wrote left in `folder`."""
+    for path in Path(folder).glob(".*.tmp"):
+        if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _runs(int(match[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _runs(process):
+    try:
+        os.kill(process, 0)  # sends nothing
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def make_folder(path):

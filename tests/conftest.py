@@ -5,33 +5,19 @@ import os
 from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
 from PIL import Image, ImageOps
 from skimage import data
+from small_network import SmallNetwork
 
 import train
 import utils
-from model import NUM_BINS, conv_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 os.environ.setdefault("GLOG_minloglevel", "2")
 utils.use_all_cores()
-
-
-class SmallNetwork(paddle.nn.Layer):
-    """Reads and returns what CIC does, with 1/500 of its parameters: for tests of what is around the network."""
-
-    def __init__(self, extra_relu=False):
-        super().__init__()
-        self.down = paddle.nn.Sequential(*(conv_stage(i, o, 1, stride=2) for i, o in ((1, 16), (16, 32), (32, 32))))
-        self.up = paddle.nn.Conv2DTranspose(32, 32, 4, stride=2, padding=1)
-        self.head = paddle.nn.Conv2D(32, NUM_BINS, 1)
-
-    def forward(self, lightness):
-        return self.head(self.up(self.down(lightness)))
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_random_squares_follow_from_seed_epoch_and_index_alone(photographs):
 
 def test_half_of_the_squares_are_mirrored(photographs):
     squares = ColorizationDataset([list_images(photographs)[0]], 64, 64, augment=True)  # a square photograph: one crop
-    plain = ColorizationDataset(squares.paths, 64, 64)[0][0]
+    plain = ColorizationDataset([squares.path(i) for i in range(len(squares))], 64, 64)[0][0]
     kinds = []
     for squares.epoch in range(40):
         square = squares[0][0]

@@ -1,0 +1,130 @@
+"""Several processes, by `paddle.distributed.launch` with gloo on the CPU, are one."""
+
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+from processes import LIMIT, flags, gone, launched, log, run, started, steps_done, wait_for
+
+import train
+from utils import load_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo")
+
+
+def ranks(process):
+    """The processes that train, by rank."""
+    found = {}
+    for pid in process.family() - {process.pid}:
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/stat") as stat:
+                rank = re.search(rb"PADDLE_TRAINER_ID=(\d+)", environ.read())
+                parent = int(stat.read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if rank and parent == process.pid:
+            found[int(rank[1])] = pid
+    return found
+
+
+def weights(folder, name="latest"):
+    return load_checkpoint(folder / "model" / f"epoch_{name}_model.pdparams")
+
+
+def compare(one, two, rtol=1e-4):
+    """Lines of the log and weights of two runs."""
+    lines = [log(folder) for folder in (one, two)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for a, b in zip(*lines):
+        for name in a.keys() - {"images_per_second", "waiting"}:
+            assert a[name] == pytest.approx(b[name], rel=rtol), name
+    for name, value in weights(one).items():
+        np.testing.assert_allclose(weights(two)[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares):
+    """Losses, weights, a validation of three images; with batch norm frozen, whose statistics are each one's own."""
+    for i, path in enumerate(sorted(photographs.iterdir())[:3]):
+        (tmp_path / "three").mkdir(exist_ok=True)
+        (tmp_path / "three" / f"{i}.png").write_bytes(path.read_bytes())
+    (tmp_path / "five").mkdir()
+    for path in [*sorted(squares.iterdir()), tmp_path / "three" / "0.png"]:
+        (tmp_path / "five" / path.name).write_bytes(path.read_bytes())
+    more = ["--val_dir", tmp_path / "three", "--freeze_bn", "--lr", 1e-3, "--num_epochs", 5, "--save_freq", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(one, *flags(one, tmp_path / "five", *more))[0] == 0
+    code, _ = run(two, *flags(two, tmp_path / "five", *more), launcher=launched(2, two))
+    assert code == 0
+    compare(one, two)
+    assert sum("val_kl" in line for line in log(two)) == 5
+    names = [sorted(path.name for path in (folder / "model").iterdir()) for folder in (one, two)]
+    assert names[0] == names[1]
+    assert len(list((two / "log").glob("vdlrecords*"))) == 1  # the first process alone writes
+    assert (two / "out").read_text().count("validation:") == 5
+    # Going on with another number of processes goes on with the same images.
+    for folder, launcher in ((one, launched(2, one)), (two, ())):
+        more[more.index("--num_epochs") + 1] = 7
+        assert run(folder, *flags(folder, tmp_path / "five", *more, "--continue_train"), launcher=launcher)[0] == 0
+    compare(one, two)
+
+
+def test_two_processes_of_the_real_network(tmp_path, squares):
+    more = ["--freeze_bn", "--max_steps", 2, "--batch_size", 2, "--no-data_init"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(one, *flags(one, squares, *more), script=train.__file__)[0] == 0
+    assert run(two, *flags(two, squares, *more), script=train.__file__, launcher=launched(2, two))[0] == 0
+    compare(one, two)
+
+
+def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squares):
+    """After one step at a rate of nothing: those of one process are of half of the images each."""
+    more = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0, "--no-data_init"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(one, *flags(one, squares, *more))[0] == 0
+    assert run(two, *flags(two, squares, *more), launcher=launched(2, two))[0] == 0
+    # The first batch norm's mean is linear in the images.
+    np.testing.assert_allclose(weights(one)["down.0.2._mean"], weights(two)["down.0.2._mean"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves(tmp_path, squares, number):
+    with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 1), launcher=launched(2, tmp_path)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 5, process)
+        trainers = ranks(process)
+        assert len(trainers) == 2
+        process.send_signal(number)
+        process.wait(LIMIT)
+        wait_for(lambda: all(gone(pid) for pid in trainers.values()))
+    state = load_checkpoint(tmp_path / "model" / "epoch_latest_state.pdopt")
+    assert state["progress"]["step"] == steps_done(tmp_path)
+
+
+def test_a_process_that_dies_takes_the_others_with_it(tmp_path, squares):
+    with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 1), launcher=launched(2, tmp_path)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2, process)
+        trainers = ranks(process)
+        family = process.family()
+        os.kill(trainers[1], signal.SIGKILL)
+        assert process.wait(LIMIT) != 0
+        wait_for(lambda: all(gone(pid) for pid in family))
+    assert "rank=[1] was aborted" in (tmp_path / "out").read_text() + (tmp_path / "err").read_text()
+
+
+def test_the_order_of_images_does_not_depend_on_the_number_of_processes():
+    """And each image comes once in an epoch, but for those that do not fill a batch."""
+
+    def batches(rank, count, skip=0, epoch=0):
+        sampler = train.EpochSampler(range(37), 12 // count, num_replicas=count, rank=rank)
+        sampler.seed, sampler.epoch, sampler.skip = 1, epoch, skip
+        assert len(sampler) == 3
+        return list(sampler)
+
+    whole = batches(0, 1)
+    assert len({i for batch in whole for i in batch}) == 36
+    for count in (2, 3, 4):
+        shares = [batches(rank, count) for rank in range(count)]
+        assert [sum((share[i] for share in shares), []) for i in range(3)] == whole
+    assert batches(0, 1, skip=2) == whole[2:] and batches(0, 1, skip=3) == []
+    assert batches(0, 1, epoch=1) != whole

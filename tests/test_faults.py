@@ -1,0 +1,283 @@
+"""Broken files, full disks, lost worker processes, steps that wait, memory that grows."""
+
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from processes import TESTS, flags, gone, run, started, steps_done, wait_for
+
+import train
+from dataset import ColorizationDataset
+from utils import UserError, atomic_path, load_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _small(small_network):
+    pass
+
+
+def bomb():
+    """A PNG of a few bytes that claims 50,000 by 50,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def damaged(tmp_path, squares):
+    """A folder of twelve good images and five that are not."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    whole = {path.stem: path.read_bytes() for path in squares.iterdir()}
+    for name, content in whole.items():
+        for i in range(3):
+            (folder / f"{name}{i}.png").write_bytes(content)
+    (folder / "truncated.png").write_bytes(whole["coffee"][:3000])
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "zero.png").touch()
+    (folder / "bomb.png").write_bytes(bomb())
+    (folder / "vanished.png").symlink_to("nowhere")
+    return folder
+
+
+# Files
+
+
+def test_broken_images_are_skipped_replaced_and_counted(run_training, damaged, capfd):
+    flags = ["--batch_size", 17, "--num_epochs", 1, "--max_broken", 0.9, "--num_workers", 2, "--no-data_init"]
+    assert len(run_training(*flags, image_dir=damaged)) == 1
+    err = capfd.readouterr().err
+    for name in ("truncated.png: ", "text.jpg: not an image", "zero.png: empty file", "bomb.png: 50000x50000 is over"):
+        assert f"{name}" in err
+    assert "vanished.png: no such file" in err
+    lines = [line for line in err.splitlines() if line.startswith("skipped ")]
+    assert f"epoch 0: {len(lines)} of {17 + len(lines)} images could not be read" in err
+    assert "Traceback" not in err
+
+
+def test_too_many_broken_images_stop_the_run(run_training, stopped, damaged):
+    message = stopped(lambda _: run_training("--batch_size", 17, image_dir=damaged), None)
+    assert "cannot be read: more than --max_broken 0.1" in message
+
+
+def test_images_that_vanish_during_the_run(tmp_path, squares):
+    """All of them: the run ends, with a line, instead of learning nothing for days."""
+    images = shutil.copytree(squares, tmp_path / "images")
+    with started(tmp_path, *flags(tmp_path, images, "--num_workers", 1)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2, process)
+        shutil.rmtree(images)
+        assert process.wait(60) == 1
+    assert "cannot be read: more than --max_broken" in (tmp_path / "err").read_text().splitlines()[-1]
+
+
+def test_validation_leaves_broken_images_out(run_training, damaged, squares):
+    whole = run_training("--val_dir", squares, folder="a")
+    part = run_training("--val_dir", damaged, folder="b")  # the same four images, thrice
+    names = ("val_kl", "val_auc")
+    assert [whole[-1][x] for x in names] == pytest.approx([part[-1][x] for x in names], rel=1e-5)
+
+
+def test_paths_of_any_bytes(tmp_path):
+    paths = [str(tmp_path / "é\udcff\n.png"), "b.png", ""]
+    dataset = ColorizationDataset(paths, 40, 32)
+    assert [dataset.path(i) for i in range(len(dataset))] == paths
+
+
+# Disks
+
+
+def test_a_folder_without_room_left(run_training, stopped, tmp_path, monkeypatch):
+    """The last good checkpoint stays, and can be gone on from."""
+    run_training("--batch_size", 1, "--max_steps", 2)
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    before = path.read_bytes()
+    original, limit = resource.getrlimit(resource.RLIMIT_FSIZE), path.stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, original[1]))  # Python ignores SIGXFSZ: writing fails
+    try:
+        message = stopped(lambda _: run_training("--batch_size", 1, "--max_steps", 3, "--continue_train"), None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, original)
+    assert "epoch_latest_state.pdopt: cannot be written: file too large" in message
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2
+    run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("full", ["model", "log"])
+def test_a_full_disk(tmp_path, squares, full):
+    (disk := tmp_path / full).mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        more = ["--batch_size", 1, "--save_latest", 5]
+        with started(tmp_path, *flags(tmp_path, squares, *more)) as process:
+            wait_for(lambda: (tmp_path / "model" / "epoch_latest_model.pdparams").exists(), process)
+            with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(10_000))
+            assert process.wait(60) == 1
+        lines = (tmp_path / "err").read_text().splitlines()
+        assert "cannot be written: no space left on device" in lines[-1] and "Traceback" not in "".join(lines)
+        (disk / "filler").unlink()
+        step = load_checkpoint(tmp_path / "model" / "epoch_latest_state.pdopt")["progress"]["step"]
+        assert step % 5 == 0
+        code, _ = run(tmp_path, *flags(tmp_path, squares, *more, "--continue_train", "--max_steps", step + 5))
+        assert code == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(UserError, match=r"x\.bin: cannot be written: permission denied"),
+        atomic_path(tmp_path / "x.bin"),
+    ):
+        pass
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_training, stopped, tmp_path, monkeypatch):
+    run_training("--batch_size", 1, "--max_steps", 2)
+    before = (tmp_path / "run" / "model" / "epoch_latest_state.pdopt").read_bytes()
+    monkeypatch.setattr(paddle, "isfinite", lambda tensor: paddle.zeros_like(tensor).astype("bool"))
+    message = stopped(lambda _: run_training("--batch_size", 1, "--max_steps", 3, "--continue_train"), None)
+    assert "not finite" in message
+    assert (tmp_path / "run" / "model" / "epoch_latest_state.pdopt").read_bytes() == before
+
+
+# Processes
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number):
+    """As by the kernel when memory runs out, or with SIGBUS when /dev/shm does."""
+    more = ["--num_workers", 2, "--batch_size", 1]
+    for i in range(20):  # an epoch that lasts
+        shutil.copytree(squares, tmp_path / "images" / str(i))
+    with started(tmp_path, *flags(tmp_path, tmp_path / "images", *more)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2, process)
+        for pid in sorted(process.family() - {process.pid}):
+            os.kill(pid, number)
+        assert process.wait(60) == 1
+    message = (tmp_path / "err").read_text()  # among it, perhaps, what the worker said itself
+    assert "images was killed or failed" in message and "Traceback (most recent" not in message
+
+
+def test_an_own_process_reads_png(tmp_path, squares):
+    """With some builds of Paddle only when Pillow's libraries are there first."""
+    code = "import sys, train; from dataset import read_rgb; print(read_rgb(sys.argv[1]).shape)"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(squares / "coffee.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert "(64, 64, 3)" in done.stdout, done.stderr
+
+
+# Steps that nothing waits for
+
+
+READERS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__", "cpu")
+
+
+def test_a_step_waits_for_nothing(run_training, monkeypatch):
+    """Between two lines of the log no value is read from the device: each time it would have to run dry first."""
+    reads = []
+    for name in READERS:
+        original = getattr(paddle.Tensor, name, None)
+        if original is None:
+            continue
+
+        def read(self, *x, original=original, name=name, **y):
+            reads.append(name)
+            return original(self, *x, **y)
+
+        monkeypatch.setattr(paddle.Tensor, name, read)
+    counts = []
+    original = train.Meter.add
+    monkeypatch.setattr(train.Meter, "add", lambda *x: original(*x) or counts.append(len(reads)))
+    run_training("--batch_size", 1, "--max_steps", 24, "--loss_step", 12, "--num_epochs", 6, "--save_latest", 100)
+    assert len(counts) == 24
+    within = [b - a for i, (a, b) in enumerate(zip(counts, counts[1:]), 1) if i % 4]  # an epoch has 4 steps
+    assert len(within) == 18 and set(within) == {0}
+    assert counts[-1] > counts[0]  # that is: the count works, at the ends of epochs
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize(
+    ("choice", "has_bf16", "expected"),
+    [
+        ("auto", True, (True, "bfloat16", False)),
+        ("auto", False, (True, "float16", True)),
+        ("fp16", True, (True, "float16", True)),
+        ("bf16", False, (True, "bfloat16", False)),
+        ("off", True, (False, "float16", False)),
+    ],
+)
+def test_mixed_precision_on_a_gpu(monkeypatch, choice, has_bf16, expected):
+    """Which kind is chosen; there is no GPU here to try it on."""
+    scalers = []
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda: has_bf16)
+    monkeypatch.setattr(paddle.amp, "GradScaler", lambda **settings: scalers.append(settings))
+    autocast, _ = train.mixed_precision(choice)
+    assert (autocast["enable"], autocast["dtype"], scalers[0]["enable"]) == expected
+
+
+def test_paddle_has_no_mixed_precision_on_the_cpu():
+    """What `mixed_precision` relies on when it says that a run goes on in float32."""
+    with pytest.warns(UserWarning, match="amp_guard can only be enabled"), paddle.amp.auto_cast(dtype="bfloat16"):
+        assert paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2])).dtype == paddle.float32
+
+
+def test_loss_and_softmax_are_in_float32(run_training, monkeypatch):
+    """Also when the network's output is not."""
+    seen = []
+    original = train.soft_cross_entropy
+    monkeypatch.setattr(train, "soft_cross_entropy", lambda x, *y: seen.append(x.dtype) or original(x, *y))
+    forward = train.CIC.forward
+    monkeypatch.setattr(train.CIC, "forward", lambda self, x: forward(self, x).astype("float16"))
+    line = run_training("--max_steps", 1)[0]
+    assert seen == [paddle.float32] and np.isfinite(line["loss"])
+
+
+# A long run
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_a_thousand_steps_in_steady_memory(tmp_path, squares):
+    """Resident memory and open files after 200 steps and after 1,200; the worker's memory too.
+
+    Paddle ends a loader's thread, and closes its pipes, some seconds after an epoch: hence a long one.
+    """
+
+    def usage(process):
+        pids = [process.pid, *(pid for pid in process.family() - {process.pid} if not gone(pid))]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+        return [*(n * resource.getpagesize() / 2**20 for n in pages), len(os.listdir(f"/proc/{process.pid}/fd"))]
+
+    (tmp_path / "images").mkdir()
+    for i in range(1500):
+        (tmp_path / "images" / f"{i}.png").symlink_to(squares / "coffee.png")
+    more = ["--num_workers", 1, "--batch_size", 1, "--loss_step", 20, "--save_latest", 50]
+    with started(tmp_path, *flags(tmp_path, tmp_path / "images", *more, size=16)) as process:
+        samples = []
+        for step in (200, 1200):
+            wait_for(lambda step=step: steps_done(tmp_path) >= step, process)
+            samples.append(usage(process))
+    before, after = np.array(samples)
+    assert len(before) == 3 and (after[:2] < before[:2] + 20).all() and after[2] <= before[2], samples
