@@ -384,10 +384,7 @@ class ClassificationDataset(paddle.io.Dataset):
         self.paths, self.load_size, self.crop_size = paths, load_size, crop_size
 
     def __len__(self):
-        return len(self.ends)
-
-    def path(self, index):
-        return os.fsdecode(self.paths[self.ends[index - 1] if index else 0 : self.ends[index]])
+        return len(self.paths)
 
     def __getitem__(self, index):
         try:
