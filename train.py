@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add(
         "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: what the GPU has"
     )
-    add_bool_flag(group, "--data_init", True, "scale each layer of a new network to unit variance on a few photographs")
+    add_bool_flag(group, "--data_init", False, "scale each layer of a new network to unit variance on a few photographs")
     add_bool_flag(group, "--sync_bn", False, "batch norm over the images of all GPUs, not of each alone")
     add_bool_flag(group, "--freeze_bn", False, "batch norm with its stored statistics (fine-tuning on small batches)")
 
@@ -777,7 +777,7 @@ def main(args):
                 if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
                     run.save(run.epoch - 1, "latest")
         run.save("latest")
-    except SystemError as error:  # raised by Paddle, wherever this process is, when a worker process ends
+    except Exception as error:  # raised by Paddle, wherever this process is, and of many types: a worker process ended
         if not re.search("DataLoader process|Blocking queue is killed", str(error)):
             raise
         raise UserError(
