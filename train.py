@@ -778,9 +778,9 @@ def main(args):
                     run.save(run.epoch - 1, "latest")
         run.save("latest")
     except Exception as error:  # raised by Paddle, wherever this process is, and of many types: a worker process ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the next one to end would interrupt the clean-up
         if not re.search("DataLoader process|Blocking queue is killed", str(error)):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the next one to end would interrupt the clean-up
         raise UserError(
             "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
             "go on with --continue_train, perhaps with fewer --num_workers"
