@@ -115,7 +115,9 @@ def parse_args(argv=None):
     add(
         "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: what the GPU has"
     )
-    add_bool_flag(group, "--data_init", False, "scale each layer of a new network to unit variance on a few photographs")
+    add_bool_flag(
+        group, "--data_init", False, "scale each layer of a new network to unit variance on a few photographs"
+    )
     add_bool_flag(group, "--sync_bn", False, "batch norm over the images of all GPUs, not of each alone")
     add_bool_flag(group, "--freeze_bn", False, "batch norm with its stored statistics (fine-tuning on small batches)")
 
@@ -231,6 +233,17 @@ def validation_data(args):
     return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker)
 
 
+def begin_reading(loader):
+    """The loader's iterator, which notices a lost worker process when it waits for it.
+
+    Paddle would also raise an error wherever this process is when the worker ends, amid a step or amid the cleaning up
+    after the first such error.
+    """
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator
+
+
 def targets(rgb):
     """uint8 [N, 3, H, W] -> lightness [N, 1, H, W] and the ab to predict [N, 2, H/4, W/4].
 
@@ -289,7 +302,14 @@ def validate(network, loader, ab_bins, args, stop):
     share_statistics(network)
     network.eval()
     sums, histogram, panel = np.zeros(3), 0, []
-    for rgb, broken in tqdm(loader, "validating", unit="batch", leave=False, disable=None if is_first() else True):
+    for rgb, broken in tqdm(
+        begin_reading(loader),
+        "validating",
+        total=len(loader),
+        unit="batch",
+        leave=False,
+        disable=None if is_first() else True,
+    ):
         if stop.noticed:
             break
         readable = np.flatnonzero(broken.numpy() == 0)
@@ -613,7 +633,7 @@ class Meter:
 
     def timed(self, batches):
         """The batches, with the time spent waiting for them added up."""
-        iterator = iter(batches)
+        iterator = begin_reading(batches)
         while True:
             start = time.perf_counter()
             batch = next(iterator, None)
@@ -777,8 +797,7 @@ def main(args):
                 if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
                     run.save(run.epoch - 1, "latest")
         run.save("latest")
-    except Exception as error:  # raised by Paddle, wherever this process is, and of many types: a worker process ended
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the next one to end would interrupt the clean-up
+    except (RuntimeError, SystemError) as error:
         if not re.search("DataLoader process|Blocking queue is killed", str(error)):
             raise
         raise UserError(
