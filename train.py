@@ -367,7 +367,7 @@ class StopRequest:
         self.launcher = os.getppid() if dist.get_world_size() > 1 else None
         self.noticed = 0  # by this process
         self.signal = 0  # that all processes agreed to obey
-        self.asked, self.due = (0, time.perf_counter()), 0
+        self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
         self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def notice(self, number, _):
@@ -384,15 +384,17 @@ class StopRequest:
         self.signal = int(all_reduce(np.array([self.noticed], np.float64), dist.ReduceOp.MAX)[0])
         return self.signal
 
-    def after(self, step):
-        """`agreed`, asked after each step; several processes in fact ask each other every second or so only."""
+    def after_step(self):
+        """`agreed`, but several processes in fact ask each other every second or so only."""
         if dist.get_world_size() == 1:
             return self.agreed()
-        if step < self.due:
+        self.steps += 1
+        if self.steps < self.pause:
             return 0
-        (before, then), now = self.asked, time.perf_counter()
-        steps = ASK_SECONDS * (step - before) / all_reduce(np.array([now - then]), dist.ReduceOp.MAX)[0]
-        self.asked, self.due = (step, now), step + max(1, int(steps))
+        now = time.perf_counter()
+        seconds = all_reduce(np.array([now - self.asked]), dist.ReduceOp.MAX)[0]
+        self.pause = max(1, int(ASK_SECONDS * self.steps / seconds))  # the same in all processes, as it must be
+        self.steps, self.asked = 0, now
         return self.agreed()
 
     def restore(self):
@@ -750,7 +752,7 @@ def main(args):
             if run.step % args.save_latest == 0:
                 meter.check(args.max_broken)  # weights that went bad must not replace good ones
                 run.save("latest")
-            if stop.after(run.step) or run.step >= last_step:
+            if stop.after_step() or run.step >= last_step:
                 break
         _, broken, tried = meter.check(args.max_broken)
         if broken and is_first():
