@@ -18,6 +18,7 @@ Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_st
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -198,6 +199,23 @@ def leave_with(parent):
     os._exit(1)
 
 
+def batches(loader):
+    """What the loader yields. Raises UserError when a process that reads images is gone."""
+    iterator = iter(loader)
+    # Paddle would raise an error wherever this process is, once for each worker that ends, also amid a save. Without
+    # that it notices in some seconds, here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from iterator
+    except SystemError as error:
+        for worker in multiprocessing.active_children():  # one may wait for a lock that the dead one held
+            worker.kill()
+        raise UserError(
+            "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
+            "go on with --continue_train, perhaps with fewer --num_workers"
+        ) from error
+
+
 def list_once(folder):
     """`list_images`, by the first process for all: they need agree, and a large folder is slow to walk through."""
     listing = [list_images(folder) if is_first() else None]
@@ -289,7 +307,9 @@ def validate(network, loader, ab_bins, args, stop):
     share_statistics(network)
     network.eval()
     sums, histogram, panel = np.zeros(3), 0, []
-    for rgb, broken in tqdm(loader, "validating", unit="batch", leave=False, disable=None if is_first() else True):
+    for rgb, broken in tqdm(
+        batches(loader), "validating", len(loader), unit="batch", leave=False, disable=None if is_first() else True
+    ):
         if stop.noticed:
             break
         readable = np.flatnonzero(broken.numpy() == 0)
@@ -615,10 +635,9 @@ class Meter:
 
     def timed(self, batches):
         """The batches, with the time spent waiting for them added up."""
-        iterator = iter(batches)
         while True:
             start = time.perf_counter()
-            batch = next(iterator, None)
+            batch = next(batches, None)
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
@@ -742,7 +761,7 @@ def main(args):
         sampler.seed, sampler.epoch, sampler.skip = args.seed, run.epoch, run.batch
         loader.dataset.epoch = run.epoch
         meter.begin_epoch()
-        for rgb, broken in meter.timed(loader):
+        for rgb, broken in meter.timed(batches(loader)):
             meter.add(train_step(rgb), broken)
             run.step += 1
             run.batch += 1
@@ -779,13 +798,6 @@ def main(args):
                 if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
                     run.save(run.epoch - 1, "latest")
         run.save("latest")
-    except SystemError as error:  # raised by Paddle, wherever this process is, when a worker process ends
-        if not re.search("DataLoader process|Blocking queue is killed", str(error)):
-            raise
-        raise UserError(
-            "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
-            "go on with --continue_train, perhaps with fewer --num_workers"
-        ) from None
     finally:
         progress.close()
         stop.restore()
