@@ -170,7 +170,8 @@ class EpochSampler(DistributedBatchSampler):
     batch. (Paddle's own order depends on their number, as it fills the set up to a multiple of it beforehand.)
     """
 
-    seed = epoch = skip = 0
+    def begin(self, seed, epoch, skip):
+        self.seed, self.epoch, self.skip = seed, epoch, skip
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
@@ -758,7 +759,7 @@ def main(args):
 
     def train_epoch():
         """What is left of the epoch, or as much as --max_steps or a signal lets be done."""
-        sampler.seed, sampler.epoch, sampler.skip = args.seed, run.epoch, run.batch
+        sampler.begin(args.seed, run.epoch, skip=run.batch)
         loader.dataset.epoch = run.epoch
         meter.begin_epoch()
         for rgb, broken in meter.timed(batches(loader)):
