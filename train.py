@@ -18,6 +18,7 @@ Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_st
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -171,7 +172,8 @@ class EpochSampler(DistributedBatchSampler):
     batch. (Paddle's own order depends on their number, as it fills the set up to a multiple of it beforehand.)
     """
 
-    seed = epoch = skip = 0
+    def begin(self, seed, epoch, skip):
+        self.seed, self.epoch, self.skip = seed, epoch, skip
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
@@ -198,6 +200,23 @@ def leave_with(parent):
     while os.getppid() == parent:
         time.sleep(2)
     os._exit(1)
+
+
+def batches(loader):
+    """What the loader yields. Raises UserError when a process that reads images is gone."""
+    iterator = iter(loader)
+    # Paddle would raise an error wherever this process is, once for each worker that ends, also amid a save. Without
+    # that it notices in some seconds, here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from iterator
+    except SystemError as error:
+        for worker in multiprocessing.active_children():  # one may wait for a lock that the dead one held
+            worker.kill()
+        raise UserError(
+            "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
+            "go on with --continue_train, perhaps with fewer --num_workers"
+        ) from error
 
 
 def list_once(folder):
@@ -231,17 +250,6 @@ def validation_data(args):
     share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
     return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker)
-
-
-def begin_reading(loader):
-    """The loader's iterator, which notices a lost worker process when it waits for it.
-
-    Paddle would also raise an error wherever this process is when the worker ends, amid a step or amid the cleaning up
-    after the first such error.
-    """
-    iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return iterator
 
 
 def targets(rgb):
@@ -303,12 +311,7 @@ def validate(network, loader, ab_bins, args, stop):
     network.eval()
     sums, histogram, panel = np.zeros(3), 0, []
     for rgb, broken in tqdm(
-        begin_reading(loader),
-        "validating",
-        total=len(loader),
-        unit="batch",
-        leave=False,
-        disable=None if is_first() else True,
+        batches(loader), "validating", len(loader), unit="batch", leave=False, disable=None if is_first() else True
     ):
         if stop.noticed:
             break
@@ -387,7 +390,7 @@ class StopRequest:
         self.launcher = os.getppid() if dist.get_world_size() > 1 else None
         self.noticed = 0  # by this process
         self.signal = 0  # that all processes agreed to obey
-        self.asked, self.due = (0, time.perf_counter()), 0
+        self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
         self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def notice(self, number, _):
@@ -404,15 +407,17 @@ class StopRequest:
         self.signal = int(all_reduce(np.array([self.noticed], np.float64), dist.ReduceOp.MAX)[0])
         return self.signal
 
-    def after(self, step):
-        """`agreed`, asked after each step; several processes in fact ask each other every second or so only."""
+    def after_step(self):
+        """`agreed`, but several processes in fact ask each other every second or so only."""
         if dist.get_world_size() == 1:
             return self.agreed()
-        if step < self.due:
+        self.steps += 1
+        if self.steps < self.pause:
             return 0
-        (before, then), now = self.asked, time.perf_counter()
-        steps = ASK_SECONDS * (step - before) / all_reduce(np.array([now - then]), dist.ReduceOp.MAX)[0]
-        self.asked, self.due = (step, now), step + max(1, int(steps))
+        now = time.perf_counter()
+        seconds = all_reduce(np.array([now - self.asked]), dist.ReduceOp.MAX)[0]
+        self.pause = max(1, int(ASK_SECONDS * self.steps / seconds))  # the same in all processes, as it must be
+        self.steps, self.asked = 0, now
         return self.agreed()
 
     def restore(self):
@@ -633,10 +638,9 @@ class Meter:
 
     def timed(self, batches):
         """The batches, with the time spent waiting for them added up."""
-        iterator = begin_reading(batches)
         while True:
             start = time.perf_counter()
-            batch = next(iterator, None)
+            batch = next(batches, None)
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
@@ -757,10 +761,10 @@ def main(args):
 
     def train_epoch():
         """What is left of the epoch, or as much as --max_steps or a signal lets be done."""
-        sampler.seed, sampler.epoch, sampler.skip = args.seed, run.epoch, run.batch
+        sampler.begin(args.seed, run.epoch, skip=run.batch)
         loader.dataset.epoch = run.epoch
         meter.begin_epoch()
-        for rgb, broken in meter.timed(loader):
+        for rgb, broken in meter.timed(batches(loader)):
             meter.add(train_step(rgb), broken)
             run.step += 1
             run.batch += 1
@@ -770,7 +774,7 @@ def main(args):
             if run.step % args.save_latest == 0:
                 meter.check(args.max_broken)  # weights that went bad must not replace good ones
                 run.save("latest")
-            if stop.after(run.step) or run.step >= last_step:
+            if stop.after_step() or run.step >= last_step:
                 break
         _, broken, tried = meter.check(args.max_broken)
         if broken and is_first():
@@ -797,13 +801,6 @@ def main(args):
                 if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
                     run.save(run.epoch - 1, "latest")
         run.save("latest")
-    except (RuntimeError, SystemError) as error:
-        if not re.search("DataLoader process|Blocking queue is killed", str(error)):
-            raise
-        raise UserError(
-            "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
-            "go on with --continue_train, perhaps with fewer --num_workers"
-        ) from None
     finally:
         progress.close()
         stop.restore()

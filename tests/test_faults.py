@@ -163,15 +163,15 @@ def test_weights_that_are_not_finite_are_not_saved(run_training, stopped, tmp_pa
 # Processes
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGBUS])
-def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number):
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGKILL, 2), (signal.SIGBUS, 1)])
+def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
     """As by the kernel when memory runs out, or with SIGBUS when /dev/shm does."""
     more = ["--num_workers", 2, "--batch_size", 1]
     for i in range(20):  # an epoch that lasts
         shutil.copytree(squares, tmp_path / "images" / str(i))
     with started(tmp_path, *flags(tmp_path, tmp_path / "images", *more)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2, process)
-        for pid in sorted(process.family() - {process.pid}):
+        for pid in sorted(process.family() - {process.pid})[:count]:
             os.kill(pid, number)
         assert process.wait(60) == 1
     message = (tmp_path / "err").read_text()  # among it, perhaps, what the worker said itself
