@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_listing.py [--folder DIR]      makes the files in a temporary folder of DIR first
 
-On a virtual machine of 2 cores, busy with other work (load 4), with a local disk, Python 3.11 (idle, listing took 1.7 s):
+On a virtual machine of 2 cores with a local disk, Python 3.11, busy with other work (less so, listing took 1.7 s):
 
     made 1280000 files in 40.8 s
     listed 1280000 files in 4.0 s; resident memory grew by 134 MB, at most by 149 MB
