@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import sys
+import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 
 import numpy as np
 import paddle

@@ -22,6 +22,7 @@ import argparse
 import csv
 import os
 import sys
+import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from functools import cache, partial
 
 import numpy as np

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import warnings
-import zlib  # noqa: F401  ahead of Paddle: the GPU builds of 2.x carry a zlib with which Pillow could read no PNG
+import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -217,6 +217,8 @@ def batches(loader):
             "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
             "go on with --continue_train, perhaps with fewer --num_workers"
         ) from error
+    finally:
+        iterator._try_shutdown_all()  # left to Paddle, one that was not read to its end could hang at the exit
 
 
 def list_once(folder):

@@ -10,6 +10,7 @@ the same. Gray ones and files that cannot be read are left out and counted.
 
 import argparse
 import sys
+import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from pathlib import Path
 
 import numpy as np

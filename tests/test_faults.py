@@ -178,9 +178,12 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
     assert "images was killed or failed" in message and "Traceback (most recent" not in message
 
 
-def test_an_own_process_reads_png(tmp_path, squares):
-    """With some builds of Paddle only when Pillow's libraries are there first."""
-    code = "import sys, train; from dataset import read_rgb; print(read_rgb(sys.argv[1]).shape)"
+@pytest.mark.parametrize(
+    "script", ["train", "test", "metrics_auc", "metrics_acc", "get_invalid_images", "resources.estimate_prior"]
+)
+def test_every_script_reads_png(squares, script):
+    """With some builds of Paddle only when the system's zlib is there first."""
+    code = f"import sys, {script}; from dataset import read_rgb; print(read_rgb(sys.argv[1]).shape)"
     command = [sys.executable, "-W", "ignore", "-c", code, str(squares / "coffee.png")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     assert "(64, 64, 3)" in done.stdout, done.stderr

@@ -51,7 +51,7 @@ def test_gamma_one_is_no_rebalancing_and_gamma_zero_is_the_most(run_training):
 def test_the_weight_is_that_of_the_nearest_bin(run_training, squares, tmp_path):
     """The first loss, computed again in float64 from the network as it was before the step."""
     line = steps(run_training("--lr", 1e-12, "--max_steps", 1, "--no-data_init", "--weight_decay", 0))[0]
-    sizes = ["--load_size", "40", "--crop_size", "32", "--batch_size", "4"]
+    sizes = ["--load_size", "40", "--crop_size", "32", "--batch_size", "4", "--num_workers", "0"]
     args = train.parse_args(["--image_dir", str(squares), *sizes])
     loader, _ = train.training_data(args)
     rgb, _ = next(iter(loader))
