@@ -53,7 +53,8 @@ def test_the_weight_is_that_of_the_nearest_bin(run_training, squares, tmp_path):
     line = steps(run_training("--lr", 1e-12, "--max_steps", 1, "--no-data_init", "--weight_decay", 0))[0]
     sizes = ["--load_size", "40", "--crop_size", "32", "--batch_size", "4", "--num_workers", "0"]
     args = train.parse_args(["--image_dir", str(squares), *sizes])
-    loader, _ = train.training_data(args)
+    loader, sampler = train.training_data(args)
+    sampler.begin(0, 0, 0)
     rgb, _ = next(iter(loader))
     lightness, ab = train.targets(rgb)
     network = SmallNetwork()
