@@ -47,6 +47,7 @@ from utils import (
     atomic_path,
     auc,
     available_cores,
+    check_at_least,
     entropy,
     error_histogram,
     is_gray,
@@ -138,9 +139,7 @@ def parse_args(argv=None):
 
 def check_args(args, processes):
     """Turns contradictions among the flags into one clear line before any work is done."""
-    for name in ("load_size", "crop_size", "batch_size", "num_epochs", "save_latest", "save_freq", "loss_step"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_at_least(args, load_size=1, crop_size=1, batch_size=1, num_epochs=1, save_latest=1, save_freq=1, loss_step=1)
     for name in ("lr", "sigma"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
