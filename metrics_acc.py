@@ -41,6 +41,7 @@ from utils import (
     atomic_text,
     available_cores,
     check_at_least,
+    check_crop,
     load_weights,
     make_folder,
     note_some,
@@ -259,8 +260,7 @@ def find_images(args):
 
 def main(args):
     check_at_least(args, num_workers=0, batch_size=1, load_size=1, crop_size=1)
-    if args.crop_size > args.load_size:
-        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    check_crop(args)
     if args.controls_only and not args.imgs_dir:
         raise UserError("--controls_only needs --imgs_dir")
     use_all_cores()

@@ -50,6 +50,7 @@ from utils import (
     auc,
     available_cores,
     check_at_least,
+    check_crop,
     first_threshold,
     load_ab_bins,
     load_prior,
@@ -262,8 +263,7 @@ def parse_args(argv=None):
 
 def main(args):
     check_at_least(args, num_workers=0, load_size=1, crop_size=1)
-    if args.load_size and args.crop_size and args.crop_size > args.load_size:
-        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    check_crop(args)
     if args.gray and args.load_size and not args.crop_size:
         raise UserError("--load_size without --crop_size changes nothing for --gray")
     use_all_cores()

@@ -49,6 +49,7 @@ from utils import (
     atomic_path,
     available_cores,
     check_at_least,
+    check_crop,
     load_ab_bins,
     load_network,
     note,
@@ -128,10 +129,7 @@ def check_args(args):
     check_at_least(args, load_size=1, crop_size=1, batch_size=1, num_workers=1, max_samples=1)
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0")
-    if args.crop_size and args.crop_size % 8:
-        raise UserError(f"--crop_size {args.crop_size}: must be a multiple of 8")
-    if args.crop_size and args.crop_size > args.load_size:
-        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    check_crop(args, multiple=8)
 
 
 # -------------------------------------------------------------------------------------------------

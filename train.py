@@ -48,6 +48,7 @@ from utils import (
     auc,
     available_cores,
     check_at_least,
+    check_crop,
     entropy,
     error_histogram,
     is_gray,
@@ -143,10 +144,7 @@ def check_args(args, processes):
     for name in ("lr", "sigma"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.crop_size % 8:
-        raise UserError(f"--crop_size {args.crop_size}: must be a multiple of 8")
-    if args.crop_size > args.load_size:
-        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+    check_crop(args, multiple=8)
     if args.batch_size % processes:
         raise UserError(f"--batch_size {args.batch_size}: cannot be shared out evenly among {processes} processes")
     for name in ("num_workers", "keep", "max_broken", "weight_decay"):

@@ -539,6 +539,14 @@ def check_at_least(args, **least):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {value}")
 
 
+def check_crop(args, multiple=1):
+    """Raises UserError for a --crop_size, if given, that is no multiple of `multiple` or exceeds --load_size."""
+    if args.crop_size and args.crop_size % multiple:
+        raise UserError(f"--crop_size {args.crop_size}: must be a multiple of {multiple}")
+    if args.crop_size and args.load_size and args.crop_size > args.load_size:
+        raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")
+
+
 def use_all_cores(threads=None):
     """Lets Paddle's CPU operators use the machine's cores; call it before the first operator. Returns their number.
 
