@@ -5,7 +5,7 @@ import paddle
 import pytest
 from paddle import nn
 
-from model import CIC
+from model import CIC, part_sizes
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,30 @@ def test_layers_follow_the_table(network):
         "512 r 512 r 512 r n",
     ]
     assert network.conv8[0].weight.shape == [512, 256, 4, 4] and network.conv8_313.weight.shape == [313, 256, 1, 1]
+
+
+def outcome(parts, images, extra_relu):
+    """Logits, gradients and batch norm statistics after a training step's forth and back."""
+    paddle.seed(0)
+    network = CIC(extra_relu)
+    network.parts = parts
+    x = paddle.to_tensor(np.random.default_rng(1).uniform(-50, 50, (images, 1, 32, 48)).astype(np.float32))
+    logits = network(x)
+    target = paddle.to_tensor(np.random.default_rng(2).standard_normal(logits.shape).astype(np.float32))
+    ((logits - target) ** 2).mean().backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in network.named_parameters() if not p.stop_gradient}
+    return {"logits": logits, **gradients, **network.state_dict()}
+
+
+@pytest.mark.parametrize("parts, images, extra_relu", [(1, 2, False), (2, 5, False), (3, 2, True)])
+def test_a_batch_in_parts_trains_as_plain_layers_do(parts, images, extra_relu):
+    plain, in_parts = outcome(0, images, extra_relu), outcome(parts, images, extra_relu)
+    assert plain.keys() == in_parts.keys() and len(plain) > 100
+    for name, expected in plain.items():
+        scale = float(expected.abs().max())
+        difference = float((in_parts[name] - expected).abs().max())
+        assert difference <= 2e-4 * scale, f"{name}: {difference} of {scale}"
+
+
+def test_parts_leave_no_image_out():
+    assert [part_sizes(images, 3) for images in (1, 2, 3, 8)] == [[1], [1, 1], [1, 1, 1], [3, 3, 2]]

@@ -76,7 +76,7 @@ def paddle_side(job, threads, batch, size):
     import utils
     from model import CIC
 
-    utils.use_all_cores(threads)
+    utils.use_all_cores(1 if job == "step" else threads)
     network = CIC()
     x = 25 * paddle.randn([batch, 1, *size])
     if job != "step":
@@ -84,6 +84,8 @@ def paddle_side(job, threads, batch, size):
         utils.save_checkpoint(network.state_dict(), path)
         predict = test.make_predictor(path, 0.38, job)
         return lambda: predict(x)
+    network.parts = threads  # as train.py sets it
+    utils.keep_freed_memory()
     optimizer = paddle.optimizer.Adam(3e-5, 0.9, 0.99, parameters=network.parameters(), weight_decay=1e-3)
     indices = paddle.randint(0, 313, [batch, 5, size[0] // 4, size[1] // 4])
     weights = paddle.rand(indices.shape)
@@ -103,6 +105,7 @@ def serve(pipe, side, *arguments):
     run()
     pipe.send("ready")
     while pipe.recv():
+        run()  # untimed: what was idle meanwhile is cold
         start = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - start)
