@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import train
 from dataset import ColorizationDataset, list_images, rgb_to_lab, rgb_to_lightness, soft_encode
-from utils import is_gray, load_ab_bins, load_prior, rebalancing_weights, use_all_cores
+from utils import is_gray, keep_freed_memory, load_ab_bins, load_prior, rebalancing_weights, use_all_cores
 
 LOAD, CROP, BATCH = 256, 176, 40
 
@@ -74,6 +74,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     use_all_cores(1)
+    keep_freed_memory()  # as train.py does
     paths = list_images(args.image_dir)[: args.images // BATCH * BATCH]
     dataset = ColorizationDataset(paths, LOAD, CROP, augment=True)
     ab_bins, bin_weights = load_ab_bins(), rebalancing_weights(load_prior())
