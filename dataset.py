@@ -212,7 +212,7 @@ def lab_to_rgb(lab):
     xyz = [white * _inverse_lab_curve(channel) for channel, white in zip(f, WHITE)]
     rgb = paddle.stack(_mix(XYZ_TO_RGB, xyz), axis=1).clip(0, 1)
     root = paddle.exp(paddle.log(rgb.clip(min=0.0031308)) / 2.4)
-    return 1.055 * root - 0.055 + 12.92 * (rgb.clip(max=0.0031308) - 0.0031308)  # as in `_lab_curve`
+    return paddle.where(rgb > 0.0031308, 1.055 * root - 0.055, 12.92 * rgb)
 
 
 def to_uint8(rgb):
