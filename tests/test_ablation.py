@@ -254,9 +254,9 @@ def test_chroma_is_the_mean_over_all_pixels(done, val_dir):
 def test_what_is_written(done, runs):
     output, summary = done
     assert sorted(path.name for path in output.iterdir() if path.is_file()) == FILES
-    for variant, run in summary["runs"].items():
-        assert run["sha256"] == utils.sha256(runs / variant / "epoch_latest_model.pdparams")
-        assert run["flags"]["rebalance"] == (variant != "non_rebalance")
+    for variant, described in summary["runs"].items():
+        assert described["sha256"] == utils.sha256(runs / variant / "epoch_latest_model.pdparams")
+        assert described["flags"]["rebalance"] == (variant != "non_rebalance")
     # Every figure of the tables, as it is in the JSON.
     tables = (output / "ablation.md").read_text()
     results, pattern = (part.strip().splitlines() for part in tables.split(f"*{summary['images']} images")[0:2])
