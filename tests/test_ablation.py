@@ -178,8 +178,12 @@ def test_the_difference_is_paired_and_judged_by_its_interval():
     assert (first["verdict"], first["value"]) == ("holds", pytest.approx(1))
     assert first["high"] - first["low"] < 1e-9
     assert (second["verdict"], second["value"]) == ("does not", pytest.approx(-2))
-    found["full"]["auc_raw"] = common + np.random.default_rng(1).normal(1, 1, 1001)
-    assert ablation.differences(found)[0]["verdict"] == "undecided"
+    noise = np.random.default_rng(1).normal(0, 1, 1001)
+    noise[0] = 0
+    for value in (0.5, -0.5):  # within the spread, whichever side it is on
+        found["full"]["auc_raw"] = common + 1 - value - noise
+        first = ablation.differences(found)[0]
+        assert (first["verdict"], first["value"]) == ("undecided", pytest.approx(value))
     del found["full"]
     lines = ablation.differences(found)
     assert len(lines) == 2 and {line["verdict"] for line in lines} == {None}
