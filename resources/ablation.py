@@ -281,7 +281,10 @@ def figures(measured, times, bin_weights):
 
 
 def estimate(values):
-    """The value and its 95% percentile interval, of [1 + B]."""
+    """The value and its 95% percentile interval, of [1 + B].
+
+    A resample misses some of the rarest colors: where few images have these, the rebalanced AuC's is lopsided.
+    """
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
@@ -320,12 +323,13 @@ def markdown(summary):
             value, low, high = (f"{factor * line[x]:+.2f}" for x in ("value", "low", "high"))
             cells = [value, f"{low} … {high}", line["verdict"]]
         pattern.append([f"{heading}: {ROWS[line['of']]} − {ROWS[line['minus']]} > 0", *cells])
+    prior = summary["prior"]
     classifier = f"; accuracy by {summary['classifier']['arch']}" if summary["classifier"] else ""
     caption = (
         f"*{summary['images']} images; the network sees their short side with {summary['load_size']} pixels. AuC and "
-        "accuracy in percent, chroma in ab units, KL in nats per position (less is better); "
-        f"±: half of the 95% interval of {summary['bootstrap']} bootstrap resamples. "
-        f"Rebalanced by {summary['prior']['file']}{classifier}.*"
+        "accuracy in percent, chroma in ab units, KL in nats per position (less is better); in parentheses the 95% "
+        f"interval of {summary['bootstrap']} bootstrap resamples. "
+        f"Rebalanced by {os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…){classifier}.*"
     )
     return f"{table(rows)}\n{caption}\n\n{table(pattern)}"
 
@@ -337,11 +341,11 @@ def table(rows):
 
 
 def show(figure, factor):
-    """A cell: the value and half the width of its interval."""
+    """A cell: the value and its interval, which need not be centered on it."""
     if figure is None:
         return "–"
-    half = factor * (figure["high"] - figure["low"]) / 2
-    return f"{factor * figure['value']:.2f}" + (f" ± {half:.2f}" if half else "")
+    value, low, high = (f"{factor * figure[x]:.2f}" for x in ("value", "low", "high"))
+    return f"{value} ({low} – {high})" if low != high else value
 
 
 def plot_curves(logs, path):
@@ -375,13 +379,13 @@ def plot_auc(pooled, results, bin_weights, path):
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for kind, weights, axes in zip(("auc_raw", "auc_rebalanced"), (np.ones_like(cell_weights), cell_weights), panels):
-        for row, counts in pooled.items():
-            (curve,) = metrics_auc.curves(metrics_auc.histograms(np.arange(counts.size), counts, [weights]))
+        for row in [row for row in ROWS if row in pooled]:
+            (curve,) = metrics_auc.curves(metrics_auc.histograms(np.arange(pooled[row].size), pooled[row], [weights]))
             label = f"{ROWS[row]}: {results[row][kind]['value']:.2%}"
             axes.plot(100 * curve, "--" if row == GRAY else "-", color=COLORS[row], label=label)
         axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="distance in ab", title=QUANTITIES[kind][0])
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        axes.legend()
     panels[0].set_ylabel("pixels, or their weight, within it (%)")
     save_figure(figure, path)
 

@@ -271,7 +271,11 @@ def test_what_is_written(done, runs):
         for (quantity, (_, factor)), cell in zip(ablation.QUANTITIES.items(), cells[name]):
             figure = summary["results"][row].get(quantity)
             assert (cell == "–") == (figure is None)
-            assert figure is None or float(cell.split(" ± ")[0]) == pytest.approx(factor * figure["value"], abs=0.0051)
+            if figure is not None:
+                shown = [float(x) for x in cell.replace("(", "").replace("– ", "").replace(")", "").split()]
+                expected = [factor * figure[x] for x in ("value", "low", "high")]
+                assert shown == pytest.approx(expected[: len(shown)], abs=0.0051)
+                assert len(shown) == (3 if f"{expected[1]:.2f}" != f"{expected[2]:.2f}" else 1)
     assert len(summary["differences"]) == 7
     for line, written in zip(summary["differences"], pattern[-7:]):
         assert line["verdict"] in ("holds", "does not", "undecided") and written.endswith(f"| {line['verdict']} |")
