@@ -228,8 +228,8 @@ def recognize(network, labels, true, colored, num_workers):
 def divergences(runs, true, prior, args):
     """KL in nats per position, not re-weighted, of each image, {row: [N]}; on the squares of train.py's validation.
 
-    Also that of predicting the prior at every position. Non-rebalance, which minimizes this KL, has to beat it; the others
-    are trained to predict rare colors more often than they occur. Targets: 5 neighbors, sigma 5.
+    Also that of predicting the prior at every position: Non-rebalance, which minimizes this KL, has to beat it; the
+    others are trained to predict rare colors more often than they occur. Targets: 5 neighbors, sigma 5.
     """
     log_prior = prior.clip(min=1e-12).log().reshape([1, -1, 1, 1])
     predictors = {PRIOR: lambda x: log_prior.expand([x.shape[0], -1, x.shape[2] // 4, x.shape[3] // 4])}
