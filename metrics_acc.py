@@ -115,6 +115,15 @@ def label_by_file(name, labels, path):
     raise UserError(f"{printable(name)}: has no line in {printable(path)}")
 
 
+def find_labels(names, root, path=None):
+    """The classes of the images of these names below `root`, by a file of labels or else by folder: int64 [N]."""
+    numbers = {synset: i for i, synset in enumerate(load_synsets())}
+    if path:
+        by_name = read_labels(path, numbers)
+        return np.array([label_by_file(name, by_name, path) for name in names])
+    return np.array([label_by_folder(name, root, numbers) for name in names])
+
+
 # -------------------------------------------------------------------------------------------------
 # Classifier
 
@@ -151,6 +160,12 @@ def download(create, arch):
         ) from error
     finally:
         logger.setLevel(level)
+
+
+def describe(args):
+    """The classifier that --arch and --weights name, for a result's provenance."""
+    weights = printable(os.path.abspath(args.weights)) if args.weights else "published with Paddle"
+    return {"arch": args.arch, "weights": weights, "sha256": sha256(args.weights) if args.weights else None}
 
 
 def top_classes(network, rgb):
@@ -267,14 +282,7 @@ def main(args):
 
     # Images and their classes, before the classifier: a wrong folder should not cost a download
     names, paths, left_out = find_images(args)
-    synsets = load_synsets()
-    numbers = {synset: i for i, synset in enumerate(synsets)}
-    if args.labels:
-        by_name = read_labels(args.labels, numbers)
-        labels = np.array([label_by_file(name, by_name, args.labels) for name in names])
-    else:
-        root = args.imgs_dir or args.results_dir
-        labels = np.array([label_by_folder(name, root, numbers) for name in names])
+    labels = find_labels(names, args.imgs_dir or args.results_dir, args.labels)
     for problem, missing in left_out.items():
         note_some(problem, missing)
     make_folder(args.save_path)
@@ -306,11 +314,7 @@ def main(args):
         "coloring": None if args.controls_only else read_coloring(args.results_dir),
         "load_size": args.load_size,
         "crop_size": args.crop_size,
-        "classifier": {
-            "arch": args.arch,
-            "weights": folder(args.weights) or "published with Paddle",
-            "sha256": sha256(args.weights) if args.weights else None,
-        },
+        "classifier": describe(args),
         "labels": folder(args.labels) or "class folders",
         "left_out": {problem: [printable(name) for name in missing] for problem, missing in left_out.items()},
         **provenance(),
@@ -318,7 +322,7 @@ def main(args):
     json_path = os.path.join(args.save_path, "accuracy.json")
     csv_path = os.path.join(args.save_path, "accuracy_per_class.csv")
     write_json(summary, json_path)
-    write_per_class(hits, labels, synsets, csv_path)
+    write_per_class(hits, labels, load_synsets(), csv_path)
     print_table(hits)
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
     print(f"written: {printable(json_path)}, {printable(csv_path)}")

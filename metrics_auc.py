@@ -157,13 +157,14 @@ def count_errors(paths, load_size=None, crop_size=None):
         return error
     true_ab = look_up_ab(true)
     classes = nearest_cell(true_ab) * ERRORS
-    gray = _count(classes + first_threshold(np.abs(true_ab)))
+    gray = occurrences(classes + first_threshold(np.abs(true_ab)))
     if colored is None:
         return gray, gray
-    return _count(classes + first_threshold(np.abs(look_up_ab(colored) - true_ab))), gray
+    return occurrences(classes + first_threshold(np.abs(look_up_ab(colored) - true_ab))), gray
 
 
-def _count(classes):
+def occurrences(classes):
+    """Which numbers occur in int64 [M], and how often."""
     counts = np.bincount(classes)
     occurring = np.flatnonzero(counts)
     return occurring, counts[occurring]

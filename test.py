@@ -370,6 +370,7 @@ def write(photograph):
 
 CELL = (320, 240)  # width and height in which each picture fits
 ROWS = 12  # photographs on a sheet
+COLUMNS = ("gray", "colored", "original")
 
 
 def thumbnails(photograph):
@@ -381,21 +382,19 @@ def thumbnails(photograph):
     return original.convert("L").convert("RGB"), colored, original
 
 
-def contact_sheet(rows):
-    """Rows of thumbnails under their headings, as one image."""
+def contact_sheet(rows, columns=COLUMNS, cell=CELL):
+    """Rows of thumbnails, each within a cell (width, height), under the columns' headings, as one image."""
     margin, head = 8, 24
-    columns = ("gray", "colored", "original")
-    sheet = Image.new(
-        "RGB", (len(columns) * (CELL[0] + margin) + margin, len(rows) * (CELL[1] + margin) + head), "white"
-    )
+    width, height = cell
+    sheet = Image.new("RGB", (len(columns) * (width + margin) + margin, len(rows) * (height + margin) + head), "white")
     draw = ImageDraw.Draw(sheet)
     for column, heading in enumerate(columns):
-        left = margin + column * (CELL[0] + margin)
-        draw.text((left + CELL[0] // 2, head // 2), heading, fill="black", anchor="mm")
+        left = margin + column * (width + margin)
+        draw.text((left + width // 2, head // 2), heading, fill="black", anchor="mm")
         for row, images in enumerate(rows):
             image = images[column]
-            top = head + row * (CELL[1] + margin)
-            sheet.paste(image, (left + (CELL[0] - image.width) // 2, top + (CELL[1] - image.height) // 2))
+            top = head + row * (height + margin)
+            sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
     return sheet
 
 
