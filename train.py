@@ -41,6 +41,7 @@ from dataset import ColorizationDataset, lab_to_rgb, list_images, rgb_to_lab, rg
 from model import CIC
 from utils import (
     MAX_THRESHOLD,
+    HelpFormatter,
     UserError,
     add_bool_flag,
     annealed_mean,
@@ -100,11 +101,11 @@ PICTURE = "validation/gray, colored, true"
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Trains the colorization network on a folder of photographs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of training photographs, nested or flat")
-    add("--val_dir", help="folder of validation photographs, looked at after each epoch")
+    add("--val_dir", help="folder of validation photographs, looked at after each epoch (default: none)")
     add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
     add("--crop_size", type=int, default=176, help="side of the random crops in pixels, a multiple of 8")
     add("--num_workers", type=int, default=min(8, cores_each()), help="processes that decode, for each device")
@@ -114,19 +115,19 @@ def parse_args(argv=None):
     add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
     add = group.add_argument
     add("--gamma", type=float, default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
-    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) instead of the shipped prior")
+    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the shipped prior)")
     add("--NN", type=int, default=5, help="nearest bins that share in a color's soft-encoding")
     add("--sigma", type=float, default=5.0, help="of the soft-encoding's Gaussian, in ab units")
 
     group = parser.add_argument_group("optimization")
     add = group.add_argument
     add("--num_epochs", "--num_epoch", type=int, default=20, help="passes over the training set")
-    add("--max_steps", type=int, help="stop after this many steps, whatever the epoch")
+    add("--max_steps", type=int, help="stop after this many steps, whatever the epoch (default: after --num_epochs)")
     add("--batch_size", type=int, default=40, help="images in a step, over all processes together")
     add("--lr", type=float, default=3.16e-5, help="Adam's learning rate")
     add("--lr_steps", type=int, nargs="*", default=[200_000, 375_000], help="steps at which it falls by sqrt(10)")
-    add("--beta1", type=float, default=0.9, help="Adam's first moment")
-    add("--beta2", type=float, default=0.99, help="Adam's second moment")
+    add("--beta1", type=float, default=0.9, help="Adam's decay of the first moment, for each step")
+    add("--beta2", type=float, default=0.99, help="Adam's decay of the second moment, for each step")
     add("--weight_decay", type=float, default=1e-3, help="L2 penalty, beside a loss that sums over positions")
     add("--seed", type=int, default=0, help="of the initialization, the order of images and their crops")
     add(
@@ -142,7 +143,11 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints epoch_{N}_model.pdparams")
     add("--log_path", default="./log", help="folder of train.jsonl and VisualDL's records")
-    add("--init_from", metavar="FILE", help="start from these weights (fine-tuning), with everything else new")
+    add(
+        "--init_from",
+        metavar="FILE",
+        help="start from these weights (fine-tuning), all else new (default: random)",
+    )
     add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
     add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
     add("--save_latest", type=int, default=2000, help="steps between saves of epoch_latest_model.pdparams")
