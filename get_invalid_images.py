@@ -27,6 +27,7 @@ from PIL import Image
 from dataset import InvalidImageError, list_images, read_rgb, relative_path
 from utils import (
     EXIT_SKIPPED,
+    HelpFormatter,
     UserError,
     atomic_text,
     available_cores,
@@ -119,7 +120,7 @@ def check_args(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Finds gray and unreadable images and writes a script that removes them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of test photographs, nested or flat")
@@ -133,7 +134,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("what is written").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
-    add("--move_to", metavar="DIR", help="let remove_invalid.sh move the images there instead of deleting them")
+    add("--move_to", metavar="DIR", help="let remove_invalid.sh move the images there (default: it deletes them)")
     return parser.parse_args(argv)
 
 

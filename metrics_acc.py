@@ -37,6 +37,7 @@ from dataset import (
 from utils import (
     EXIT_SKIPPED,
     RESOURCES,
+    HelpFormatter,
     UserError,
     atomic_text,
     available_cores,
@@ -239,19 +240,22 @@ def print_table(hits):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Accuracy of an ImageNet classifier on colored images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("images").add_argument
     add("--results_dir", default="./result", help="folder of the colored images (test.py)")
-    add("--imgs_dir", help="folder of the true images, laid out the same: adds them, and gray, as controls")
+    add(
+        "--imgs_dir",
+        help="folder of the true images, laid out the same; they and gray are the controls",
+    )
     add("--controls_only", action="store_true", help="only the controls, without --results_dir")
-    add("--labels", metavar="FILE", help="lines of an image's name and its class, instead of class folders")
+    add("--labels", metavar="FILE", help="lines of an image's name and its class (default: the class folders' names)")
     add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
     add("--crop_size", type=int, default=224, help="side of the center crop that is classified, in pixels")
 
     add = parser.add_argument_group("classifier").add_argument
     add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models")
-    add("--weights", metavar="FILE", help="its weights (.pdparams), instead of a download")
+    add("--weights", metavar="FILE", help="its weights, .pdparams (default: Paddle's, a download)")
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--batch_size", type=int, default=32, help="images classified at a time")

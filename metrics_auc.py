@@ -44,6 +44,7 @@ from utils import (
     EXIT_SKIPPED,
     MAX_THRESHOLD,
     RESOURCES,
+    HelpFormatter,
     UserError,
     atomic_path,
     atomic_text,
@@ -238,7 +239,7 @@ def plot(results, path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Area under the curve of ab errors of colored images, raw and rebalanced.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("images").add_argument
     add("--imgs_dir", required=True, help="folder of the true images, nested or flat")
@@ -247,14 +248,14 @@ def parse_args(argv=None):
     add(
         "--crop_size",
         type=int,
-        help="compare center squares of so many pixels (by default, if the results are squares)",
+        help="compare center squares of so many pixels (default: if the results are squares, their size)",
     )
     add(
         "--load_size", type=int, help="short side in pixels before that crop, as given to test.py (default: the crop's)"
     )
 
     add = parser.add_argument_group("metric").add_argument
-    add("--prior", help="file of 313 probabilities that tells how rare a color is, instead of the shipped prior")
+    add("--prior", help="file of 313 probabilities that tells how rare a color is (default: the shipped prior)")
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--num_workers", type=int, default=available_cores(), help="processes that compare; 0: none but this one")

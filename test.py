@@ -1,13 +1,13 @@
 """Colors photographs with a checkpoint: a folder, nested or flat, or one file.
 
     python test.py photo.jpg                                                writes result/photo.png
-    python test.py --image_dir DIR --load_model latest                      writes result/<same path>.png
+    python test.py --image_dir DIR --load_model 7                           writes result/<same path>.png
     python test.py --image_dir DIR --load_size 256 --crop_size 224          squares, as papers evaluate
 
 Each photograph comes out at its own, full resolution: the network sees it with a short side of 256 pixels, and
 the ab that it predicts goes back up and joins the photograph's own lightness. Ends with what was written:
 
-    result: 200 images colored with model/epoch_19_model.pdparams
+    result: 200 images colored with model/epoch_7_model.pdparams
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import paddle.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import model
@@ -43,6 +43,7 @@ from dataset import (
 )
 from utils import (
     EXIT_SKIPPED,
+    HelpFormatter,
     UserError,
     add_bool_flag,
     annealed_mean,
@@ -86,28 +87,30 @@ class Photograph:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Colors photographs with a checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Colors photographs with a checkpoint.", formatter_class=HelpFormatter)
     group = parser.add_argument_group("what to color")
     add = group.add_argument
     add("image", nargs="?", help="a photograph or a folder; short for --image_dir")
     add("--image_dir", help="folder of photographs, nested or flat, or one file")
-    add("--max_samples", type=int, help="color only so many, the first by name")
+    add("--max_samples", type=int, help="color only so many, the first by name (default: all)")
 
     group = parser.add_argument_group("how")
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints")
     add(
         "--load_model",
-        default="19",
         metavar="NAME",
-        help="epoch_{NAME}_model.pdparams there; official: the authors' weights; or a path",
+        help="epoch_{NAME}_model.pdparams there; official: the authors' weights; or a path "
+        "(default: 19; where that is not there, latest, then the highest number)",
     )
     add("--temperature", type=float, default=0.38, help="of the annealed mean: 1 is dull, toward 0 vivid but patchy")
     add("--precision", choices=("float32", "bf16"), default="float32", help="bf16: faster, colors differ slightly")
     add("--load_size", type=int, default=256, help="short side in pixels as the network sees it")
-    add("--crop_size", type=int, help="color only the center square of so many pixels, as papers evaluate")
+    add(
+        "--crop_size",
+        type=int,
+        help="color only the center square of so many pixels, as papers do (default: all)",
+    )
     add("--batch_size", type=int, default=8, help="photographs of equal size that the network colors at a time")
     add("--num_workers", type=int, default=available_cores(), help="threads that decode, and as many that write")
 
@@ -371,41 +374,67 @@ def write(photograph):
 CELL = (320, 240)  # width and height in which each picture fits
 ROWS = 12  # photographs on a sheet
 COLUMNS = ("gray", "colored", "original")
+MARGIN, HEAD, FOOT = 10, 44, 30  # pixels between pictures, for the headings, and for the name below a row
 
 
 def thumbnails(photograph):
-    """gray, colored, original, each to fit into a cell."""
-    original = Image.fromarray(photograph.rgb)
-    colored = Image.fromarray(photograph.colored)
-    for image in (original, colored):
-        image.thumbnail(CELL)
+    """gray, colored, original, each to fill a cell in one direction."""
+    original, colored = (fit(Image.fromarray(rgb)) for rgb in (photograph.rgb, photograph.colored))
     return original.convert("L").convert("RGB"), colored, original
 
 
-def contact_sheet(rows, columns=COLUMNS, cell=CELL):
-    """Rows of thumbnails, each within a cell (width, height), under the columns' headings, as one image."""
-    margin, head = 8, 24
-    width, height = cell
-    sheet = Image.new("RGB", (len(columns) * (width + margin) + margin, len(rows) * (height + margin) + head), "white")
+def fit(image):
+    image.thumbnail(CELL)  # faster than `contain` for a large one
+    return ImageOps.contain(image, CELL)
+
+
+def contact_sheet(rows, columns=COLUMNS, cell_width=CELL[0]):
+    """Rows of (name, thumbnails) under the columns' headings, as one image."""
+    width = len(columns) * (cell_width + MARGIN) + MARGIN
+    heights = [max(image.height for image in images) + FOOT for _, images in rows]
+    sheet = Image.new("RGB", (width, HEAD + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(columns):
-        left = margin + column * (width + margin)
-        draw.text((left + width // 2, head // 2), heading, fill="black", anchor="mm")
-        for row, images in enumerate(rows):
-            image = images[column]
-            top = head + row * (height + margin)
-            sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
+    heading, caption = font(20), font(14)
+    centers = [MARGIN + column * (cell_width + MARGIN) + cell_width // 2 for column in range(len(columns))]
+    for center, text in zip(centers, columns):
+        draw.text((center, HEAD // 2), text, "black", heading, anchor="mm")
+    top = HEAD
+    for (name, images), height in zip(rows, heights):
+        for center, image in zip(centers, images):
+            sheet.paste(image, (center - image.width // 2, top))
+        top += height
+        text = shortened(name, draw, caption, width - 2 * MARGIN)
+        draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", caption, anchor="mm")
     return sheet
+
+
+def font(size):
+    """matplotlib's, which has accents, Greek and Cyrillic; Pillow's own has ASCII alone."""
+    import matplotlib  # not with the others: only a sheet needs it
+
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def shortened(name, draw, font, width):
+    """A name's end, as far as it fits into so many pixels."""
+    if draw.textlength(name, font) <= width:
+        return name
+    while draw.textlength(f"…{name}", font) > width:
+        name = name[1:]
+    return f"…{name}"
 
 
 class Sheets:
     """Collects thumbnails and writes a sheet whenever one is full."""
 
-    def __init__(self, folder):
-        self.folder, self.rows, self.written = folder, [], 0
+    def __init__(self, result_path):
+        self.result_path = result_path
+        self.folder = Path(f"{result_path.rstrip(os.sep)}_compare")
+        self.rows, self.written = [], 0
 
     def add(self, photograph):
-        self.rows.append(thumbnails(photograph))
+        name = printable(photograph.target.relative_to(self.result_path).with_suffix(""))
+        self.rows.append((name, thumbnails(photograph)))
         if len(self.rows) == ROWS:
             self.flush()
 
@@ -424,12 +453,12 @@ def main(args):
     # Setup
     check_args(args)
     use_all_cores()
+
+    # What is to be colored, and with what: mistakes show before the network is made
+    photographs = plan(args)
     checkpoint = find_weights(args.model_path, args.load_model)
     predict = make_predictor(checkpoint, args.temperature, args.precision)
-
-    # What is to be colored
-    photographs = plan(args)
-    sheets = Sheets(Path(f"{args.result_path.rstrip(os.sep)}_compare")) if args.compare else None
+    sheets = Sheets(args.result_path) if args.compare else None
 
     # Load, color and write, each while the others work
     done = skipped = 0

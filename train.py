@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ from dataset import ColorizationDataset, lab_to_rgb, list_images, rgb_to_lab, rg
 from model import CIC
 from utils import (
     MAX_THRESHOLD,
+    HelpFormatter,
     UserError,
     add_bool_flag,
     annealed_mean,
@@ -80,6 +81,18 @@ LINE = (
 VAL_LINE = (
     "epoch {epoch:3d}  step {step:6d}  validation: nats {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
 )
+BOARD = {  # what VisualDL calls the figures, in its order; a figure of training beside its like of validation
+    "loss": "training/loss",
+    "nats": "training/cross-entropy (nats)",
+    "kl": "training/KL (nats)",
+    "lr": "training/learning rate",
+    "images_per_second": "training/images per second",
+    "waiting": "training/share of time waiting for data",
+    "val_cross_entropy": "validation/cross-entropy (nats)",
+    "val_kl": "validation/KL (nats)",
+    "val_auc": "validation/AuC, raw",
+}
+PICTURE = "validation/gray, colored, true"
 
 # -------------------------------------------------------------------------------------------------
 # Command line
@@ -88,11 +101,11 @@ VAL_LINE = (
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Trains the colorization network on a folder of photographs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of training photographs, nested or flat")
-    add("--val_dir", help="folder of validation photographs, looked at after each epoch")
+    add("--val_dir", help="folder of validation photographs, looked at after each epoch (default: none)")
     add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
     add("--crop_size", type=int, default=176, help="side of the random crops in pixels, a multiple of 8")
     add("--num_workers", type=int, default=min(8, cores_each()), help="processes that decode, for each device")
@@ -102,19 +115,19 @@ def parse_args(argv=None):
     add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
     add = group.add_argument
     add("--gamma", type=float, default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
-    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) instead of the shipped prior")
+    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the shipped prior)")
     add("--NN", type=int, default=5, help="nearest bins that share in a color's soft-encoding")
     add("--sigma", type=float, default=5.0, help="of the soft-encoding's Gaussian, in ab units")
 
     group = parser.add_argument_group("optimization")
     add = group.add_argument
     add("--num_epochs", "--num_epoch", type=int, default=20, help="passes over the training set")
-    add("--max_steps", type=int, help="stop after this many steps, whatever the epoch")
+    add("--max_steps", type=int, help="stop after this many steps, whatever the epoch (default: after --num_epochs)")
     add("--batch_size", type=int, default=40, help="images in a step, over all processes together")
     add("--lr", type=float, default=3.16e-5, help="Adam's learning rate")
     add("--lr_steps", type=int, nargs="*", default=[200_000, 375_000], help="steps at which it falls by sqrt(10)")
-    add("--beta1", type=float, default=0.9, help="Adam's first moment")
-    add("--beta2", type=float, default=0.99, help="Adam's second moment")
+    add("--beta1", type=float, default=0.9, help="Adam's decay of the first moment, for each step")
+    add("--beta2", type=float, default=0.99, help="Adam's decay of the second moment, for each step")
     add("--weight_decay", type=float, default=1e-3, help="L2 penalty, beside a loss that sums over positions")
     add("--seed", type=int, default=0, help="of the initialization, the order of images and their crops")
     add(
@@ -130,7 +143,11 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints epoch_{N}_model.pdparams")
     add("--log_path", default="./log", help="folder of train.jsonl and VisualDL's records")
-    add("--init_from", metavar="FILE", help="start from these weights (fine-tuning), with everything else new")
+    add(
+        "--init_from",
+        metavar="FILE",
+        help="start from these weights (fine-tuning), all else new (default: random)",
+    )
     add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
     add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
     add("--save_latest", type=int, default=2000, help="steps between saves of epoch_latest_model.pdparams")
@@ -337,7 +354,7 @@ def validate(network, loader, ab_bins, args, stop):
     if not totals[2]:
         raise UserError(f"{printable(args.val_dir)}: none of the images can be read")
     figures = {"val_cross_entropy": totals[0] / totals[2], "val_kl": totals[1] / totals[2], "val_auc": auc(totals[3:])}
-    return figures, np.concatenate(panel[:PANEL_IMAGES]) if panel else None
+    return figures, arrange(panel[:PANEL_IMAGES]) if panel else None
 
 
 def compare(lab, ab, rgb):
@@ -346,6 +363,15 @@ def compare(lab, ab, rgb):
     candidates = paddle.stack([paddle.concat([lightness, paddle.zeros_like(ab)]), paddle.concat([lightness, ab])])
     gray, colored = to_uint8(lab_to_rgb(candidates))
     return np.concatenate([x.numpy().transpose(1, 2, 0) for x in (gray, colored, rgb)], axis=1)
+
+
+def arrange(panel):
+    """Comparisons [H, 3W, 3] in rows of two on white: VisualDL's frame is twice as wide as high."""
+    gap = max(2, len(panel[0]) // 16)
+    cells = [np.pad(x, ((0, gap), (0, gap), (0, 0)), constant_values=255) for x in panel]
+    if len(cells) % 2 and len(cells) > 1:
+        cells.append(np.full_like(cells[0], 255))
+    return np.concatenate([np.concatenate(cells[i : i + 2], axis=1) for i in range(0, len(cells), 2)])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -577,12 +603,15 @@ class Log:
         from visualdl import LogWriter
 
         path = Path(folder) / "train.jsonl"
+        last = (step, not to_validate)
         with self.one_line():
             before = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             with atomic_path(path) as temporary:
-                temporary.write_text("".join(line for line in before if place(line) <= (step, not to_validate)))
+                temporary.write_text("".join(line for line in before if place(line) <= last))
             self.file = open(path, "a")  # noqa: SIM115
-            self.board = LogWriter(logdir=str(folder))
+            records = continued_records(Path(folder), last) if step else ""
+            with redirect_stdout(None):  # it would announce that it goes on in a file
+                self.board = LogWriter(logdir=str(folder), file_name=records)
 
     @contextmanager
     def one_line(self):
@@ -600,13 +629,13 @@ class Log:
         with self.one_line():
             self.file.write(json.dumps({"step": step, **figures}) + "\n")
             self.file.flush()
-            for name, value in figures.items():
-                group = "validation" if name.startswith("val_") else "training"
-                self.board.add_scalar(f"{group}/{name.replace('val_', '')}", value, step)
+            for name, tag in BOARD.items():
+                if name in figures:
+                    self.board.add_scalar(tag, figures[name], step)
 
     def picture(self, image, step):
         if self.file is not None and image is not None:
-            self.board.add_image("validation/gray, colored, true", image, step)
+            self.board.add_image(PICTURE, image, step)
 
     def close(self):
         if self.file is not None:
@@ -622,6 +651,41 @@ def place(line):
     except ValueError:  # cut off when the run was killed
         return math.inf, True
     return figures["step"], "val_kl" in figures
+
+
+def continued_records(folder, last):
+    """The name of the file in which VisualDL's records go on, up to the place `last`; "" for a new one.
+
+    VisualDL shows only the latest file of a folder, so that one must hold what came before a stop too. A file of which
+    something must go is left as it is, for a server that is reading it, and a later one begins with the rest.
+    """
+    before = max(folder.glob("vdlrecords.*.log"), default=None)
+    if before is None:
+        return ""
+    kept = b"".join(record for record, *where in board_records(before) if tuple(where) <= last)
+    if len(kept) == before.stat().st_size:
+        return before.name
+    with atomic_path(folder / f"vdlrecords.{time.time():010.0f}.log") as temporary:
+        temporary.write_bytes(kept)
+    return max(folder.glob("vdlrecords.*.log")).name
+
+
+def board_records(path):
+    """VisualDL's records as they lie in a file, each with its step and whether it is of a validation."""
+    from google.protobuf.message import DecodeError
+    from visualdl.proto.record_pb2 import Record
+
+    data, start = path.read_bytes(), 0
+    while start < len(data):
+        end = start + 8 + int.from_bytes(data[start : start + 8], "little")  # its length in 8 bytes, then the record
+        if end > len(data):  # cut off when the run was killed
+            return
+        try:
+            value = Record.FromString(data[start + 8 : end]).values[0]
+        except (DecodeError, IndexError):  # or spoiled by a power cut
+            return
+        yield data[start:end], value.id, value.tag.startswith("validation/")
+        start = end
 
 
 class Meter:

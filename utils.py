@@ -4,6 +4,7 @@ checkpoints, and small helpers for the command line.
 The mathematics is pure functions on Paddle tensors (the AuC: on NumPy arrays).
 """
 
+import argparse
 import ctypes
 import hashlib
 import json
@@ -515,6 +516,13 @@ def import_safetensors(path):
 # Command line and machine
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to each flag's help its default, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_bool(text):
     if text.lower() in ("true", "yes", "1"):
         return True
@@ -526,11 +534,9 @@ def parse_bool(text):
 def add_bool_flag(parser, name, default, help):
     """`--name`, `--name True`, `--name false` and `--no-name`, with or without capitals."""
     destination = name.lstrip("-")
-    help = f"{help} (default: {default})"
     parser.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
-    parser.add_argument(
-        f"--no-{destination}", dest=destination, action="store_const", const=False, help=f"{name} False"
-    )
+    negation = {"dest": destination, "action": "store_const", "const": False, "default": argparse.SUPPRESS}
+    parser.add_argument(f"--no-{destination}", **negation, help=f"{name} False")
 
 
 def check_at_least(args, **least):

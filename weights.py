@@ -18,6 +18,7 @@ from utils import (
     is_safetensors,
     load_ab_bins,
     load_checkpoint,
+    note,
     one_line,
     printable,
     save_checkpoint,
@@ -40,17 +41,19 @@ PYTORCH, CAFFE = "the authors' PyTorch release", "the authors' Caffe release"
 PORT, OURS = "the earlier Paddle port", "this project"
 
 SUFFIXES = (".pdparams", ".safetensors")
+DEFAULT_NAME = "19"  # as in the earlier port
 CHECKPOINT_NAME = r"epoch_(.+)_model\.(?:pdparams|safetensors)"
 
 # -------------------------------------------------------------------------------------------------
 # Finding a checkpoint by its name
 
 
-def find_weights(model_path, name):
+def find_weights(model_path, name=None):
     """The file that `--load_model NAME` means: epoch_{NAME}_model.pdparams or .safetensors in `model_path`, or a path.
 
     "official" is downloaded and converted on first use. Raises UserError when there is no such file.
     """
+    name = name or default_name(Path(model_path))
     if Path(name).is_file():
         return Path(name)
     folder = Path(model_path)
@@ -64,9 +67,25 @@ def find_weights(model_path, name):
             f"norebal: the authors released it for Caffe alone: download {NOREBAL_URL}, then "
             f"python resources/convert_weights.py {NOREBAL_URL.split('/')[-1]} {printable(folder)}"
         )
-    names = sorted({m[1] for p in folder.glob("epoch_*_model.*") if (m := re.fullmatch(CHECKPOINT_NAME, p.name))})
-    there = f"there are: --load_model {one_line(', '.join(names))}" if names else "there is none in that folder"
+    names = checkpoint_names(folder)
+    none = "there is none in that folder (train.py makes them; --load_model official gets the authors')"
+    there = f"there are: --load_model {one_line(', '.join(names))}" if names else none
     raise UserError(f"{printable(folder / f'epoch_{name}_model.pdparams')}: no such checkpoint; {there}")
+
+
+def checkpoint_names(folder):
+    return sorted({m[1] for p in folder.glob("epoch_*_model.*") if (m := re.fullmatch(CHECKPOINT_NAME, p.name))})
+
+
+def default_name(folder):
+    """What is meant without --load_model: 19, the last of 20 epochs; else the latest; else the only one there is."""
+    names = checkpoint_names(folder)
+    numbers = sorted((name for name in names if name.isdecimal()), key=int)
+    preferred = [name for name in (DEFAULT_NAME, "latest", *numbers[-1:]) if name in names]
+    name = preferred[0] if preferred else names[0] if len(names) == 1 else DEFAULT_NAME
+    if name != DEFAULT_NAME:
+        note(f"no --load_model: taking {one_line(name)}, as {printable(folder)} has no {DEFAULT_NAME}")
+    return name
 
 
 def fetch_official(folder):

@@ -44,6 +44,7 @@ from utils import (
     EXIT_SKIPPED,
     MAX_THRESHOLD,
     RESOURCES,
+    HelpFormatter,
     UserError,
     atomic_path,
     atomic_text,
@@ -401,10 +402,10 @@ def save_sheet(true, colored, path):
     rows = []
     for true_path, *colored_paths in zip(true, *colored.values()):
         original, *versions = (ImageOps.contain(open_rgb(x), CELL) for x in (true_path, *colored_paths))
-        rows.append((original.convert("L").convert("RGB"), *versions, original))
-    headings = ("gray", *(ROWS[variant].split(" (")[0] for variant in colored), "true")  # Pillow's font has no λ
+        rows.append((printable(Path(true_path).stem), (original.convert("L").convert("RGB"), *versions, original)))
+    headings = ("gray", *(ROWS[variant].split(" (")[0] for variant in colored), "true")
     with atomic_path(path) as temporary:
-        test.contact_sheet(rows, headings, CELL).save(temporary, format="JPEG", quality=85)
+        test.contact_sheet(rows, headings, CELL[0]).save(temporary, format="JPEG", quality=85)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def save_sheet(true, colored, path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Compares the three variants of the paper's ablation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("what to compare").add_argument
     add("--runs", default="./runs", help=f"folder of the runs, each --model_path and --log_path: {', '.join(VARIANTS)}")

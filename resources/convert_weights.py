@@ -20,17 +20,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weights
-from utils import UserError, printable, save_checkpoint, save_safetensors
+from utils import HelpFormatter, UserError, printable, save_checkpoint, save_safetensors
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Converts weights that others trained to this project's.")
+    parser = argparse.ArgumentParser(
+        description="Converts weights that others trained to this project's.", formatter_class=HelpFormatter
+    )
     add = parser.add_argument_group("files").add_argument
     add(
         "source",
         help="the authors' .pth or .caffemodel, the earlier port's or this project's .pdparams, or .safetensors",
     )
-    add("destination", nargs="?", default="./model", help="model folder, or .pdparams or .safetensors file (./model)")
+    add("destination", nargs="?", default="./model", help="model folder, or .pdparams or .safetensors file")
     add = parser.add_argument_group("network").add_argument
     add(
         "--head_temperature",

@@ -17,14 +17,15 @@ from skimage import data
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test
 import train
+from utils import HelpFormatter
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default="demo", help="folder to write to (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument("--output", default="demo", help="folder to write to")
+    parser.add_argument("--steps", type=int, default=150, help="training steps")
     return parser.parse_args(argv)
 
 

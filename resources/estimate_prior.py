@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import AB_LIMIT, InvalidImageError, list_images, open_rgb, rgb_to_lab
-from utils import EXIT_SKIPPED, UserError, atomic_path, is_gray, load_ab_bins, note, use_all_cores
+from utils import EXIT_SKIPPED, HelpFormatter, UserError, atomic_path, is_gray, load_ab_bins, note, use_all_cores
 
 SIZE = 256
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
@@ -68,12 +68,12 @@ def encode_counts(counts, ab_bins, sigma, chunk=4096):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--image_dir", required=True, help="folder of photographs, nested or flat")
-    parser.add_argument("--output", default="prior_probs.npy", help="where to write (default: %(default)s)")
-    parser.add_argument("--sigma", type=float, default=5.0, help="of the Gaussian, in ab units (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images converted at a time (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode (default: %(default)s)")
+    parser.add_argument("--output", default="prior_probs.npy", help="the file to write")
+    parser.add_argument("--sigma", type=float, default=5.0, help="of the Gaussian, in ab units")
+    parser.add_argument("--batch_size", type=int, default=32, help="images converted at a time")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
     return parser.parse_args(argv)
 
 

@@ -76,6 +76,13 @@ def stopped():
     return stopped
 
 
+def recorded(folder):
+    """What VisualDL shows of a folder: of its files only the latest."""
+    from visualdl import LogReader
+
+    return LogReader(file_path=str(max(folder.glob("*vdlrecords*"))))
+
+
 def random_rgb(count, seed=0):
     """uint8 [count, 3, 1, 1] random colors."""
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 1, 1), dtype=np.uint8)

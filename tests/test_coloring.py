@@ -170,11 +170,60 @@ def test_max_samples_and_skip_existing(run, photographs, capsys):
     assert "2 images colored" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (("19", "latest", "20"), "19"),
+        (("3", "latest", "best"), "latest"),
+        (("9", "10", "best"), "10"),
+        (("official",), "official"),
+    ],
+)
+def test_without_a_name_the_checkpoint_is_the_one_that_a_user_expects(run, photographs, tmp_path, capsys, there, taken):
+    weights = (tmp_path / "model" / "epoch_19_model.pdparams").rename(tmp_path / "weights")
+    for name in there:
+        os.link(weights, tmp_path / "model" / f"epoch_{name}_model.pdparams")
+    assert run(photographs / "coffee.png")[0] == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].endswith(f"colored with {tmp_path}/model/epoch_{taken}_model.pdparams")
+    assert (f"no --load_model: taking {taken}" in said.err) == (taken != "19")
+
+
+def test_a_name_that_was_given_is_taken_at_its_word(run, photographs, tmp_path, stopped):
+    def message(*flags):
+        return stopped(lambda x: run(photographs / "coffee.png", *x), flags)
+
+    models = tmp_path / "model"
+    (models / "epoch_19_model.pdparams").rename(models / "epoch_latest_model.pdparams")
+    assert "there are: --load_model latest" in message("--load_model", 19)
+    (models / "epoch_latest_model.pdparams").rename(models / "epoch_best_model.pdparams")
+    os.link(models / "epoch_best_model.pdparams", models / "epoch_norebal_model.pdparams")
+    assert "there are: --load_model best, norebal" in message()  # which of the two, nobody can tell
+    for path in models.iterdir():
+        path.unlink()
+    assert "train.py" in message() and "official" in message()
+
+
 def test_compare_writes_sheets_beside_the_results(run, photographs):
     _, result = run(photographs, "--compare")
     assert len(list(result.glob("*.png"))) == 4
     sheet = pixels(result.with_name("result_compare") / "sheet_001.png")
     assert sheet.shape[1] > 3 * 320 and sheet.std() > 10
+
+
+def test_a_sheet_names_its_photographs_whatever_their_names():
+    images = [Image.new("RGB", size) for size in ((320, 200), (180, 240), (320, 240))]
+    sheets = [np.asarray(test.contact_sheet([(name, images)])) for name in ("", "a", "é/猫.ж", "long " * 100)]
+    assert {sheet.shape for sheet in sheets} == {(test.HEAD + 240 + test.FOOT, test.WIDTH, 3)}
+    written = [(sheet[test.HEAD + 240 :] < 200).sum() for sheet in sheets]
+    assert 0 == written[0] < written[1] < written[2] < written[3]
+    margins = sheets[3][test.HEAD + 240 :, [*range(test.MARGIN - 2), *range(2 - test.MARGIN, 0)]]
+    assert (margins == 255).all()
+    for rgb in ((8, 8), (3000, 20)):  # small ones are enlarged
+        pixels = np.zeros((*rgb, 3), np.uint8)
+        assert all(
+            240 in x.size or 320 in x.size for x in test.thumbnails(test.Photograph("", "", 0, 0, pixels, None, pixels))
+        )
 
 
 def test_results_inside_the_folder_are_not_colored_again(run, tmp_path, photographs):

@@ -1,13 +1,16 @@
 """A run that was stopped in any way goes on as if it had not been."""
 
+import itertools
 import os
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import paddle
 import pytest
+from conftest import recorded
 from processes import flags, gone, log, run, started, steps_done, wait_for
 
 import train
@@ -227,6 +230,42 @@ def test_a_log_that_was_cut_off_is_mended(run_training, tmp_path):
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')
     lines = run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
     assert [line["step"] for line in lines] == [1, 2, 3] and "nats" in lines[2]
+
+
+@pytest.fixture
+def seconds_pass(monkeypatch):
+    """Each look at the clock is seconds later than the one before: VisualDL's files are named by the second."""
+    clock = itertools.count(10**9, 10)
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+
+
+def test_visualdl_shows_a_run_that_was_stopped_or_killed_as_one(run_training, tmp_path, squares, capsys, seconds_pass):
+    shown = (("scalar", train.BOARD["loss"]), ("scalar", train.BOARD["val_kl"]), ("image", train.PICTURE))
+    model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
+
+    def steps_shown(to, *more):
+        run_training("--batch_size", 2, "--val_dir", squares, "--num_epochs", 9, "--max_steps", to, *more)
+        return [[record.id for record in recorded(logs).get_data(*kind)] for kind in shown]
+
+    assert steps_shown(2) == [[1, 2], [2], [2]]
+    shutil.copytree(model, tmp_path / "saved")
+    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4], [2, 4]]
+    assert len(list(logs.glob("vdlrecords*"))) == 1  # there was nothing to remove
+    shutil.rmtree(model)  # as if killed after step 4, of which 2 were saved
+    shutil.copytree(tmp_path / "saved", model)
+    assert steps_shown(3, "--continue_train") == [[1, 2, 3], [2, 3], [2, 3]]
+    assert steps_shown(2) == [[1, 2], [2], [2]]  # a new run
+    assert "exists" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tail", [b"\x20", b"\x20\0\0\0\0\0\0\0half", b"\4\0\0\0\0\0\0\0bad.", bytes(100)])
+def test_visualdls_records_that_were_cut_off_are_mended(run_training, tmp_path, tail, seconds_pass):
+    run_training("--batch_size", 1, "--max_steps", 2)
+    (records,) = (tmp_path / "run" / "log").glob("vdlrecords*")
+    records.write_bytes(records.read_bytes() + tail)
+    run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
+    losses = recorded(tmp_path / "run" / "log").get_data("scalar", train.BOARD["loss"])
+    assert [record.id for record in losses] == [1, 2, 3]
 
 
 def test_keep_leaves_later_checkpoints_of_another_run(run_training, tmp_path):

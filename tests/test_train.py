@@ -1,12 +1,14 @@
 """`train.py`: what each flag does, what is written, what stops it."""
 
+import io
 import json
 import math
 
 import numpy as np
 import paddle
 import pytest
-from conftest import SmallNetwork
+from conftest import SmallNetwork, recorded
+from PIL import Image
 
 import train
 from model import CIC
@@ -190,7 +192,29 @@ def test_validation_after_each_epoch(run_training, squares, tmp_path):
     assert [line["step"] for line in validations] == [1, 2]
     assert all(line["val_kl"] < line["val_cross_entropy"] and 0 < line["val_auc"] < 1 for line in validations)
     assert (tmp_path / "run" / "model" / "epoch_best_model.pdparams").exists()
-    assert list((tmp_path / "run" / "log").glob("vdlrecords*"))
+
+
+def test_visualdl_is_given_all_figures_and_a_picture(run_training, squares, tmp_path):
+    lines = run_training("--val_dir", squares, "--load_size", 64)
+    board = recorded(tmp_path / "run" / "log")
+    assert {name for line in lines for name in line} - {"step", "epoch"} == set(train.BOARD)
+    assert list(board.get_tags()["scalar"]) == list(train.BOARD.values())
+    for name, tag in train.BOARD.items():
+        of_figure = {line["step"]: line[name] for line in lines if name in line}
+        assert {x.id: x.value for x in board.get_data("scalar", tag)} == pytest.approx(of_figure)
+    pictures = board.get_data("image", train.PICTURE)
+    picture = np.asarray(Image.open(io.BytesIO(pictures[-1].image.encoded_image_string)))
+    assert picture.shape == (2 * 68, 2 * (3 * 64 + 4), 3)
+    for i, path in enumerate(sorted(squares.iterdir())):  # the true ones, two to a row
+        top, left = i // 2 * 68, i % 2 * (3 * 64 + 4) + 2 * 64
+        assert np.array_equal(picture[top : top + 64, left : left + 64], np.asarray(Image.open(path)))
+
+
+def test_pictures_of_one_and_of_three_validation_images():
+    square = np.zeros((32, 96, 3), np.uint8)
+    assert train.arrange([square]).shape == (34, 98, 3)
+    three = train.arrange([square] * 3)
+    assert three.shape == (68, 196, 3) and (three[34:, 98:] == 255).all()
 
 
 def test_validation_figures_are_those_of_the_checkpoint(run_training, squares, tmp_path):

@@ -6,7 +6,13 @@ import numpy as np
 import paddle
 import pytest
 
+import get_invalid_images
+import metrics_acc
+import metrics_auc
+import test
+import train
 import utils
+from resources import convert_weights, demo, estimate_prior
 from utils import (
     UserError,
     annealed_mean,
@@ -218,9 +224,21 @@ def test_histograms_agree_with_counting_and_add_up_with_weights():
     ],
 )
 def test_boolean_flags(given, expected):
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(formatter_class=utils.HelpFormatter)
     utils.add_bool_flag(parser, "--rebalance", True, "help")
     assert parser.parse_args(given).rebalance is expected
+
+
+SCRIPTS = [train, test, metrics_auc, metrics_acc, get_invalid_images, estimate_prior, convert_weights, demo]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda x: x.__name__)
+def test_help_says_each_default_once(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    flags = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
+    assert len(flags) > 1 and all(line.count("default") <= 1 and "None" not in line for line in flags)
 
 
 def test_names_for_messages_stay_on_one_line():
