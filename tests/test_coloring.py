@@ -214,7 +214,9 @@ def test_compare_writes_sheets_beside_the_results(run, photographs):
 def test_a_sheet_names_its_photographs_whatever_their_names():
     images = [Image.new("RGB", size) for size in ((320, 200), (180, 240), (320, 240))]
     sheets = [np.asarray(test.contact_sheet([(name, images)])) for name in ("", "a", "é/猫.ж", "long " * 100)]
-    assert {sheet.shape for sheet in sheets} == {(test.HEAD + 240 + test.FOOT, test.WIDTH, 3)}
+    assert {sheet.shape for sheet in sheets} == {
+        (test.HEAD + 240 + test.FOOT, 3 * (320 + test.MARGIN) + test.MARGIN, 3)
+    }
     written = [(sheet[test.HEAD + 240 :] < 200).sum() for sheet in sheets]
     assert 0 == written[0] < written[1] < written[2] < written[3]
     margins = sheets[3][test.HEAD + 240 :, [*range(test.MARGIN - 2), *range(2 - test.MARGIN, 0)]]
