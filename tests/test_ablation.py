@@ -287,7 +287,8 @@ def test_pictures(done):
     output, _ = done
     for name, rows in (("ablation_held_out.jpg", 6), ("ablation_bundled.jpg", 4)):
         with Image.open(output / name) as sheet:
-            assert sheet.format == "JPEG" and sheet.size == (5 * 168 + 8, rows * 128 + 24)
+            assert sheet.format == "JPEG" and sheet.width == 5 * 170 + 10
+            assert rows * 80 < sheet.height <= rows * (120 + ablation.test.FOOT) + ablation.test.HEAD
         assert (output / name).stat().st_size < 250_000
     for name in ("ablation_curves.png", "ablation_auc.png"):
         with Image.open(output / name) as chart:
@@ -306,8 +307,8 @@ def test_columns_of_a_sheet_are_in_their_order(tmp_path):
     luma = round(0.299 * 250 + 0.587 * 10 + 0.114 * 10)
     expected = [(luma,) * 3, (10, 250, 10), (10, 10, 250), (250, 10, 10)]
     for column, color in enumerate(expected):
-        assert np.abs(sheet[24 + 60, 8 + 168 * column + 80] - color).max() < 8
-    assert sheet.shape == (24 + 128, 4 * 168 + 8, 3)
+        assert np.abs(sheet[ablation.test.HEAD + 60, 10 + 170 * column + 80] - color).max() < 8
+    assert sheet.shape == (ablation.test.HEAD + 120 + ablation.test.FOOT, 4 * 170 + 10, 3)
 
 
 # -------------------------------------------------------------------------------------------------
