@@ -299,6 +299,12 @@ def load(photograph, args):
     return photograph
 
 
+def background_threads(count):
+    """Threads that leave the cores to the network's: one of these that has to wait makes all of them wait."""
+    polite = partial(os.nice, 10) if sys.platform == "linux" else None  # of a single thread, on Linux alone
+    return ThreadPoolExecutor(count, initializer=polite)
+
+
 def ahead(pool, function, photographs, pixels=PIXELS_AHEAD):
     """`function` of each photograph, in order, done by the pool's threads so many pixels ahead of the reader."""
     pending, load = deque(), 0
@@ -462,7 +468,7 @@ def main(args):
 
     # Load, color and write, each while the others work
     done = skipped = 0
-    with ThreadPoolExecutor(args.num_workers) as readers, ThreadPoolExecutor(args.num_workers) as writers:
+    with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
         loaded = ahead(readers, partial(load, args=args), photographs)
         colored = color(loaded, predict, args.batch_size)
         for photograph in tqdm(ahead(writers, write, colored), total=len(photographs), unit="image", disable=None):

@@ -276,8 +276,8 @@ def test_what_is_written(done, runs):
                 expected = [factor * figure[x] for x in ("value", "low", "high")]
                 assert shown == pytest.approx(expected[: len(shown)], abs=0.0051)
                 assert len(shown) == (3 if f"{expected[1]:.2f}" != f"{expected[2]:.2f}" else 1)
-    assert len(summary["differences"]) == 7
-    for line, written in zip(summary["differences"], pattern[-7:]):
+    assert len(summary["differences"]) == 9
+    for line, written in zip(summary["differences"], pattern[-9:]):
         assert line["verdict"] in ("holds", "does not", "undecided") and written.endswith(f"| {line['verdict']} |")
         difference = value(summary, line["of"], line["quantity"]) - value(summary, line["minus"], line["quantity"])
         assert line["value"] == pytest.approx(difference, abs=1e-12)
@@ -327,8 +327,8 @@ def test_a_missing_variant_is_named_and_left_out(tmp_path, runs, val_dir, capsys
     assert list(summary["results"]) == ["full", "gray", "prior", "true"] and summary["runs"]["rebalance"] is None
     tables = (tmp_path / "out" / "ablation.md").read_text()
     assert "| Rebalance (λ = 0) | *not trained yet* |" in tables and "| Full | *not" not in tables
-    # Without accuracy neither its columns nor its difference; the other six are not there either, as two are missing.
-    assert "top-1" not in tables and tables.count("> 0 | *not trained yet* |") == 6
+    # Without accuracy neither its columns nor its difference; the other eight are not there either, as two are missing.
+    assert "top-1" not in tables and tables.count("> 0 | *not trained yet* |") == 8
     with Image.open(tmp_path / "out" / "ablation_held_out.jpg") as sheet:
         assert sheet.width == 3 * 170 + 10
 
