@@ -157,15 +157,19 @@ def count_errors(paths, load_size=None, crop_size=None):
     except InvalidImageError as error:
         return error
     true_ab = look_up_ab(true)
-    classes = nearest_cell(true_ab) * ERRORS
-    gray = occurrences(classes + first_threshold(np.abs(true_ab)))
     if colored is None:
+        (gray,) = tally(true_ab, 0)
         return gray, gray
-    return occurrences(classes + first_threshold(np.abs(look_up_ab(colored) - true_ab))), gray
+    return tuple(tally(true_ab, look_up_ab(colored), 0))
 
 
-def occurrences(classes):
-    """Which numbers occur in int64 [M], and how often."""
+def tally(true_ab, *predicted_ab):
+    """Of each prediction, complex64 [M] or 0 (gray): what occurs, as cell * 152 + error, and how often."""
+    classes = nearest_cell(true_ab) * ERRORS
+    return [_occurrences(classes + first_threshold(np.abs(true_ab - ab))) for ab in predicted_ab]
+
+
+def _occurrences(classes):
     counts = np.bincount(classes)
     occurring = np.flatnonzero(counts)
     return occurring, counts[occurring]

@@ -755,10 +755,11 @@ def main(args):
     on_gpu = paddle.get_device().startswith("gpu")
     parts = 0 if on_gpu else parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size)
     use_all_cores(cores_each() // max(1, parts))
-    keep_freed_memory()
     paddle.seed(args.seed)
     if on_gpu:
         paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})  # worth its search: the shapes never change
+    else:
+        keep_freed_memory()
 
     # Data
     loader, sampler = training_data(args)

@@ -567,6 +567,9 @@ def use_all_cores(threads=None):
     return threads
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
 def keep_freed_memory():
     """Makes malloc keep what is freed, for a program that asks for the same tensors again and again; call it early.
 
@@ -575,9 +578,6 @@ def keep_freed_memory():
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
             libc.mallopt(parameter, value)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def available_cores():

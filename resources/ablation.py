@@ -29,8 +29,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
-from skimage import data
+from PIL import ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,7 +38,7 @@ import metrics_auc
 import test
 import train
 from dataset import ColorizationDataset, InvalidImageError, named_images, open_rgb, read_rgb, soft_encode
-from resources.demo import PHOTOGRAPHS
+from resources.demo import PHOTOGRAPHS, save_photographs
 from utils import (
     EXIT_SKIPPED,
     MAX_THRESHOLD,
@@ -52,7 +51,6 @@ from utils import (
     available_cores,
     check_at_least,
     entropy,
-    first_threshold,
     load_ab_bins,
     load_checkpoint,
     load_network,
@@ -153,14 +151,6 @@ def color(checkpoint, image_dir, folder, args):
     test.main(test.parse_args([*where, *how]))
 
 
-def save_bundled(folder):
-    """The photographs that scikit-image brings along, as files."""
-    for name in PHOTOGRAPHS:
-        with atomic_path(folder / f"{name}.png") as temporary:
-            Image.fromarray(getattr(data, name)()).save(temporary, format="PNG")
-    return folder
-
-
 # -------------------------------------------------------------------------------------------------
 # What is measured of each image
 
@@ -179,9 +169,7 @@ def measure(paths):
     except InvalidImageError as error:
         return error
     true_ab, *colored_ab = [metrics_auc.look_up_ab(image) for image in images]
-    classes = metrics_auc.nearest_cell(true_ab) * metrics_auc.ERRORS
-    distances = [np.abs(true_ab), *(np.abs(ab - true_ab) for ab in colored_ab)]
-    errors = [metrics_auc.occurrences(classes + first_threshold(distance)) for distance in distances]
+    errors = metrics_auc.tally(true_ab, 0, *colored_ab)
     return errors, [np.abs(ab).sum(dtype=np.float64) for ab in (true_ab, *colored_ab)]
 
 
@@ -460,7 +448,7 @@ def main(args):
     make_folder(output)
 
     # Color
-    bundled = save_bundled(output / "bundled")
+    bundled = save_photographs(output / "bundled")
     for variant, checkpoint in runs.items():
         color(checkpoint, args.val_dir, output / variant / "colored", args)
         color(checkpoint, bundled, output / variant / "bundled", args)

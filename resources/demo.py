@@ -17,7 +17,7 @@ from skimage import data
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test
 import train
-from utils import HelpFormatter
+from utils import HelpFormatter, atomic_path
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 
@@ -29,12 +29,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def save_photographs(folder):
+    """Writes the photographs into a folder, which is made, and returns it."""
+    for name in PHOTOGRAPHS:
+        with atomic_path(folder / f"{name}.png") as temporary:
+            Image.fromarray(getattr(data, name)()).save(temporary, format="PNG")
+    return folder
+
+
 def main(args):
     output = Path(args.output)
-    photographs = output / "photographs"
-    photographs.mkdir(parents=True, exist_ok=True)
-    for name in PHOTOGRAPHS:
-        Image.fromarray(getattr(data, name)()).save(photographs / f"{name}.png")
+    photographs = save_photographs(output / "photographs")
 
     print(f"1. train: {args.steps} steps on {len(PHOTOGRAPHS)} photographs at 64x64")
     folders = ["--model_path", str(output / "model")]
