@@ -10,11 +10,12 @@ import sys
 from contextlib import contextmanager
 from functools import cache, lru_cache
 
+from support.cli import UserError, note, printable
+
 import numpy as np
 import paddle
+from paddle.io import DistributedBatchSampler
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-
-from utils import UserError, note, printable
 
 # -------------------------------------------------------------------------------------------------
 # Files
@@ -98,6 +99,9 @@ def pair_images(true_dir, colored_dir):
             f"{printable(true_dir)} and {printable(colored_dir)} have no image in common (same path but for the suffix)"
         )
     return pairs, {problem: names for problem, names in left_out.items() if names}
+
+
+COLORING = "coloring.json"  # beside colored images: what test.py made them with
 
 
 def read_rgb(path):
@@ -255,11 +259,19 @@ def _inverse_lab_curve(f):
     return (above * above * above + (3 * DELTA**2) * (f.clip(max=DELTA) - DELTA)).clip(min=0)
 
 
+def targets(rgb):
+    """uint8 [N, 3, H, W] -> lightness [N, 1, H, W] and the ab to predict [N, 2, H/4, W/4].
+
+    ab at a quarter of the resolution is every 4th pixel, as in the authors' graph.
+    """
+    return rgb_to_lightness(rgb), rgb_to_lab(rgb[:, :, ::4, ::4])[:, 1:]
+
+
 # -------------------------------------------------------------------------------------------------
 # Soft-encoding of ab (Section 2.2 of the paper)
 
 AB_LIMIT = 128  # `soft_encode` is exact for |a|, |b| up to here; sRGB stays within 110
-CELL = 2  # side of the cells of the look-up grid, in ab units
+CELL_SIDE = 2  # of the cells of the look-up grid, in ab units
 
 
 def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
@@ -273,7 +285,7 @@ def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
     """
     bin_table, a_table, b_table = _candidate_tables(ab_bins, neighbors)
     a, b = (x.reshape([-1, 1]) for x in ab.unbind(axis=1))  #                                [M, 1]
-    row, column = (((x + AB_LIMIT) / CELL).floor().clip(0, _cells() - 1).astype("int32") for x in (a, b))
+    row, column = (((x + AB_LIMIT) / CELL_SIDE).floor().clip(0, _cells() - 1).astype("int32") for x in (a, b))
     cell = (row * _cells() + column).flatten()  #                                               [M]
     offset_a, offset_b = paddle.gather(a_table, cell) - a, paddle.gather(b_table, cell) - b
     squared = offset_a * offset_a + offset_b * offset_b  #                                   [M, K]
@@ -290,7 +302,7 @@ def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
 
 
 def _cells():
-    return 2 * AB_LIMIT // CELL
+    return 2 * AB_LIMIT // CELL_SIDE
 
 
 @lru_cache(maxsize=8)  # by the identity of the tensor `ab_bins`: load it once
@@ -305,10 +317,10 @@ def _candidate_tables(ab_bins, neighbors):
     bins = ab_bins.numpy().astype(np.float64)
     if not 1 <= neighbors <= len(bins):
         raise UserError(f"the number of neighbors must be from 1 to {len(bins)}, not {neighbors}")
-    centers = np.arange(_cells()) * CELL + CELL / 2 - AB_LIMIT
+    centers = np.arange(_cells()) * CELL_SIDE + CELL_SIDE / 2 - AB_LIMIT
     a_offset = np.abs(centers[:, None] - bins[:, 0])[:, None, :]  #                  [cells, 1, Q]
     b_offset = np.abs(centers[:, None] - bins[:, 1])[None, :, :]  #                  [1, cells, Q]
-    half = CELL / 2
+    half = CELL_SIDE / 2
     nearest = np.hypot((a_offset - half).clip(0), (b_offset - half).clip(0)).reshape(-1, len(bins))
     farthest = np.hypot(a_offset + half, b_offset + half).reshape(-1, len(bins))
     bound = np.partition(farthest, neighbors - 1, axis=1)[:, neighbors - 1 : neighbors]
@@ -393,3 +405,24 @@ class ClassificationDataset(paddle.io.Dataset):
             note(f"skipped {error}")
             return np.zeros((3, self.crop_size, self.crop_size), np.uint8), False
         return crop_resized(image, self.load_size, self.crop_size).transpose(2, 0, 1), True
+
+
+class EpochSampler(DistributedBatchSampler):
+    """Random batches of the whole set, shared out among the processes, from anywhere in any epoch.
+
+    The order follows from seed and epoch alone, whatever the number of processes: each takes its part of every
+    batch. (Paddle's own order depends on their number, as it fills the set up to a multiple of it beforehand.)
+    """
+
+    def begin(self, seed, epoch, skip):
+        self.seed, self.epoch, self.skip = seed, epoch, skip
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
+        for batch in range(self.skip, len(self)):
+            start = (batch * self.nranks + self.local_rank) * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+    def __len__(self):
+        """Batches in an epoch; the few images that do not fill one wait for the next epoch."""
+        return len(self.dataset) // (self.batch_size * self.nranks)

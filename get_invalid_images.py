@@ -22,21 +22,14 @@ import sys
 from collections import Counter
 from functools import partial
 
+from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, note, printable
+from support.cpu import available_cores
+from support.files import atomic_text, make_folder
+from support.processes import parallel_map
+
 from PIL import Image
 
 from dataset import InvalidImageError, list_images, read_rgb, relative_path
-from utils import (
-    EXIT_SKIPPED,
-    HelpFormatter,
-    UserError,
-    atomic_text,
-    available_cores,
-    check_at_least,
-    make_folder,
-    note,
-    parallel_map,
-    printable,
-)
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 SINGLE_CHANNEL_MODES = ("1", "L", "LA", "La", "I", "F")  # of Pillow; "I;16" and its kin besides

@@ -19,7 +19,12 @@ import logging
 import os
 import re
 import sys
-import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
+from pathlib import Path
+
+from support.checkpoints import load_weights
+from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, check_crop, note_some, printable
+from support.cpu import available_cores, use_all_cores
+from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
 
 import numpy as np
 import paddle
@@ -27,6 +32,7 @@ from paddle.vision import models
 from tqdm import tqdm
 
 from dataset import (
+    COLORING,
     IMAGE_SUFFIXES,
     ClassificationDataset,
     lab_to_rgb,
@@ -34,25 +40,7 @@ from dataset import (
     pair_images,
     rgb_to_lightness,
 )
-from utils import (
-    EXIT_SKIPPED,
-    RESOURCES,
-    HelpFormatter,
-    UserError,
-    atomic_text,
-    available_cores,
-    check_at_least,
-    check_crop,
-    load_weights,
-    make_folder,
-    note_some,
-    printable,
-    provenance,
-    read_coloring,
-    sha256,
-    use_all_cores,
-    write_json,
-)
+from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as Paddle's classifiers were trained
 TOP = (1, 5)
@@ -315,7 +303,7 @@ def main(args):
         "classes": len(np.unique(labels)),
         "true_images": folder(args.imgs_dir),
         "colored_images": None if args.controls_only else folder(args.results_dir),
-        "coloring": None if args.controls_only else read_coloring(args.results_dir),
+        "coloring": None if args.controls_only else read_json(Path(args.results_dir) / COLORING),
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "classifier": describe(args),

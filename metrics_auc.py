@@ -22,14 +22,20 @@ import argparse
 import csv
 import os
 import sys
-import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from functools import cache, partial
+from pathlib import Path
+
+from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, check_crop, note, note_some, printable
+from support.cpu import available_cores, use_all_cores
+from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
+from support.processes import parallel_map
 
 import numpy as np
 import paddle
 from matplotlib.figure import Figure
 
 from dataset import (
+    COLORING,
     InvalidImageError,
     crop_resized,
     image_size,
@@ -40,33 +46,7 @@ from dataset import (
     relative_path,
     rgb_to_lab,
 )
-from utils import (
-    EXIT_SKIPPED,
-    MAX_THRESHOLD,
-    RESOURCES,
-    HelpFormatter,
-    UserError,
-    atomic_path,
-    atomic_text,
-    auc,
-    available_cores,
-    check_at_least,
-    check_crop,
-    first_threshold,
-    load_ab_bins,
-    load_prior,
-    make_folder,
-    note,
-    note_some,
-    parallel_map,
-    printable,
-    provenance,
-    read_coloring,
-    rebalancing_weights,
-    sha256,
-    use_all_cores,
-    write_json,
-)
+from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, load_prior, rebalancing_weights
 
 KINDS = ("raw", "rebalanced", "rebalanced_own")
 GRAY = "gray (ab = 0)"
@@ -315,7 +295,7 @@ def main(args):
         "pixels": pixels,
         "true_images": printable(os.path.abspath(args.imgs_dir)),
         "colored_images": GRAY if args.gray else printable(os.path.abspath(args.results_dir)),
-        "coloring": read_coloring(args.results_dir) if not args.gray else None,
+        "coloring": read_json(Path(args.results_dir) / COLORING) if not args.gray else None,
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "prior": {"file": printable(prior_path), "sha256": sha256(prior_path)},

@@ -19,11 +19,9 @@ tables, which end with the pattern that the paper tells of and whether it holds,
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
-import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from pathlib import Path
 
 import numpy as np
@@ -33,40 +31,30 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.checkpoints import load_checkpoint
+from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, note, printable
+from support.cpu import available_cores, use_all_cores
+from support.files import atomic_path, atomic_text, make_folder, provenance, sha256, write_json
+from support.logs import read_log
+from support.processes import parallel_map
+from support.sheets import contact_sheet
+
 import metrics_acc
 import metrics_auc
 import test
-import train
-from dataset import ColorizationDataset, InvalidImageError, named_images, open_rgb, read_rgb, soft_encode
+from dataset import ColorizationDataset, InvalidImageError, named_images, open_rgb, read_rgb, soft_encode, targets
+from pretrained import find_weights, load_network
 from resources.demo import PHOTOGRAPHS, save_photographs
 from utils import (
-    EXIT_SKIPPED,
     MAX_THRESHOLD,
     RESOURCES,
-    HelpFormatter,
-    UserError,
-    atomic_path,
-    atomic_text,
     auc,
-    available_cores,
-    check_at_least,
     entropy,
     load_ab_bins,
-    load_checkpoint,
-    load_network,
     load_prior,
-    make_folder,
-    note,
-    parallel_map,
-    printable,
-    provenance,
     rebalancing_weights,
-    sha256,
     soft_cross_entropy,
-    use_all_cores,
-    write_json,
 )
-from weights import find_weights
 
 # Of each variant, by its folder: lambda, the share of the uniform in the prior (train.py --gamma; 1: no rebalancing).
 VARIANTS = {"non_rebalance": 1, "full": 0.5, "rebalance": 0}
@@ -103,7 +91,7 @@ PATTERN = (  # what the paper tells of: of this quantity, the first row has more
 AREAS = np.array([auc(one) for one in np.eye(metrics_auc.ERRORS)])  # what a pixel adds to the AuC, by its error: [152]
 KL_BATCH = 16
 COLORS = dict(zip(ROWS, ("C0", "C1", "C2", "0.5")))  # of the curves
-CELL = (160, 120)  # of the sheets, in pixels
+THUMBNAIL = (160, 120)  # of the sheets, in pixels
 NOT_TRAINED = "*not trained yet*"
 
 # -------------------------------------------------------------------------------------------------
@@ -232,7 +220,7 @@ def divergences(runs, true, prior, args):
     loader = paddle.io.DataLoader(dataset, batch_size=KL_BATCH, num_workers=args.num_workers)
     ab_bins, found = load_ab_bins(), {row: [] for row in predictors}
     for rgb, _ in tqdm(loader, "KL", unit="batch", disable=None):
-        lightness, ab = train.targets(rgb)
+        lightness, ab = targets(rgb)
         indices, weights = soft_encode(ab, ab_bins)
         for row, predict in predictors.items():
             kl = soft_cross_entropy(predict(lightness - 50), indices, weights) - entropy(weights)  # [N, h, w]
@@ -359,13 +347,6 @@ def plot_curves(logs, path):
     save_figure(figure, path)
 
 
-def read_log(folder):
-    """The lines of a run's train.jsonl; none if it is not there."""
-    path = folder / "train.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if train.place(line)[0] < math.inf]  # but one that was cut off
-
-
 def plot_auc(pooled, results, bin_weights, path):
     """The curves behind the AuC, raw and rebalanced; pooled: {row: int64 [23 * 23 * 152]}, bin_weights [313]."""
     cell_weights = metrics_auc.weight_of_every_cell(load_ab_bins().numpy(), bin_weights)
@@ -392,11 +373,11 @@ def save_sheet(true, colored, path):
     """gray | each variant | true, a row for each photograph: true is a list of paths, colored {variant: list}."""
     rows = []
     for true_path, *colored_paths in zip(true, *colored.values()):
-        original, *versions = (ImageOps.contain(open_rgb(x), CELL) for x in (true_path, *colored_paths))
+        original, *versions = (ImageOps.contain(open_rgb(x), THUMBNAIL) for x in (true_path, *colored_paths))
         rows.append((printable(Path(true_path).stem), (original.convert("L").convert("RGB"), *versions, original)))
     headings = ("gray", *(ROWS[variant].split(" (")[0] for variant in colored), "true")
     with atomic_path(path) as temporary:
-        test.contact_sheet(rows, headings, CELL[0]).save(temporary, format="JPEG", quality=85)
+        contact_sheet(rows, headings, THUMBNAIL[0]).save(temporary, format="JPEG", quality=85)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -484,7 +465,10 @@ def main(args):
     write_json(summary, output / "ablation.json")
     with atomic_text(output / "ablation.md") as file:
         file.write(markdown(summary))
-    plot_curves({variant: read_log(Path(args.runs) / variant) for variant in runs}, output / "ablation_curves.png")
+    plot_curves(
+        {variant: read_log(Path(args.runs) / variant / "train.jsonl") for variant in runs},
+        output / "ablation_curves.png",
+    )
     plot_auc(pooled, summary["results"], bin_weights, output / "ablation_auc.png")
     shown = np.random.default_rng(args.seed).permutation(len(true))[: args.panel]
     held_out = {variant: [paths[i] for i in shown] for variant, paths in colored.items()}

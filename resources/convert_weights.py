@@ -19,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import weights
-from utils import HelpFormatter, UserError, printable, save_checkpoint, save_safetensors
+from support.checkpoints import save_checkpoint, save_safetensors
+from support.cli import HelpFormatter, UserError, printable
+
+import pretrained
 
 
 def parse_args(argv=None):
@@ -50,23 +52,23 @@ def parse_args(argv=None):
 def destination_path(source, destination, kind):
     """The file to write for a source of that kind; in a folder it is named so that nothing of one's own is lost."""
     destination = Path(destination)
-    if destination.suffix in weights.SUFFIXES:
+    if destination.suffix in pretrained.SUFFIXES:
         return destination
     source = Path(source)
-    name = match[1] if (match := re.fullmatch(weights.CHECKPOINT_NAME, source.name)) else source.stem
-    if kind == weights.PORT:
+    name = match[1] if (match := re.fullmatch(pretrained.CHECKPOINT_NAME, source.name)) else source.stem
+    if kind == pretrained.PORT:
         name = f"port_{name}"
-    elif kind == weights.PYTORCH:
+    elif kind == pretrained.PYTORCH:
         name = "official"
-    elif kind == weights.CAFFE:
+    elif kind == pretrained.CAFFE:
         name = "norebal" if "norebal" in name else "caffe"
-    to_publish = kind == weights.OURS and source.suffix != ".safetensors"
+    to_publish = kind == pretrained.OURS and source.suffix != ".safetensors"
     return destination / f"epoch_{name}_model{'.safetensors' if to_publish else '.pdparams'}"
 
 
 def main(args):
     # Read the source, whatever it is
-    network, kind = weights.read_network(args.source, args.head_temperature)
+    network, kind = pretrained.read_network(args.source, args.head_temperature)
 
     # Write it
     path = destination_path(args.source, args.destination, kind)
@@ -80,7 +82,7 @@ def main(args):
 
     # Say what it is and how to use it
     print(f"{printable(path)}: {sum(p.size for p in network.parameters()):,} numbers of {kind}")
-    if match := re.fullmatch(weights.CHECKPOINT_NAME, path.name):
+    if match := re.fullmatch(pretrained.CHECKPOINT_NAME, path.name):
         print(
             f"python test.py --model_path {printable(path.parent)} --load_model {printable(match[1])} --image_dir DIR"
         )

@@ -15,9 +15,11 @@ from PIL import Image
 from skimage import data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.cli import HelpFormatter
+from support.files import atomic_path
+
 import test
 import train
-from utils import HelpFormatter, atomic_path
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 

@@ -10,7 +10,6 @@ the same. Gray ones and files that cannot be read are left out and counted.
 
 import argparse
 import sys
-import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,12 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, note
+from support.cpu import use_all_cores
+from support.files import atomic_path
+
 from dataset import AB_LIMIT, InvalidImageError, list_images, open_rgb, rgb_to_lab
-from utils import EXIT_SKIPPED, HelpFormatter, UserError, atomic_path, is_gray, load_ab_bins, note, use_all_cores
+from utils import is_gray, load_ab_bins
 
 SIZE = 256
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers

@@ -4,27 +4,29 @@ import json
 import os
 from pathlib import Path
 
+from support.cpu import use_all_cores
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from skimage import data
 from small_network import SmallNetwork
 
+import pretrained
 import train
-import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 os.environ.setdefault("GLOG_minloglevel", "2")
-utils.use_all_cores()
+use_all_cores()
 
 
 @pytest.fixture
 def small_network(monkeypatch):
     """`train.py` and `test.py` use the small network."""
     monkeypatch.setattr(train, "CIC", SmallNetwork)
-    monkeypatch.setattr(utils, "CIC", SmallNetwork)
+    monkeypatch.setattr(pretrained, "CIC", SmallNetwork)
     return SmallNetwork
 
 

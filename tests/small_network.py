@@ -1,4 +1,4 @@
-"""A network for tests of what is around the network."""
+"""Networks for tests of what is around the network: a small one, and random ones of a usual size."""
 
 import paddle
 
@@ -8,7 +8,7 @@ from model import NUM_BINS, conv_stage
 class SmallNetwork(paddle.nn.Layer):
     """Reads and returns what CIC does, with 1/500 of its parameters: for tests of what is around the network."""
 
-    def __init__(self, extra_relu=False):
+    def __init__(self):
         super().__init__()
         self.down = paddle.nn.Sequential(*(conv_stage(i, o, 1, stride=2) for i, o in ((1, 16), (16, 32), (32, 32))))
         self.up = paddle.nn.Conv2DTranspose(32, 32, 4, stride=2, padding=1)
@@ -16,3 +16,27 @@ class SmallNetwork(paddle.nn.Layer):
 
     def forward(self, lightness):
         return self.head(self.up(self.down(lightness)))
+
+
+@paddle.no_grad()
+def standardize(network, lightness):
+    """Scales each convolution so that its outputs have mean 0 and variance 1 on these images, channel by channel.
+
+    So that a network with random weights gives outputs of a usual size. One forward pass: every layer is mended as the
+    images reach it, so the next one already sees mended inputs.
+    """
+
+    def mend(layer, _, output):
+        mean = output.mean(axis=[0, 2, 3])
+        centered = output - mean.reshape([1, -1, 1, 1])
+        scale = 1 / ((centered**2).mean(axis=[0, 2, 3]) + 1e-8).sqrt()
+        transposed = isinstance(layer, paddle.nn.Conv2DTranspose)  # its weight is [in, out, k, k]
+        layer.weight.set_value(layer.weight * scale.reshape([1, -1, 1, 1] if transposed else [-1, 1, 1, 1]))
+        layer.bias.set_value((layer.bias - mean) * scale)
+        return centered * scale.reshape([1, -1, 1, 1])
+
+    convolutions = [x for x in network.sublayers() if isinstance(x, (paddle.nn.Conv2D, paddle.nn.Conv2DTranspose))]
+    hooks = [layer.register_forward_post_hook(mend) for layer in convolutions]
+    network(lightness - 50)
+    for hook in hooks:
+        hook.remove()

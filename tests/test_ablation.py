@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 
+from support import files
+from support.cli import EXIT_SKIPPED
+
 import numpy as np
 import paddle
 import pytest
@@ -15,11 +18,11 @@ from skimage.color import rgb2lab
 
 import metrics_acc
 import metrics_auc
+import pretrained
 import train
-import utils
 from dataset import crop_resized
 from resources import ablation
-from utils import EXIT_SKIPPED, load_ab_bins, load_prior, rebalancing_weights
+from utils import load_ab_bins, load_prior, rebalancing_weights
 
 FLAGS = {"non_rebalance": ["--rebalance", "False"], "full": ["--gamma", "0.5"], "rebalance": ["--gamma", "0"]}
 FILES = [f"ablation{end}" for end in (".json", ".md", "_auc.png", "_bundled.jpg", "_curves.png", "_held_out.jpg")]
@@ -30,7 +33,7 @@ SYNSETS = metrics_acc.load_synsets()
 def _small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "CIC", SmallNetwork)
-        patch.setattr(utils, "CIC", SmallNetwork)
+        patch.setattr(pretrained, "CIC", SmallNetwork)
         yield
 
 
@@ -259,7 +262,7 @@ def test_what_is_written(done, runs):
     output, summary = done
     assert sorted(path.name for path in output.iterdir() if path.is_file()) == FILES
     for variant, described in summary["runs"].items():
-        assert described["sha256"] == utils.sha256(runs / variant / "epoch_latest_model.pdparams")
+        assert described["sha256"] == files.sha256(runs / variant / "epoch_latest_model.pdparams")
         assert described["flags"]["rebalance"] == (variant != "non_rebalance")
     # Every figure of the tables, as it is in the JSON.
     tables = (output / "ablation.md").read_text()
@@ -288,7 +291,7 @@ def test_pictures(done):
     for name, rows in (("ablation_held_out.jpg", 6), ("ablation_bundled.jpg", 4)):
         with Image.open(output / name) as sheet:
             assert sheet.format == "JPEG" and sheet.width == 5 * 170 + 10
-            assert rows * 80 < sheet.height <= rows * (120 + ablation.test.FOOT) + ablation.test.HEAD
+            assert rows * 80 < sheet.height <= rows * (120 + ablation.sheets.FOOT) + ablation.sheets.HEAD
         assert (output / name).stat().st_size < 250_000
     for name in ("ablation_curves.png", "ablation_auc.png"):
         with Image.open(output / name) as chart:
@@ -307,8 +310,8 @@ def test_columns_of_a_sheet_are_in_their_order(tmp_path):
     luma = round(0.299 * 250 + 0.587 * 10 + 0.114 * 10)
     expected = [(luma,) * 3, (10, 250, 10), (10, 10, 250), (250, 10, 10)]
     for column, color in enumerate(expected):
-        assert np.abs(sheet[ablation.test.HEAD + 60, 10 + 170 * column + 80] - color).max() < 8
-    assert sheet.shape == (ablation.test.HEAD + 120 + ablation.test.FOOT, 4 * 170 + 10, 3)
+        assert np.abs(sheet[ablation.sheets.HEAD + 60, 10 + 170 * column + 80] - color).max() < 8
+    assert sheet.shape == (ablation.sheets.HEAD + 120 + ablation.sheets.FOOT, 4 * 170 + 10, 3)
 
 
 # -------------------------------------------------------------------------------------------------

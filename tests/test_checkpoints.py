@@ -6,12 +6,13 @@ import pickle
 import sys
 import time
 
+from support.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_safetensors
+from support.cli import UserError
+
 import numpy as np
 import paddle
 import pytest
 from paddle import nn
-
-from utils import UserError, load_checkpoint, load_weights, save_checkpoint, save_safetensors
 
 needs_safetensors = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="safetensors is missing")
 

@@ -2,6 +2,10 @@
 
 import os
 
+from support import sheets
+from support.checkpoints import save_checkpoint
+from support.cli import EXIT_SKIPPED
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -9,12 +13,14 @@ import pytest
 from conftest import SmallNetwork
 from PIL import Image
 from skimage import color, data
+from small_network import standardize
 
+import colorizer
 import test
-import train
 from dataset import lab_to_rgb, rgb_to_lab, to_uint8
 from model import CIC
-from utils import EXIT_SKIPPED, annealed_mean, load_ab_bins, load_network, save_checkpoint
+from pretrained import load_network
+from utils import annealed_mean, load_ab_bins
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_a_result_is_the_networks_ab_upsampled_bilinearly(run, photographs):
 
 def test_strips_and_batches_change_nothing(run, photographs, monkeypatch):
     _, whole = run(photographs, "--batch_size", 1, result="whole")
-    monkeypatch.setattr(test, "STRIP_PIXELS", 700)
+    monkeypatch.setattr(colorizer, "STRIP_PIXELS", 700)
     monkeypatch.setattr(test, "PIXELS_AHEAD", 20_000)
     _, strips = run(photographs, "--batch_size", 3, "--num_workers", 1, result="strips")
     for path in photographs.iterdir():
@@ -80,11 +86,11 @@ def test_strips_and_batches_change_nothing(run, photographs, monkeypatch):
 
 
 def test_the_network_sees_the_aspect_in_multiples_of_8():
-    assert test.network_size(500, 375, 256) == (344, 256)
-    assert test.network_size(375, 500, 256) == (256, 344)
-    assert test.network_size(50, 50, 256) == (256, 256)
-    assert test.network_size(10_000, 10, 256) == (2048, 256)  # squeezed, so that memory is bounded
-    assert test.network_size(3, 3, 4) == (8, 8)
+    assert colorizer.network_size(500, 375, 256) == (344, 256)
+    assert colorizer.network_size(375, 500, 256) == (256, 344)
+    assert colorizer.network_size(50, 50, 256) == (256, 256)
+    assert colorizer.network_size(10_000, 10, 256) == (2048, 256)  # squeezed, so that memory is bounded
+    assert colorizer.network_size(3, 3, 4) == (8, 8)
 
 
 def test_squares_as_papers_evaluate(run, photographs):
@@ -213,13 +219,15 @@ def test_compare_writes_sheets_beside_the_results(run, photographs):
 
 def test_a_sheet_names_its_photographs_whatever_their_names():
     images = [Image.new("RGB", size) for size in ((320, 200), (180, 240), (320, 240))]
-    sheets = [np.asarray(test.contact_sheet([(name, images)])) for name in ("", "a", "é/猫.ж", "long " * 100)]
-    assert {sheet.shape for sheet in sheets} == {
-        (test.HEAD + 240 + test.FOOT, 3 * (320 + test.MARGIN) + test.MARGIN, 3)
+    drawn = [
+        np.asarray(sheets.contact_sheet([(name, images)], test.COLUMNS)) for name in ("", "a", "é/猫.ж", "long " * 100)
+    ]
+    assert {sheet.shape for sheet in drawn} == {
+        (sheets.HEAD + 240 + sheets.FOOT, 3 * (320 + sheets.MARGIN) + sheets.MARGIN, 3)
     }
-    written = [(sheet[test.HEAD + 240 :] < 200).sum() for sheet in sheets]
+    written = [(sheet[sheets.HEAD + 240 :] < 200).sum() for sheet in drawn]
     assert 0 == written[0] < written[1] < written[2] < written[3]
-    margins = sheets[3][test.HEAD + 240 :, [*range(test.MARGIN - 2), *range(2 - test.MARGIN, 0)]]
+    margins = drawn[3][sheets.HEAD + 240 :, [*range(sheets.MARGIN - 2), *range(2 - sheets.MARGIN, 0)]]
     assert (margins == 255).all()
     for rgb in ((8, 8), (3000, 20)):  # small ones are enlarged
         pixels = np.zeros((*rgb, 3), np.uint8)
@@ -251,24 +259,25 @@ def trained(tmp_path_factory):
     """The real network with outputs of a usual size: its layers scaled on a photograph."""
     paddle.seed(1)
     network = CIC()
-    train.data_dependent_init(network, photograph(96, 96) + 50)
+    standardize(network, photograph(96, 96) + 50)
     path = tmp_path_factory.mktemp("model") / "epoch_0_model.pdparams"
     save_checkpoint(network.state_dict(), path)
     return path
 
 
 def test_the_exported_network_colors_as_the_plain_one_at_any_size(trained, capsys):
-    plain, fast = test.plain_predictor(load_network(trained), 0.38, "float32"), test.make_predictor(trained)
+    plain = colorizer.eager_predictor(load_network(trained), "float32")
+    fast = colorizer.make_predictor(trained)
     assert "slower way" not in capsys.readouterr().err
     for size in ((64, 64), (120, 72), (72, 120, 3), (8, 8), (64, 64)):
         lightness = photograph(*size)
-        assert np.abs(fast(lightness).numpy() - plain(lightness).numpy()).max() < 0.01
+        assert np.abs(fast(lightness, 0.38).numpy() - plain(lightness, 0.38).numpy()).max() < 0.01
 
 
 def test_bf16_changes_colors_little(trained, capsys):
-    exact, bf16 = test.make_predictor(trained), test.make_predictor(trained, precision="bf16")
+    exact, bf16 = colorizer.make_predictor(trained), colorizer.make_predictor(trained, "bf16")
     lightness = photograph(120, 72)
-    assert np.abs(exact(lightness).numpy() - bf16(lightness).numpy()).mean() < 0.5
+    assert np.abs(exact(lightness, 0.38).numpy() - bf16(lightness, 0.38).numpy()).mean() < 0.5
 
 
 def test_the_export_is_kept_and_renewed_when_the_checkpoint_changes(run, tmp_path, photographs):
@@ -289,7 +298,7 @@ def test_without_the_engine_the_plain_way_serves_and_says_so(run, photographs, m
         raise RuntimeError("no such engine")
 
     _, fast = run(photographs / "coffee.png", result="fast")
-    monkeypatch.setattr(test, "exported_predictor", missing)
+    monkeypatch.setattr(colorizer, "engine_predictor", missing)
     code, plain = run(photographs / "coffee.png", result="plain")
     assert code == 0 and capsys.readouterr().err.count("slower way") == 1
     assert np.abs(pixels(fast / "coffee.png").astype(int) - pixels(plain / "coffee.png")).max() <= 1

@@ -11,6 +11,9 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+from support.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from support.cli import UserError
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -20,10 +23,11 @@ import skimage.data
 import skimage.transform
 from paddle import nn
 
-import weights
-from model import CIC, EXTRA_RELU
+import pretrained
+from model import CIC
+from pretrained import EXTRA_RELU, PortCIC, load_network
 from resources import convert_weights
-from utils import UserError, annealed_mean, load_ab_bins, load_checkpoint, load_network, load_weights, save_checkpoint
+from utils import annealed_mean, load_ab_bins
 
 SIDE = 64
 STAGES = ((2, 64, 2, 1), (2, 128, 2, 1), (3, 256, 2, 1), (3, 512, 1, 1), (3, 512, 1, 2), (3, 512, 1, 2), (3, 512, 1, 1))
@@ -55,7 +59,7 @@ def convert(tmp_path):
 
 def read_and_run(source, lightness):
     """Like `convert`, without the file between."""
-    return logits_of(weights.read_network(source)[0], lightness - 50)
+    return logits_of(pretrained.read_network(source)[0], lightness - 50)
 
 
 @paddle.no_grad()
@@ -205,7 +209,7 @@ def edited(official, tmp_path):
 )
 def test_official_release_that_was_changed_is_refused(edited, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
-        weights.read_network(edited(change))
+        pretrained.read_network(edited(change))
     assert "\n" not in str(error.value)
 
 
@@ -268,9 +272,10 @@ def test_port_gives_its_own_colors(port, lightness, convert):
 
 
 def test_port_without_its_extra_relu_would_give_other_colors(port, lightness):
-    network, _ = weights.read_network(port[0])
-    network.extra_relu = False
-    changed = ab_map(logits_of(network, lightness - 50)) - ab_map(port[1])
+    network, _ = pretrained.read_network(port[0])
+    without = CIC()
+    without.set_state_dict({name: x for name, x in network.state_dict().items() if name != EXTRA_RELU})
+    changed = ab_map(logits_of(without, lightness - 50)) - ab_map(port[1])
     assert np.abs(changed).mean() > 1
 
 
@@ -282,11 +287,11 @@ def test_port_saved_from_data_parallel(port, lightness, tmp_path):
 
 def test_a_checkpoint_does_not_load_into_the_other_variant(tmp_path):
     """Both ways; a silent change of colors is what must not happen."""
-    for extra_relu in (True, False):
-        save_checkpoint(CIC(extra_relu).state_dict(), tmp_path / "epoch_0_model.pdparams")
-        with pytest.raises(UserError, match=f"extra ReLU \\({EXTRA_RELU}\\)"):
-            load_weights(CIC(not extra_relu), tmp_path / "epoch_0_model.pdparams")
-        assert load_network(tmp_path / "epoch_0_model.pdparams").extra_relu == extra_relu
+    for network, other in ((CIC, PortCIC), (PortCIC, CIC)):
+        save_checkpoint(network().state_dict(), tmp_path / "epoch_0_model.pdparams")
+        with pytest.raises(UserError, match=f"another network's checkpoint, it (also has|lacks) {EXTRA_RELU}"):
+            load_weights(other(), tmp_path / "epoch_0_model.pdparams")
+        assert type(load_network(tmp_path / "epoch_0_model.pdparams")) is network
 
 
 # -------------------------------------------------------------------------------------------------
@@ -389,7 +394,7 @@ def test_caffe_file_of_before_2015_in_double_precision(caffe, lightness, tmp_pat
 )
 def test_other_caffe_networks_are_refused(caffe, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        weights.read_network(write_caffe(tmp_path / "other.caffemodel", {**caffe[0], **change}))
+        pretrained.read_network(write_caffe(tmp_path / "other.caffemodel", {**caffe[0], **change}))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -408,27 +413,27 @@ def test_files_of_other_kinds_cost_one_clear_line(tmp_path):
     }.items():
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(UserError, match=message) as error:
-            weights.read_network(tmp_path / "file")
+            pretrained.read_network(tmp_path / "file")
         assert "\n" not in str(error.value) and str(tmp_path / "file") in str(error.value)
     with pytest.raises(UserError, match="no such file"):
-        weights.read_network(tmp_path / "nothing")
+        pretrained.read_network(tmp_path / "nothing")
     with pytest.raises(UserError, match="is a directory"):
-        weights.read_network(tmp_path)
+        pretrained.read_network(tmp_path)
 
 
 def test_another_networks_checkpoint_is_refused_by_name(tmp_path):
     paddle.save(nn.Linear(2, 2).state_dict(), str(tmp_path / "linear.pdparams"))
     with pytest.raises(UserError, match=r"no network that is known here; it holds weight, bias"):
-        weights.read_network(tmp_path / "linear.pdparams")
+        pretrained.read_network(tmp_path / "linear.pdparams")
 
 
 def test_pytorch_is_asked_for_only_when_it_is_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "release.pth").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="pip install torch"):
-        weights.read_network(tmp_path / "release.pth")
+        pretrained.read_network(tmp_path / "release.pth")
     with pytest.raises(UserError, match="pip install torch"):
-        weights.find_weights(tmp_path, "official")
+        pretrained.find_weights(tmp_path, "official")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -452,18 +457,18 @@ def test_safetensors_out_and_in_keep_every_number(port, tmp_path, capsys):
     assert first.keys() == second.keys() == third.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert all(np.array_equal(first[name], third[name]) for name in first)
-    assert load_network(published).extra_relu
+    assert isinstance(load_network(published), PortCIC)
 
 
 @pytest.mark.parametrize(
     "source, kind, written",
     [
-        ("colorization_release_v2-9b330a0b.pth", weights.PYTORCH, "epoch_official_model.pdparams"),
-        ("colorization_release_v2.caffemodel", weights.CAFFE, "epoch_caffe_model.pdparams"),
-        ("colorization_release_v2_norebal.caffemodel", weights.CAFFE, "epoch_norebal_model.pdparams"),
-        ("epoch_19_model.pdparams", weights.PORT, "epoch_port_19_model.pdparams"),
-        ("epoch_19_model.pdparams", weights.OURS, "epoch_19_model.safetensors"),
-        ("epoch_19_model.safetensors", weights.OURS, "epoch_19_model.pdparams"),
+        ("colorization_release_v2-9b330a0b.pth", pretrained.PYTORCH, "epoch_official_model.pdparams"),
+        ("colorization_release_v2.caffemodel", pretrained.CAFFE, "epoch_caffe_model.pdparams"),
+        ("colorization_release_v2_norebal.caffemodel", pretrained.CAFFE, "epoch_norebal_model.pdparams"),
+        ("epoch_19_model.pdparams", pretrained.PORT, "epoch_port_19_model.pdparams"),
+        ("epoch_19_model.pdparams", pretrained.OURS, "epoch_19_model.safetensors"),
+        ("epoch_19_model.safetensors", pretrained.OURS, "epoch_19_model.pdparams"),
     ],
 )
 def test_names_in_a_model_folder(source, kind, written):
@@ -494,7 +499,7 @@ def serve(tmp_path, monkeypatch):
         def put(content, digits=None):
             name = f"release-{digits or hashlib.sha256(content).hexdigest()[:8]}.pth"
             (folder / name).write_bytes(content)
-            monkeypatch.setattr(weights, "OFFICIAL_URL", f"http://127.0.0.1:{server.server_port}/{name}")
+            monkeypatch.setattr(pretrained, "OFFICIAL_URL", f"http://127.0.0.1:{server.server_port}/{name}")
             return tmp_path / "cache" / name
 
         yield put
@@ -504,17 +509,17 @@ def serve(tmp_path, monkeypatch):
 @needs_torch
 def test_official_is_downloaded_once_and_kept(official, lightness, serve, tmp_path, monkeypatch):
     serve(official[0].read_bytes())
-    path = weights.find_weights(tmp_path / "model", "official")
+    path = pretrained.find_weights(tmp_path / "model", "official")
     assert path == tmp_path / "model" / "epoch_official_model.pdparams"
     assert_agree(logits_of(load_network(path), lightness - 50), 0.38 * official[1])
-    monkeypatch.setattr(weights, "OFFICIAL_URL", "http://127.0.0.1:9/unreachable-00000000.pth")
-    assert weights.find_weights(tmp_path / "model", "official") == path
+    monkeypatch.setattr(pretrained, "OFFICIAL_URL", "http://127.0.0.1:9/unreachable-00000000.pth")
+    assert pretrained.find_weights(tmp_path / "model", "official") == path
 
 
 def test_a_download_with_another_hash_is_refused_and_removed(serve, tmp_path):
     cached = serve(b"PK not what it says", digits="9b330a0b")
     with pytest.raises(UserError, match=r"SHA-256 [0-9a-f]{8}…, not 9b330a0b…: damaged"):
-        weights.download(weights.OFFICIAL_URL, tmp_path)
+        pretrained.download(pretrained.OFFICIAL_URL, tmp_path)
     assert not cached.exists()
 
 
@@ -523,7 +528,7 @@ def test_without_a_network_there_is_one_line_with_the_offline_way(tmp_path, monk
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     url = "http://127.0.0.1:9/release-9b330a0b.pth"
     with pytest.raises(UserError) as error:
-        weights.download(url, tmp_path / "model")
+        pretrained.download(url, tmp_path / "model")
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"{url}: cannot be downloaded (")
     assert f"python resources/convert_weights.py release-9b330a0b.pth {tmp_path / 'model'}" in str(error.value)
@@ -531,11 +536,11 @@ def test_without_a_network_there_is_one_line_with_the_offline_way(tmp_path, monk
 
 def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
     with pytest.raises(UserError, match=r"Caffe alone.*norebal.caffemodel, then python resources/convert_weights.py"):
-        weights.find_weights(tmp_path, "norebal")
+        pretrained.find_weights(tmp_path, "norebal")
     with pytest.raises(UserError, match="epoch_19_model.pdparams: no such checkpoint; there is none"):
-        weights.find_weights(tmp_path, "19")
+        pretrained.find_weights(tmp_path, "19")
     (tmp_path / "epoch_3_model.safetensors").touch()
     with pytest.raises(UserError, match="there are: --load_model 3$"):
-        weights.find_weights(tmp_path, "19")
-    assert weights.find_weights(tmp_path, "3") == tmp_path / "epoch_3_model.safetensors"
-    assert weights.find_weights("elsewhere", str(tmp_path / "epoch_3_model.safetensors")).parent == tmp_path
+        pretrained.find_weights(tmp_path, "19")
+    assert pretrained.find_weights(tmp_path, "3") == tmp_path / "epoch_3_model.safetensors"
+    assert pretrained.find_weights("elsewhere", str(tmp_path / "epoch_3_model.safetensors")).parent == tmp_path

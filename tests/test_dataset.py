@@ -2,6 +2,8 @@
 
 import os
 
+from support.cli import UserError
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,6 @@ from skimage import data
 
 import dataset
 from dataset import ColorizationDataset, InvalidImageError, crop_resized, image_size, list_images, open_rgb, read_rgb
-from utils import UserError
 
 COFFEE = data.coffee()[::4, ::4]  # uint8 [100, 150, 3]
 

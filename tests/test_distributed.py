@@ -4,12 +4,15 @@ import os
 import re
 import signal
 
+from support import processes
+from support.checkpoints import load_checkpoint
+
 import numpy as np
 import pytest
 from processes import LIMIT, flags, gone, launched, log, run, started, steps_done, wait_for
 
 import train
-from utils import load_checkpoint
+from dataset import EpochSampler
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo")
 
@@ -117,10 +120,10 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path, squares):
 def test_processes_ask_each_other_about_once_a_second(monkeypatch):
     """Whatever a step takes, and however many were done before."""
     clock, questions = [0.0], []
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(train, "all_reduce", lambda values, _: questions.append(clock[0]) or values)
-    stop = train.StopRequest()
+    monkeypatch.setattr(processes.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes, "all_reduce", lambda values, _: questions.append(clock[0]) or values)
+    stop = processes.StopRequest()
     for _ in range(2000):
         clock[0] += 0.01 if clock[0] < 10 else 3
         assert stop.after_step() == 0
@@ -135,7 +138,7 @@ def test_the_order_of_images_does_not_depend_on_the_number_of_processes():
     """And each image comes once in an epoch, but for those that do not fill a batch."""
 
     def batches(rank, count, skip=0, epoch=0):
-        sampler = train.EpochSampler(range(37), 12 // count, num_replicas=count, rank=rank)
+        sampler = EpochSampler(range(37), 12 // count, num_replicas=count, rank=rank)
         sampler.begin(1, epoch, skip)
         assert len(sampler) == 3
         return list(sampler)

@@ -5,6 +5,8 @@ import json
 import subprocess
 from pathlib import Path
 
+from support.checkpoints import save_checkpoint
+
 import numpy as np
 import paddle
 import pytest
@@ -15,7 +17,6 @@ import get_invalid_images
 import metrics_acc
 import metrics_auc
 from model import CIC
-from utils import save_checkpoint
 
 ROOT = Path(get_invalid_images.__file__).parent
 SYNSETS = ("n01443537", "n02123045", "n04285008")

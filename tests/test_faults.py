@@ -10,6 +10,11 @@ import sys
 import zlib
 from pathlib import Path
 
+from support.checkpoints import load_checkpoint
+from support.cli import UserError
+from support.files import atomic_path
+from support.gpu import mixed_precision
+
 import numpy as np
 import paddle
 import pytest
@@ -17,7 +22,6 @@ from processes import TESTS, flags, gone, run, started, steps_done, wait_for
 
 import train
 from dataset import ColorizationDataset
-from utils import UserError, atomic_path, load_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def damaged(tmp_path, squares):
 
 
 def test_broken_images_are_skipped_replaced_and_counted(run_training, damaged, capfd):
-    flags = ["--batch_size", 17, "--num_epochs", 1, "--max_broken", 0.9, "--num_workers", 2, "--no-data_init"]
+    flags = ["--batch_size", 17, "--num_epochs", 1, "--max_broken", 0.9, "--num_workers", 2]
     assert len(run_training(*flags, image_dir=damaged)) == 1
     err = capfd.readouterr().err
     for name in ("truncated.png: ", "text.jpg: not an image", "zero.png: empty file", "bomb.png: 50000x50000 is over"):
@@ -237,7 +241,7 @@ def test_mixed_precision_on_a_gpu(monkeypatch, choice, has_bf16, expected):
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda: has_bf16)
     monkeypatch.setattr(paddle.amp, "GradScaler", lambda **settings: scalers.append(settings))
-    autocast, _ = train.mixed_precision(choice)
+    autocast, _ = mixed_precision(choice)
     assert (autocast["enable"], autocast["dtype"], scalers[0]["enable"]) == expected
 
 

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.cli import EXIT_SKIPPED
+
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
 
 import get_invalid_images
-from utils import EXIT_SKIPPED
 
 ROOT = Path(get_invalid_images.__file__).parent
 COLOR = data.coffee()[100:196, 200:328]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.cli import EXIT_SKIPPED
+
 import numpy as np
 import paddle
 import pytest
@@ -15,7 +17,6 @@ from skimage import data
 from skimage.color import lab2rgb, rgb2lab
 
 import metrics_acc
-from utils import EXIT_SKIPPED
 
 SYNSETS = metrics_acc.load_synsets()
 # Short side 256 and even long sides: the center crop of 224 needs no resampling and is plain indexing.

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.cli import EXIT_SKIPPED
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +19,7 @@ from skimage.color import rgb2lab
 
 import metrics_auc
 from dataset import crop_resized
-from utils import EXIT_SKIPPED, auc, error_histogram, load_ab_bins, load_prior, rebalancing_weights
+from utils import auc, error_histogram, load_ab_bins, load_prior, rebalancing_weights
 
 PHOTOS = {"astronaut": data.astronaut(), "coffee": data.coffee(), "chelsea": data.chelsea(), "rocket": data.rocket()}
 SMALL = {name: photo[100:148, 200:264] for name, photo in PHOTOS.items()}  # 64x48

@@ -1,11 +1,13 @@
 """A run that was stopped in any way goes on as if it had not been."""
 
-import itertools
 import os
 import random
 import shutil
 import signal
 import time
+
+from support.checkpoints import load_checkpoint, save_checkpoint
+from support.processes import StopRequest
 
 import numpy as np
 import paddle
@@ -14,7 +16,7 @@ from conftest import recorded
 from processes import flags, gone, log, run, started, steps_done, wait_for
 
 import train
-from utils import load_checkpoint, remove_temporaries, save_checkpoint
+from utils import remove_temporaries
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
 
@@ -97,7 +99,7 @@ def test_killed_while_it_writes_each_part_of_a_checkpoint(run_training, tmp_path
 
 
 def test_the_real_network_killed_while_it_writes_goes_on(tmp_path, squares):
-    more = ["--batch_size", 1, "--save_latest", 1, "--no-data_init"]
+    more = ["--batch_size", 1, "--save_latest", 1]
     script = train.__file__
     with started(tmp_path, *flags(tmp_path, squares, *more), script=script) as process:
         wait_for((tmp_path / "model" / "epoch_latest_model.pdparams").exists, process)
@@ -145,7 +147,7 @@ def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, squares, number, co
 
 def test_a_second_ctrl_c_leaves_at_once_but_not_a_second_sigterm(squares):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    stop = train.StopRequest()
+    stop = StopRequest()
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.after_step() == signal.SIGTERM
@@ -187,7 +189,7 @@ def test_other_settings_than_the_checkpoints(run_training, stopped, tmp_path, ca
     assert "--gamma 0.5 is now 0" in message("--gamma", 0)
     assert "--NN 5 is now 3" in message("--NN", 3)
     np.save(tmp_path / "prior.npy", np.arange(313.0))
-    assert "the prior is another one" in message("--prior", tmp_path / "prior.npy")
+    assert "--prior is another one" in message("--prior", tmp_path / "prior.npy")
     assert "exclude" in message("--init_from", "x")
     capsys.readouterr()
     run_training("--batch_size", 1, "--max_steps", 3, "--continue_train", "--lr", 1e-3, "--crop_size", 24, "--seed", 5)
@@ -232,40 +234,24 @@ def test_a_log_that_was_cut_off_is_mended(run_training, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3] and "nats" in lines[2]
 
 
-@pytest.fixture
-def seconds_pass(monkeypatch):
-    """Each look at the clock is seconds later than the one before: VisualDL's files are named by the second."""
-    clock = itertools.count(10**9, 10)
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-
-
-def test_visualdl_shows_a_run_that_was_stopped_or_killed_as_one(run_training, tmp_path, squares, capsys, seconds_pass):
-    shown = (("scalar", train.BOARD["loss"]), ("scalar", train.BOARD["val_kl"]), ("image", train.PICTURE))
+def test_visualdl_shows_a_run_that_was_stopped_or_killed_as_one(run_training, tmp_path, squares, capsys):
+    """Its curves, that is: of pictures those since the last start."""
+    shown = (("scalar", train.TAGS["loss"]), ("scalar", train.TAGS["val_kl"]), ("image", train.PICTURE))
     model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
 
     def steps_shown(to, *more):
         run_training("--batch_size", 2, "--val_dir", squares, "--num_epochs", 9, "--max_steps", to, *more)
-        return [[record.id for record in recorded(logs).get_data(*kind)] for kind in shown]
+        board = recorded(logs)
+        return [[x.id for x in board.get_data(*kind)] if kind[1] in board.get_tags()[kind[0]] else [] for kind in shown]
 
     assert steps_shown(2) == [[1, 2], [2], [2]]
     shutil.copytree(model, tmp_path / "saved")
-    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4], [2, 4]]
-    assert len(list(logs.glob("vdlrecords*"))) == 1  # there was nothing to remove
+    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4], [4]]
     shutil.rmtree(model)  # as if killed after step 4, of which 2 were saved
     shutil.copytree(tmp_path / "saved", model)
-    assert steps_shown(3, "--continue_train") == [[1, 2, 3], [2, 3], [2, 3]]
+    assert steps_shown(3, "--continue_train")[:2] == [[1, 2, 3], [2, 3]]
     assert steps_shown(2) == [[1, 2], [2], [2]]  # a new run
     assert "exists" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("tail", [b"\x20", b"\x20\0\0\0\0\0\0\0half", b"\4\0\0\0\0\0\0\0bad.", bytes(100)])
-def test_visualdls_records_that_were_cut_off_are_mended(run_training, tmp_path, tail, seconds_pass):
-    run_training("--batch_size", 1, "--max_steps", 2)
-    (records,) = (tmp_path / "run" / "log").glob("vdlrecords*")
-    records.write_bytes(records.read_bytes() + tail)
-    run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
-    losses = recorded(tmp_path / "run" / "log").get_data("scalar", train.BOARD["loss"])
-    assert [record.id for record in losses] == [1, 2, 3]
 
 
 def test_keep_leaves_later_checkpoints_of_another_run(run_training, tmp_path):

@@ -4,6 +4,10 @@ import io
 import json
 import math
 
+from support import checkpoints
+from support.checkpoints import load_checkpoint, save_checkpoint
+from support.sheets import tile
+
 import numpy as np
 import paddle
 import pytest
@@ -12,7 +16,7 @@ from PIL import Image
 
 import train
 from model import CIC
-from utils import annealed_mean, auc, error_histogram, load_ab_bins, load_checkpoint, load_prior, save_checkpoint
+from utils import annealed_mean, auc, error_histogram, load_ab_bins, load_prior
 
 POSITIONS = 8 * 8  # of a 32-pixel crop
 
@@ -52,7 +56,7 @@ def test_gamma_one_is_no_rebalancing_and_gamma_zero_is_the_most(run_training):
 
 def test_the_weight_is_that_of_the_nearest_bin(run_training, squares, tmp_path):
     """The first loss, computed again in float64 from the network as it was before the step."""
-    line = steps(run_training("--lr", 1e-12, "--max_steps", 1, "--no-data_init", "--weight_decay", 0))[0]
+    line = steps(run_training("--lr", 1e-12, "--max_steps", 1, "--weight_decay", 0))[0]
     sizes = ["--load_size", "40", "--crop_size", "32", "--batch_size", "4", "--num_workers", "0"]
     args = train.parse_args(["--image_dir", str(squares), *sizes])
     loader, sampler = train.training_data(args)
@@ -113,7 +117,7 @@ def test_sizes_are_those_of_the_flags(run_training, monkeypatch):
     seen = []
     forward = SmallNetwork.forward
     monkeypatch.setattr(SmallNetwork, "forward", lambda self, x: seen.append(x.shape) or forward(self, x))
-    run_training("--load_size", 64, "--crop_size", 48, "--batch_size", 2, "--no-data_init")
+    run_training("--load_size", 64, "--crop_size", 48, "--batch_size", 2)
     assert seen == [[2, 1, 48, 48]] * 2
 
 
@@ -148,24 +152,6 @@ def test_epochs_and_steps_end_the_run(run_training):
     assert len(steps(run_training("--num_epochs", 3, "--batch_size", 1, "--max_steps", 5, folder="b"))) == 5
 
 
-def test_data_dependent_init_gives_unit_variance(squares):
-    network = CIC()
-    paths = sorted(squares.iterdir())
-    squares_ = np.stack([train.ColorizationDataset([str(p) for p in paths], 64, 64)[i][0] for i in range(4)])
-    lightness = train.rgb_to_lightness(paddle.to_tensor(squares_))
-    train.data_dependent_init(network, lightness)
-    outputs = []
-    convolutions = [x for x in network.sublayers() if isinstance(x, (paddle.nn.Conv2D, paddle.nn.Conv2DTranspose))]
-    for layer in convolutions:
-        layer.register_forward_post_hook(lambda *call: outputs.append(call[2].numpy()))
-    with paddle.no_grad():
-        network(lightness - 50)
-    assert len(outputs) == 23
-    for output in outputs:
-        np.testing.assert_allclose(output.mean(axis=(0, 2, 3)), 0, atol=0.02)
-        np.testing.assert_allclose(output.std(axis=(0, 2, 3)), 1, atol=0.02)
-
-
 def test_frozen_batch_norm_keeps_its_statistics(run_training, tmp_path):
     run_training("--max_steps", 1, folder="start")
     start = tmp_path / "start" / "model" / "epoch_latest_model.pdparams"
@@ -197,9 +183,9 @@ def test_validation_after_each_epoch(run_training, squares, tmp_path):
 def test_visualdl_is_given_all_figures_and_a_picture(run_training, squares, tmp_path):
     lines = run_training("--val_dir", squares, "--load_size", 64)
     board = recorded(tmp_path / "run" / "log")
-    assert {name for line in lines for name in line} - {"step", "epoch"} == set(train.BOARD)
-    assert list(board.get_tags()["scalar"]) == list(train.BOARD.values())
-    for name, tag in train.BOARD.items():
+    assert {name for line in lines for name in line} - {"step", "epoch"} == set(train.TAGS)
+    assert list(board.get_tags()["scalar"]) == list(train.TAGS.values())
+    for name, tag in train.TAGS.items():
         of_figure = {line["step"]: line[name] for line in lines if name in line}
         assert {x.id: x.value for x in board.get_data("scalar", tag)} == pytest.approx(of_figure)
     pictures = board.get_data("image", train.PICTURE)
@@ -212,8 +198,8 @@ def test_visualdl_is_given_all_figures_and_a_picture(run_training, squares, tmp_
 
 def test_pictures_of_one_and_of_three_validation_images():
     square = np.zeros((32, 96, 3), np.uint8)
-    assert train.arrange([square]).shape == (34, 98, 3)
-    three = train.arrange([square] * 3)
+    assert tile([square]).shape == (34, 98, 3)
+    three = tile([square] * 3)
     assert three.shape == (68, 196, 3) and (three[34:, 98:] == 255).all()
 
 
@@ -261,7 +247,7 @@ def test_keep_prunes_the_oldest(run_training, tmp_path, squares):
 
 def test_save_latest_saves_within_the_epoch(run_training, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda state, path: saved.append((path.name, state)))
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda state, path: saved.append((path.name, state)))
     run_training("--batch_size", 1, "--max_steps", 3, "--save_latest", 2)
     states = [state["progress"]["step"] for name, state in saved if name == "epoch_latest_state.pdopt"]
     assert states == [2, 3]

@@ -2,6 +2,9 @@
 
 import argparse
 
+from support.cli import HelpFormatter, UserError, add_bool_flag, printable
+from support.files import atomic_path
+
 import numpy as np
 import paddle
 import pytest
@@ -11,10 +14,8 @@ import metrics_acc
 import metrics_auc
 import test
 import train
-import utils
 from resources import convert_weights, demo, estimate_prior
 from utils import (
-    UserError,
     annealed_mean,
     auc,
     entropy,
@@ -224,8 +225,8 @@ def test_histograms_agree_with_counting_and_add_up_with_weights():
     ],
 )
 def test_boolean_flags(given, expected):
-    parser = argparse.ArgumentParser(formatter_class=utils.HelpFormatter)
-    utils.add_bool_flag(parser, "--rebalance", True, "help")
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    add_bool_flag(parser, "--rebalance", True, "help")
     assert parser.parse_args(given).rebalance is expected
 
 
@@ -242,15 +243,15 @@ def test_help_says_each_default_once(script, capsys, monkeypatch):
 
 
 def test_names_for_messages_stay_on_one_line():
-    assert utils.printable("a\nb") == "a\\nb"
-    assert utils.printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
-    assert utils.printable("é 猫") == "é 猫"
+    assert printable("a\nb") == "a\\nb"
+    assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
+    assert printable("é 猫") == "é 猫"
 
 
 def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), utils.atomic_path(path) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
         temporary.write_text("half")
         1 / 0  # noqa: B018
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"

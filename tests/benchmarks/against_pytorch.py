@@ -70,29 +70,32 @@ def torch_side(job, threads, batch, size):
 
 def paddle_side(job, threads, batch, size):
     sys.path.insert(0, str(ROOT))
+    from support.checkpoints import save_checkpoint
+    from support.cpu import convolve_in_parts, keep_freed_memory, use_all_cores
+
     import paddle
 
-    import test
-    import utils
+    from colorizer import make_predictor
     from model import CIC
+    from utils import soft_cross_entropy
 
-    utils.use_all_cores(1 if job == "step" else threads)
+    use_all_cores(1 if job == "step" else threads)
     network = CIC()
     x = 25 * paddle.randn([batch, 1, *size])
     if job != "step":
         path = Path(tempfile.mkdtemp()) / "epoch_0_model.pdparams"
-        utils.save_checkpoint(network.state_dict(), path)
-        predict = test.make_predictor(path, 0.38, job)
-        return lambda: predict(x)
-    network.parts = threads  # as train.py sets it
-    utils.keep_freed_memory()
+        save_checkpoint(network.state_dict(), path)
+        predict = make_predictor(path, job)
+        return lambda: predict(x, 0.38)
+    convolve_in_parts(network, threads)  # as train.py does
+    keep_freed_memory()
     optimizer = paddle.optimizer.Adam(3e-5, 0.9, 0.99, parameters=network.parameters(), weight_decay=1e-3)
     indices = paddle.randint(0, 313, [batch, 5, size[0] // 4, size[1] // 4])
     weights = paddle.rand(indices.shape)
     weights = weights / weights.sum(axis=1, keepdim=True)
 
     def run():
-        (utils.soft_cross_entropy(network(x), indices, weights).sum() / batch).backward()
+        (soft_cross_entropy(network(x), indices, weights).sum() / batch).backward()
         optimizer.step()
         optimizer.clear_grad()
 

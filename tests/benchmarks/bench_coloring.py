@@ -18,17 +18,20 @@ import paddle
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from support.checkpoints import save_checkpoint
+from support.cpu import use_all_cores
+
+import colorizer
 import test
-import train
 from dataset import list_images, read_rgb, rgb_to_lightness
 from model import CIC
-from utils import save_checkpoint, use_all_cores
+from tests.small_network import standardize
 
 
 def timed(predict, seconds):
-    def run(lightness):
+    def run(*arguments):
         start = time.perf_counter()
-        ab = predict(lightness)
+        ab = predict(*arguments)
         seconds.append(time.perf_counter() - start)
         return ab
 
@@ -39,10 +42,10 @@ def plain_loop(paths, predict, folder):
     """The same steps, one after the other."""
     for i, path in enumerate(paths):
         rgb = read_rgb(path)
-        size = test.network_size(rgb.shape[1], rgb.shape[0], 256)
+        size = colorizer.network_size(rgb.shape[1], rgb.shape[0], 256)
         small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
-        ab = predict(rgb_to_lightness(paddle.to_tensor(small.transpose(2, 0, 1)[None])) - 50)[0]
-        Image.fromarray(test.join(rgb, ab)).save(folder / f"{i}.png", compress_level=test.PNG_COMPRESSION)
+        ab = predict(rgb_to_lightness(paddle.to_tensor(small.transpose(2, 0, 1)[None])) - 50, 0.38)[0]
+        Image.fromarray(colorizer.join(rgb, ab)).save(folder / f"{i}.png", compress_level=test.PNG_COMPRESSION)
 
 
 def main():
@@ -56,7 +59,7 @@ def main():
     use_all_cores()
     folder = Path(tempfile.mkdtemp())
     network = CIC()
-    train.data_dependent_init(network, 50 + 20 * paddle.randn([2, 1, 64, 64]))
+    standardize(network, 50 + 20 * paddle.randn([2, 1, 64, 64]))
     save_checkpoint(network.state_dict(), folder / "epoch_19_model.pdparams")
     del network
     if args.megapixels:
@@ -67,9 +70,9 @@ def main():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     flags = ["--image_dir", args.image_dir, "--model_path", str(folder), "--result_path", str(folder / "result")]
     flags += ["--precision", args.precision] + (["--max_samples", str(args.max_samples)] if args.max_samples else [])
-    make, seconds = test.make_predictor, []
-    test.make_predictor = lambda *settings: timed(make(*settings), seconds)
-    predict = make(folder / "epoch_19_model.pdparams", 0.38, args.precision)
+    make, seconds = colorizer.make_predictor, []
+    colorizer.make_predictor = lambda *settings: timed(make(*settings), seconds)
+    predict = make(folder / "epoch_19_model.pdparams", args.precision)
     paths = list_images(args.image_dir)[: args.max_samples]
     for _ in range(args.rounds if not args.megapixels else 1):
         seconds.clear()

@@ -16,9 +16,10 @@ import paddle
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import train
-from dataset import ColorizationDataset, list_images, rgb_to_lab, rgb_to_lightness, soft_encode
-from utils import is_gray, keep_freed_memory, load_ab_bins, load_prior, rebalancing_weights, use_all_cores
+from support.cpu import keep_freed_memory, use_all_cores
+
+from dataset import ColorizationDataset, list_images, rgb_to_lab, rgb_to_lightness, soft_encode, targets
+from utils import load_ab_bins, load_prior, position_weight, rebalancing_weights
 
 LOAD, CROP, BATCH = 256, 176, 40
 
@@ -38,10 +39,9 @@ def squares(dataset, indices):
 def to_targets(batch, ab_bins, bin_weights):
     """All that the step does ahead of the network."""
     rgb = paddle.to_tensor(np.stack(batch))
-    lightness, ab = train.targets(rgb)
+    lightness, ab = targets(rgb)
     indices, weights = soft_encode(ab, ab_bins)
-    importance = paddle.gather(bin_weights, indices[:, 0].flatten()).reshape(indices[:, 0].shape)
-    return lightness - 50, weights, importance * (~is_gray(ab)).astype("float32").reshape([-1, 1, 1])
+    return lightness - 50, weights, position_weight(indices, ab, bin_weights)
 
 
 def parts(rgb, ab_bins):

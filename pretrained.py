@@ -1,7 +1,4 @@
-"""Weights from elsewhere: the authors' PyTorch and Caffe releases and the earlier Paddle port's checkpoints.
-
-Shared by `test.py --load_model official` and `resources/convert_weights.py`.
-"""
+"""Weights by their name: this project's, the authors' PyTorch and Caffe releases, the earlier Paddle port's."""
 
 import hashlib
 import math
@@ -9,21 +6,16 @@ import re
 import urllib.request
 from pathlib import Path
 
-import numpy as np
+from support.checkpoints import check_names, is_safetensors, load_checkpoint, save_checkpoint, set_weights
+from support.cli import UserError, note, one_line, printable
 
-from model import CIC, EXTRA_RELU
-from utils import (
-    UserError,
-    check_names,
-    is_safetensors,
-    load_ab_bins,
-    load_checkpoint,
-    note,
-    one_line,
-    printable,
-    save_checkpoint,
-    set_weights,
-)
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from model import CIC
+from utils import TEMPERATURE, load_ab_bins
 
 OFFICIAL_URL = "https://colorizers.s3.us-east-2.amazonaws.com/colorization_release_v2-9b330a0b.pth"
 NOREBAL_URL = (
@@ -35,7 +27,7 @@ TIMEOUT = 10  # seconds until an address counts as out of reach
 # What the releases compute otherwise than this project, whose input is L - 50 and whose output is ab.
 L_SCALE = 100  # the PyTorch network reads (L - 50) / 100
 AB_SCALE = 110  # … and gives ab / 110
-TEMPERATURE = 0.38  # … by a softmax without one, so that its head's weights presumably carry 1 / 0.38
+# … by a softmax without a temperature, so that its head's weights presumably carry 1 / 0.38.
 
 PYTORCH, CAFFE = "the authors' PyTorch release", "the authors' Caffe release"
 PORT, OURS = "the earlier Paddle port", "this project"
@@ -122,7 +114,41 @@ def download(url, folder):
 
 
 # -------------------------------------------------------------------------------------------------
-# From a file to a network
+# From a checkpoint to its network
+
+EXTRA_RELU = "extra_relu_ahead_of_conv6"  # the entry that marks a state dict of the earlier port's network
+
+
+class PortCIC(CIC):
+    """The network of an earlier Paddle port, for weights that were trained there: one more ReLU, ahead of conv6.
+
+    The parameters are the same, so its state dict has an entry more that tells it apart.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer(EXTRA_RELU, paddle.ones([1]))
+        self.conv6 = _AfterReLU(*self.conv6.children())
+
+
+class _AfterReLU(nn.Sequential):
+    def forward(self, x):
+        return super().forward(F.relu(x))
+
+
+def load_network(path):
+    """The network that the checkpoint at `path` is for, with its weights. Raises UserError when it cannot be read."""
+    return make_network(load_checkpoint(path), path)
+
+
+def make_network(state, path):
+    network = PortCIC() if EXTRA_RELU in state else CIC()
+    set_weights(network, state, path)
+    return network
+
+
+# -------------------------------------------------------------------------------------------------
+# From a file in any format to a network
 
 
 def read_network(path, temperature=None):
@@ -137,9 +163,7 @@ def read_network(path, temperature=None):
     state = convert(state, path)
     for name in ("conv8_313.weight", "conv8_313.bias"):
         state[name] = state[name] * np.float32(scale if temperature is None else temperature)
-    network = CIC(extra_relu=EXTRA_RELU in state)
-    set_weights(network, state, path)
-    return network, kind
+    return make_network(state, path), kind
 
 
 def _recognize(state, is_caffe, path):
@@ -185,7 +209,7 @@ def _rename(state, names, path):
 
 
 def _from_ourselves(state, path):
-    names = {name: name for name in CIC(extra_relu=EXTRA_RELU in state).state_dict()}
+    names = {name: name for name in (PortCIC if EXTRA_RELU in state else CIC)().state_dict()}
     return _rename(state, names, path)
 
 

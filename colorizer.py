@@ -1,0 +1,154 @@
+"""A photograph in, the colored photograph out: the network, the annealed mean, and the way back to full resolution.
+
+    from colorizer import Colorizer
+
+    colorize = Colorizer("model/epoch_latest_model.pdparams")
+    colorize("photo.jpg").save("colored.png")
+
+Whatever colors photographs (test.py, hubconf.py, the page) comes through here.
+"""
+
+from support import inference
+from support.cli import note
+from support.files import sha256
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from PIL import Image
+
+import model
+from dataset import lab_to_rgb, open_rgb, rgb_to_lightness, to_uint8
+from pretrained import find_weights, load_network
+from utils import TEMPERATURE, annealed_mean, load_ab_bins
+
+LOAD_SIZE = 256  # short side in pixels as the network sees a photograph
+MAX_ASPECT = 8  # a longer photograph is squeezed for the network: its input, and so the memory, stays bounded
+STRIP_PIXELS = 1_000_000  # converted at a time, so that a large photograph needs little more than itself
+
+
+class Colorizer:
+    """Colors photographs with a checkpoint.
+
+    weights: a checkpoint's path, or its name in the folder `model_path` as test.py's --load_model takes it; None for
+    the one that a user would expect there. precision: "float32", or "bf16", which is faster and changes colors
+    slightly. Raises UserError when there are no such weights or they are damaged.
+    """
+
+    def __init__(self, weights=None, model_path="./model", precision="float32"):
+        self.checkpoint = find_weights(model_path, weights)
+        self.predict = make_predictor(self.checkpoint, precision)
+
+    def __call__(self, photograph, temperature=TEMPERATURE, load_size=LOAD_SIZE):
+        """The colored photograph, a Pillow image of the same size.
+
+        photograph: a path, a Pillow image or uint8 [H, W, 3]; temperature > 0, of the annealed mean; load_size: its
+        short side in pixels as the network sees it. Raises InvalidImageError for a file that cannot be read.
+        """
+        if isinstance(photograph, np.ndarray):
+            photograph = Image.fromarray(photograph)
+        image = photograph.convert("RGB") if isinstance(photograph, Image.Image) else open_rgb(photograph)
+        small = image.resize(network_size(*image.size, load_size), Image.Resampling.BILINEAR)
+        (ab,) = self.predict_ab(np.asarray(small)[None], temperature)
+        return Image.fromarray(join(np.asarray(image), ab))
+
+    @paddle.no_grad()
+    def predict_ab(self, rgb, temperature=TEMPERATURE):
+        """uint8 [N, h, w, 3], h and w multiples of 8 -> ab [N, 2, h/4, w/4]."""
+        return self.predict(rgb_to_lightness(paddle.to_tensor(rgb).transpose([0, 3, 1, 2])) - 50, temperature)
+
+
+def network_size(width, height, short_side):
+    """The photograph's size with that short side, in multiples of 8; the aspect is kept up to MAX_ASPECT."""
+    scale = short_side / min(width, height)
+    return tuple(max(8, round(min(side * scale, MAX_ASPECT * short_side) / 8) * 8) for side in (width, height))
+
+
+# -------------------------------------------------------------------------------------------------
+# The network, made fast
+#
+# On a CPU Paddle's inference engine runs it with oneDNN, several times faster than eager mode. It needs the network
+# as an exported program, which is kept beside the checkpoint. Photographs of any size and number go through it.
+
+
+def make_predictor(checkpoint, precision="float32"):
+    """The function that colors with a checkpoint: lightness - 50 [N, 1, h, w], temperature -> ab [N, 2, h/4, w/4].
+
+    `precision` "bf16" computes the network in bfloat16 where the processor and Paddle (3.x) have it.
+    """
+    if not paddle.get_device().startswith("cpu"):
+        return eager_predictor(load_network(checkpoint), precision)
+    for choice in dict.fromkeys((precision, "float32")):
+        try:
+            return engine_predictor(checkpoint, choice)
+        except Exception as error:  # whatever the engine lacks on this platform or in this version
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            note(f"Paddle's inference engine cannot be used in {choice} here ({reason}): coloring in a slower way")
+    return eager_predictor(load_network(checkpoint), "float32")
+
+
+def eager_predictor(network, precision):
+    network.eval()
+    ab_bins = load_ab_bins()
+
+    def predict(lightness, temperature):
+        with paddle.amp.auto_cast(enable=precision == "bf16", dtype="bfloat16"):
+            logits = network(lightness)
+        return annealed_mean(logits, ab_bins, temperature)
+
+    return predict
+
+
+def engine_predictor(checkpoint, precision):
+    inputs = [paddle.static.InputSpec([None, 1, None, None]), paddle.static.InputSpec([1])]
+    stamp = f"{sha256(checkpoint)} {paddle.__version__} {sha256(model.__file__)}"
+    folder = inference.exported(
+        lambda: NetworkToAb(load_network(checkpoint)), inputs, checkpoint.with_suffix(".exported"), stamp
+    )
+    run = inference.engine(folder, precision)
+
+    def predict(lightness, temperature):
+        return paddle.to_tensor(run(lightness.numpy(), np.array([temperature])))
+
+    predict(paddle.zeros([1, 1, 64, 64]), TEMPERATURE)  # what does not work fails here
+    return predict
+
+
+class NetworkToAb(paddle.nn.Layer):
+    """The network with the annealed mean, as one program."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("ab_bins", load_ab_bins())
+
+    def forward(self, lightness, temperature):
+        return annealed_mean(self.network(lightness), self.ab_bins, temperature)
+
+
+# -------------------------------------------------------------------------------------------------
+# Back to full resolution
+
+
+def join(rgb, ab):
+    """The photograph's own lightness with the ab [2, h, w] brought to its size: uint8 [H, W, 3] -> the same."""
+    height, width = rgb.shape[:2]
+    colored = np.empty_like(rgb)
+    for top in range(0, height, rows := max(1, STRIP_PIXELS // width)):
+        strip = paddle.to_tensor(rgb[top : top + rows]).transpose([2, 0, 1]).unsqueeze(0)
+        strip_ab = F.interpolate(
+            resample_rows(ab, height, top, strip.shape[2]).unsqueeze(0), size=strip.shape[2:], mode="bilinear"
+        )
+        lab = paddle.concat([rgb_to_lightness(strip), strip_ab], axis=1)
+        colored[top : top + rows] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
+    return colored
+
+
+def resample_rows(ab, height, top, rows):
+    """`rows` rows, from `top` on, of ab [2, h, w] brought to that height bilinearly: [2, rows, w]."""
+    y = ((np.arange(top, top + rows) + 0.5) * ab.shape[1] / height - 0.5).clip(0, ab.shape[1] - 1)
+    above = np.floor(y).astype(np.int64)
+    below = np.minimum(above + 1, ab.shape[1] - 1)
+    share = paddle.to_tensor((y - above).astype(np.float32)).reshape([1, -1, 1])
+    above, below = (paddle.gather(ab, paddle.to_tensor(i), axis=1) for i in (above, below))
+    return above + share * (below - above)

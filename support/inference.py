@@ -1,0 +1,64 @@
+"""A layer as an exported program, run by Paddle's inference engine: on CPUs several times faster than eager mode."""
+
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+
+from support.cpu import available_cores
+
+import numpy as np
+import paddle
+
+
+def exported(make_layer, inputs, folder, stamp):
+    """The folder of the exported program of `make_layer()`; made anew when the stamp in it is another one.
+
+    inputs: a list of `paddle.static.InputSpec`. Where the folder cannot be written it is a temporary one.
+    """
+    if (folder / "stamp").is_file() and (folder / "stamp").read_text() == stamp:
+        return folder
+    layer = make_layer()
+    layer.eval()
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError:  # a folder that is only to be read
+        folder = temporary = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program = paddle.jit.to_static(layer, input_spec=inputs, full_graph=True)
+    paddle.jit.save(program, str(temporary / "program"))
+    (temporary / "stamp").write_text(stamp)
+    if temporary != folder:
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    return folder
+
+
+def engine(folder, precision="float32"):
+    """The function that runs an exported program on the CPU: float32 arrays, one for each input -> its first output.
+
+    Arrays may have another shape in each call. `precision` "bf16" computes in bfloat16 where the processor and Paddle
+    (3.x) have it. Raises whatever the engine lacks on this platform, or in this version of Paddle.
+    """
+    from paddle import inference
+
+    program = next(path for path in folder.iterdir() if path.suffix in (".json", ".pdmodel"))  # Paddle 3, Paddle 2
+    config = inference.Config(str(program), str(program.with_suffix(".pdiparams")))
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.set_cpu_math_library_num_threads(available_cores())
+    config.enable_mkldnn()
+    config.set_mkldnn_cache_capacity(1)  # else each new size keeps some 120 MB
+    if precision == "bf16":
+        config.enable_mkldnn_bfloat16()
+    predictor = inference.create_predictor(config)
+    handles = [predictor.get_input_handle(name) for name in predictor.get_input_names()]
+
+    def run(*arrays):
+        for handle, array in zip(handles, arrays):
+            handle.reshape(array.shape)
+            handle.copy_from_cpu(np.ascontiguousarray(array, np.float32))
+        predictor.run()
+        return predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+
+    return run

@@ -1,0 +1,85 @@
+"""Contact sheets: rows of small pictures under headings, a name below each row."""
+
+import os
+from pathlib import Path
+
+from support.files import atomic_path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+CELL = (320, 240)  # width and height in which each picture fits, in pixels
+ROWS = 12  # photographs on a sheet
+MARGIN, HEAD, FOOT = 10, 44, 30  # pixels between pictures, for the headings, and for the name below a row
+
+
+def fit(image, cell=CELL):
+    """A copy that fills a cell in one direction."""
+    image = image.copy()
+    image.thumbnail(cell)  # faster than `contain` for a large one
+    return ImageOps.contain(image, cell)
+
+
+def contact_sheet(rows, columns, cell_width=CELL[0]):
+    """Rows of (name, thumbnails) under the columns' headings, as one image."""
+    width = len(columns) * (cell_width + MARGIN) + MARGIN
+    heights = [max(image.height for image in images) + FOOT for _, images in rows]
+    sheet = Image.new("RGB", (width, HEAD + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    heading, caption = font(20), font(14)
+    centers = [MARGIN + column * (cell_width + MARGIN) + cell_width // 2 for column in range(len(columns))]
+    for center, text in zip(centers, columns):
+        draw.text((center, HEAD // 2), text, "black", heading, anchor="mm")
+    top = HEAD
+    for (name, images), height in zip(rows, heights):
+        for center, image in zip(centers, images):
+            sheet.paste(image, (center - image.width // 2, top))
+        top += height
+        text = shortened(name, draw, caption, width - 2 * MARGIN)
+        draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", caption, anchor="mm")
+    return sheet
+
+
+def font(size):
+    """matplotlib's, which has accents, Greek and Cyrillic; Pillow's own has ASCII alone."""
+    import matplotlib  # not with the others: only a sheet needs it
+
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def shortened(name, draw, font, width):
+    """A name's end, as far as it fits into so many pixels."""
+    if draw.textlength(name, font) <= width:
+        return name
+    while draw.textlength(f"…{name}", font) > width:
+        name = name[1:]
+    return f"…{name}"
+
+
+class Sheets:
+    """Collects rows of (name, pictures) and writes a sheet whenever one is full."""
+
+    def __init__(self, folder, columns):
+        self.folder, self.columns = Path(folder), columns
+        self.rows, self.written = [], 0
+
+    def add(self, name, pictures):
+        self.rows.append((name, pictures))
+        if len(self.rows) == ROWS:
+            self.flush()
+
+    def flush(self):
+        if self.rows:
+            self.written += 1
+            with atomic_path(self.folder / f"sheet_{self.written:03d}.png") as temporary:
+                contact_sheet(self.rows, self.columns).save(temporary, format="PNG")
+            self.rows = []
+
+
+def tile(panel):
+    """Pictures, uint8 [H, W, 3], in rows of two on white: VisualDL's frame is twice as wide as high."""
+    gap = max(2, len(panel[0]) // 16)
+    cells = [np.pad(x, ((0, gap), (0, gap), (0, 0)), constant_values=255) for x in panel]
+    if len(cells) % 2 and len(cells) > 1:
+        cells.append(np.full_like(cells[0], 255))
+    return np.concatenate([np.concatenate(cells[i : i + 2], axis=1) for i in range(0, len(cells), 2)])

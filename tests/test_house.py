@@ -1,0 +1,25 @@
+"""Imports run one way, so that each file can be read knowing only those that it stands on."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+METHOD = {"model", "dataset", "utils"}  # which do not know each other
+SCRIPTS = {"train", "test", "metrics_auc", "metrics_acc", "get_invalid_images"}
+MAY_IMPORT = {
+    **dict.fromkeys(METHOD, {"support"}),
+    "pretrained": {"support", "model", "utils"},
+    "colorizer": {"support", *METHOD, "pretrained"},
+    **dict.fromkeys(SCRIPTS, {"support", *METHOD, "pretrained", "colorizer"}),
+}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")], ids=lambda path: path.name)
+def test_imports_run_one_way(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    ours = {module.split(".")[0] for module in modules} & {"support", "resources", "tests", *MAY_IMPORT}
+    assert ours <= ({"support"} if path.parent != ROOT else MAY_IMPORT[path.stem])
