@@ -45,17 +45,33 @@ class Colorizer:
         photograph: a path, a Pillow image or uint8 [H, W, 3]; temperature > 0, of the annealed mean; load_size: its
         short side in pixels as the network sees it. Raises InvalidImageError for a file that cannot be read.
         """
-        if isinstance(photograph, np.ndarray):
-            photograph = Image.fromarray(photograph)
-        image = photograph.convert("RGB") if isinstance(photograph, Image.Image) else open_rgb(photograph)
-        small = image.resize(network_size(*image.size, load_size), Image.Resampling.BILINEAR)
-        (ab,) = self.predict_ab(np.asarray(small)[None], temperature)
+        image = opened(photograph)
+        (ab,) = self.predict_ab(as_seen(image, load_size)[None], temperature)
         return Image.fromarray(join(np.asarray(image), ab))
+
+    def logits(self, photograph, load_size=LOAD_SIZE):
+        """What the network says of the photograph, [1, 313, h/4, w/4]: `annealed_mean` of it is ab, at any temperature.
+
+        For who moves the temperature: the network need not run again. Arguments and errors are those of a call.
+        """
+        return self.predict_ab(as_seen(opened(photograph), load_size)[None], None)
 
     @paddle.no_grad()
     def predict_ab(self, rgb, temperature=TEMPERATURE):
-        """uint8 [N, h, w, 3], h and w multiples of 8 -> ab [N, 2, h/4, w/4]."""
+        """uint8 [N, h, w, 3], h and w multiples of 8 -> ab [N, 2, h/4, w/4]; without a temperature the logits."""
         return self.predict(rgb_to_lightness(paddle.to_tensor(rgb).transpose([0, 3, 1, 2])) - 50, temperature)
+
+
+def opened(photograph):
+    """A path, a Pillow image or uint8 [H, W, 3] -> a Pillow image in RGB."""
+    if isinstance(photograph, np.ndarray):
+        photograph = Image.fromarray(photograph)
+    return photograph.convert("RGB") if isinstance(photograph, Image.Image) else open_rgb(photograph)
+
+
+def as_seen(image, load_size):
+    """What the network sees of a photograph: uint8 [h, w, 3]."""
+    return np.asarray(image.resize(network_size(*image.size, load_size), Image.Resampling.BILINEAR))
 
 
 def network_size(width, height, short_side):
@@ -73,6 +89,8 @@ def network_size(width, height, short_side):
 
 def make_predictor(checkpoint, precision="float32"):
     """The function that colors with a checkpoint: lightness - 50 [N, 1, h, w], temperature -> ab [N, 2, h/4, w/4].
+
+    With None as the temperature it returns the logits [N, 313, h/4, w/4].
 
     `precision` "bf16" computes the network in bfloat16 where the processor and Paddle (3.x) have it.
     """
@@ -94,28 +112,29 @@ def eager_predictor(network, precision):
     def predict(lightness, temperature):
         with paddle.amp.auto_cast(enable=precision == "bf16", dtype="bfloat16"):
             logits = network(lightness)
-        return annealed_mean(logits, ab_bins, temperature)
+        return logits if temperature is None else annealed_mean(logits, ab_bins, temperature)
 
     return predict
 
 
 def engine_predictor(checkpoint, precision):
     inputs = [paddle.static.InputSpec([None, 1, None, None]), paddle.static.InputSpec([1])]
-    stamp = f"{sha256(checkpoint)} {paddle.__version__} {sha256(model.__file__)}"
+    stamp = " ".join([paddle.__version__, *map(sha256, (checkpoint, model.__file__, __file__))])
     folder = inference.exported(
         lambda: NetworkToAb(load_network(checkpoint)), inputs, checkpoint.with_suffix(".exported"), stamp
     )
     run = inference.engine(folder, precision)
 
     def predict(lightness, temperature):
-        return paddle.to_tensor(run(lightness.numpy(), np.array([temperature])))
+        output = 1 if temperature is None else 0
+        return paddle.to_tensor(run(lightness.numpy(), np.array([temperature or TEMPERATURE]), output=output))
 
     predict(paddle.zeros([1, 1, 64, 64]), TEMPERATURE)  # what does not work fails here
     return predict
 
 
 class NetworkToAb(paddle.nn.Layer):
-    """The network with the annealed mean, as one program."""
+    """The network with the annealed mean, as one program that gives ab and logits."""
 
     def __init__(self, network):
         super().__init__()
@@ -123,7 +142,8 @@ class NetworkToAb(paddle.nn.Layer):
         self.register_buffer("ab_bins", load_ab_bins())
 
     def forward(self, lightness, temperature):
-        return annealed_mean(self.network(lightness), self.ab_bins, temperature)
+        logits = self.network(lightness)
+        return annealed_mean(logits, self.ab_bins, temperature), logits
 
 
 # -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def exported(make_layer, inputs, folder, stamp):
 
 
 def engine(folder, precision="float32"):
-    """The function that runs an exported program on the CPU: float32 arrays, one for each input -> its first output.
+    """The function that runs an exported program on the CPU: float32 arrays, one for each input -> one of its outputs.
 
     Arrays may have another shape in each call. `precision` "bf16" computes in bfloat16 where the processor and Paddle
     (3.x) have it. Raises whatever the engine lacks on this platform, or in this version of Paddle.
@@ -54,11 +54,11 @@ def engine(folder, precision="float32"):
     predictor = inference.create_predictor(config)
     handles = [predictor.get_input_handle(name) for name in predictor.get_input_names()]
 
-    def run(*arrays):
+    def run(*arrays, output=0):
         for handle, array in zip(handles, arrays):
             handle.reshape(array.shape)
             handle.copy_from_cpu(np.ascontiguousarray(array, np.float32))
         predictor.run()
-        return predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+        return predictor.get_output_handle(predictor.get_output_names()[output]).copy_to_cpu()
 
     return run
