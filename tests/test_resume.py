@@ -7,6 +7,7 @@ import signal
 import time
 
 from support.checkpoints import load_checkpoint, save_checkpoint
+from support.files import remove_temporaries
 from support.processes import StopRequest
 
 import numpy as np
@@ -16,7 +17,6 @@ from conftest import recorded
 from processes import flags, gone, log, run, started, steps_done, wait_for
 
 import train
-from utils import remove_temporaries
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
 
