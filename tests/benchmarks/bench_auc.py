@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import metrics_auc  # noqa: E402
 from dataset import list_images, read_rgb, relative_path  # noqa: E402
-from utils import load_ab_bins, use_all_cores  # noqa: E402
+from support.cpu import use_all_cores  # noqa: E402
+from utils import load_ab_bins  # noqa: E402
 
 REPEATS = 4
 LOOP_SIDE = 64  # pixels; the loop is too slow for whole images
