@@ -58,18 +58,6 @@ def cores_each():
     """The cores of this machine for each of the processes that train on it."""
     return max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
-    def run_in_parts(self, layers, x):
-        """The layers' output for x [N, C, H, W], with the batch in parts up to batch norm, which needs the whole."""
-        layers = layers.sublayers() or [layers]
-        parts = x.split(part_sizes(len(x), self.parts))
-        for layer, after in zip(layers, [*layers[1:], None]):
-            if isinstance(layer, (nn.Conv2D, nn.Conv2DTranspose)):
-                relu = isinstance(after, nn.ReLU)
-                parts = _Convolution.apply(layer, relu, layer.weight, layer.bias, *parts)
-            elif isinstance(layer, nn.BatchNorm2D):
-                return layer(paddle.concat(parts))
-        return paddle.concat(parts)
-
 
 # -------------------------------------------------------------------------------------------------
 # Convolutions in parts

@@ -1,5 +1,6 @@
-"""README, README_cn and docs/: links lead somewhere, and the Chinese page has the same commands and pictures."""
+"""README, README_cn and docs/: links lead somewhere, flags exist, and the Chinese page is in step with the English."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -30,3 +31,25 @@ def test_the_readme_in_chinese_is_in_step():
         assert [x.strip() for x in re.findall(pattern, english, re.M)] == [
             x.strip() for x in re.findall(pattern, chinese, re.M)
         ]
+
+
+def command_lines():
+    """(page, script, its flags) of the commands on all pages, whether in blocks or in a line."""
+    for page in PAGES:
+        text = re.sub(r"\s*\\\n\s*", " ", page.read_text("utf-8"))
+        for module, rest in re.findall(r"\b((?:resources/)?\w+)\.py\b([^`#\n]*)", text):
+            if flags := re.findall(r"--\w+", rest):
+                yield page, module, flags
+
+
+def test_commands_have_only_flags_that_the_scripts_know(capsys):
+    known = {}
+    for page, module, flags in command_lines():
+        if not (ROOT / f"{module}.py").exists():  # a benchmark, named within its folder
+            continue
+        if module not in known:
+            with pytest.raises(SystemExit):
+                importlib.import_module(module.replace("/", ".")).parse_args(["--help"])
+            known[module] = set(re.findall(r"--\w+", capsys.readouterr().out))
+        assert known[module].issuperset(flags), f"{page.name}: {module}.py {' '.join(flags)}"
+    assert {"train", "test", "metrics_auc", "metrics_acc", "resources/ablation"} <= set(known)
