@@ -4,16 +4,20 @@ import json
 import os
 from pathlib import Path
 
+from support.checkpoints import save_checkpoint
 from support.cpu import use_all_cores
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image, ImageOps
 from skimage import data
-from small_network import SmallNetwork
+from small_network import SmallNetwork, standardize
 
 import pretrained
 import train
+from dataset import rgb_to_lightness
+from model import CIC
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -48,6 +52,18 @@ def squares(tmp_path_factory):
     for name in PHOTOGRAPHS:
         ImageOps.fit(Image.fromarray(getattr(data, name)()), (64, 64)).save(folder / f"{name}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A checkpoint of the real network with outputs of a usual size: its layers scaled on a photograph."""
+    paddle.seed(1)
+    network = CIC()
+    rgb = paddle.to_tensor(np.asarray(Image.fromarray(data.coffee()).resize((96, 96))))
+    standardize(network, rgb_to_lightness(rgb.transpose([2, 0, 1]).unsqueeze(0)))
+    path = tmp_path_factory.mktemp("model") / "epoch_0_model.pdparams"
+    save_checkpoint(network.state_dict(), path)
+    return path
 
 
 @pytest.fixture

@@ -13,12 +13,10 @@ import pytest
 from conftest import SmallNetwork
 from PIL import Image
 from skimage import color, data
-from small_network import standardize
 
 import colorizer
 import test
 from dataset import lab_to_rgb, rgb_to_lab, to_uint8
-from model import CIC
 from pretrained import load_network
 from utils import annealed_mean, load_ab_bins
 
@@ -252,17 +250,6 @@ def photograph(width, height, count=1):
     image = Image.fromarray(data.coffee()).resize((width, height))
     rgb = paddle.to_tensor(np.stack([np.asarray(image).transpose(2, 0, 1)] * count))
     return rgb_to_lab(rgb)[:, :1] - 50
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The real network with outputs of a usual size: its layers scaled on a photograph."""
-    paddle.seed(1)
-    network = CIC()
-    standardize(network, photograph(96, 96) + 50)
-    path = tmp_path_factory.mktemp("model") / "epoch_0_model.pdparams"
-    save_checkpoint(network.state_dict(), path)
-    return path
 
 
 def test_the_exported_network_colors_as_the_plain_one_at_any_size(trained, capsys):

@@ -12,6 +12,7 @@ MAY_IMPORT = {
     **dict.fromkeys(METHOD, {"support"}),
     "pretrained": {"support", "model", "utils"},
     "colorizer": {"support", *METHOD, "pretrained"},
+    "hubconf": {"colorizer", "pretrained"},
     **dict.fromkeys(SCRIPTS, {"support", *METHOD, "pretrained", "colorizer"}),
 }
 

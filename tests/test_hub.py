@@ -1,0 +1,42 @@
+"""`hubconf.py`, by the conventions of paddle.hub."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+from PIL import Image
+
+import colorizer
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = {"repo_dir": str(ROOT), "source": "local"}
+
+
+def test_what_there_is_and_how_to_use_it():
+    assert paddle.hub.list(**HERE) == ["colorizer", "network"]
+    for name in paddle.hub.list(**HERE):
+        assert "weights" in paddle.hub.help(model=name, **HERE)
+
+
+def test_it_colors_as_elsewhere_beside_other_modules_of_the_same_names(trained, photographs, tmp_path):
+    (tmp_path / "utils.py").write_text("theirs = True")
+    (tmp_path / "model.py").write_text("theirs = True")
+    (tmp_path / "notebook.py").write_text("""if True:
+        import sys
+        import utils
+        import zlib  # see support/__init__.py: Paddle itself is imported ahead of it here
+        import paddle
+
+        where = {"repo_dir": sys.argv[1], "source": "local", "weights": sys.argv[2]}
+        for _ in range(2):
+            colorize = paddle.hub.load(model="colorizer", **where)
+        colorize(sys.argv[3]).save("colored.png")
+        assert paddle.hub.load(model="network", **where)(paddle.zeros([1, 1, 16, 24])).shape == [1, 313, 4, 6]
+        import model
+        assert utils.theirs and model.theirs
+    """)
+    coffee = photographs / "coffee.png"
+    subprocess.run([sys.executable, "notebook.py", ROOT, trained, coffee], cwd=tmp_path, check=True)
+    assert np.array_equal(Image.open(tmp_path / "colored.png"), colorizer.Colorizer(trained)(coffee))
