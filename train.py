@@ -349,7 +349,8 @@ def main(args):
     stop = StopRequest()
     progress = tqdm(total=last_step, initial=run.step, unit="step", disable=None if is_first() else True)
     try:
-        while run.epoch < args.num_epochs and run.step < last_step and not stop.signal:
+        # An epoch whose steps are done may still lack its validation, when a signal came amid that.
+        while run.epoch < args.num_epochs and (run.step < last_step or run.batch == len(sampler)) and not stop.signal:
             # What is left of the epoch, or as much as --max_steps or a signal lets be done
             sampler.begin(args.seed, run.epoch, skip=run.batch)
             loader.dataset.epoch = run.epoch
