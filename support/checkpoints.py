@@ -204,7 +204,8 @@ class Run:
         if isinstance(now, np.ndarray):
             same = before is not None and np.shape(before) == now.shape and np.allclose(before, now)
             return None if same else f"--{name} is another one now"
-        return None if before == now else f"--{name} {before} is now {now}"
+        label = "number of images" if name == "images" else f"--{name}"
+        return None if before == now else f"{label} {before} is now {now}"
 
 
 def to_tensors(state):

@@ -57,8 +57,8 @@ def killed_at_random(folder, images, steps, kills, *more, seed=0, script=None):
             process.kill()
             process.wait()
         assert steps_done(folder) < steps, "raise the number of steps"
-    code, _ = run(folder, *flags(folder, images, "--max_steps", steps, *more, "--continue_train"), **settings)
-    assert code == 0
+    code, err = run(folder, *flags(folder, images, "--max_steps", steps, *more, "--continue_train"), **settings)
+    assert code == 0, err
 
 
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, squares):
