@@ -14,13 +14,12 @@ from support.files import sha256
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from PIL import Image
 
 import model
 from dataset import lab_to_rgb, open_rgb, rgb_to_lightness, to_uint8
 from pretrained import find_weights, load_network
-from utils import TEMPERATURE, annealed_mean, load_ab_bins
+from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
 LOAD_SIZE = 256  # short side in pixels as the network sees a photograph
 MAX_ASPECT = 8  # a longer photograph is squeezed for the network: its input, and so the memory, stays bounded
@@ -156,19 +155,7 @@ def join(rgb, ab):
     colored = np.empty_like(rgb)
     for top in range(0, height, rows := max(1, STRIP_PIXELS // width)):
         strip = paddle.to_tensor(rgb[top : top + rows]).transpose([2, 0, 1]).unsqueeze(0)
-        strip_ab = F.interpolate(
-            resample_rows(ab, height, top, strip.shape[2]).unsqueeze(0), size=strip.shape[2:], mode="bilinear"
-        )
+        strip_ab = upsample_ab(ab, height, width, top, rows).unsqueeze(0)
         lab = paddle.concat([rgb_to_lightness(strip), strip_ab], axis=1)
         colored[top : top + rows] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
     return colored
-
-
-def resample_rows(ab, height, top, rows):
-    """`rows` rows, from `top` on, of ab [2, h, w] brought to that height bilinearly: [2, rows, w]."""
-    y = ((np.arange(top, top + rows) + 0.5) * ab.shape[1] / height - 0.5).clip(0, ab.shape[1] - 1)
-    above = np.floor(y).astype(np.int64)
-    below = np.minimum(above + 1, ab.shape[1] - 1)
-    share = paddle.to_tensor((y - above).astype(np.float32)).reshape([1, -1, 1])
-    above, below = (paddle.gather(ab, paddle.to_tensor(i), axis=1) for i in (above, below))
-    return above + share * (below - above)

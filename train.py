@@ -40,7 +40,6 @@ from support.sheets import tile
 import numpy as np
 import paddle
 import paddle.distributed as dist
-import paddle.nn.functional as F
 from paddle.io import DataLoader, Subset
 from tqdm import tqdm
 
@@ -66,6 +65,7 @@ from utils import (
     position_weight,
     rebalancing_weights,
     soft_cross_entropy,
+    upsample_ab,
 )
 
 warnings.filterwarnings("ignore", message="When training, we now always track")  # says nothing that one could mend
@@ -189,7 +189,7 @@ def validate(network, loader, ab_bins, args, stop):
         kl = nats - entropy(weights).mean(axis=[1, 2])
         sums += [float(nats.sum()), float(kl.sum()), len(rgb)]
         lab = rgb_to_lab(rgb)
-        colored = F.interpolate(annealed_mean(logits, ab_bins), scale_factor=4, mode="bilinear")
+        colored = upsample_ab(annealed_mean(logits, ab_bins), *rgb.shape[2:])
         histogram = histogram + error_histogram(colored.numpy().swapaxes(0, 1), lab[:, 1:].numpy().swapaxes(0, 1))
         if len(panel) < PANEL_IMAGES:
             panel += [side_by_side(*images) for images in zip(lab, colored, rgb)]

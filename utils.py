@@ -1,5 +1,5 @@
-"""The method's mathematics: the ab bins, their prior and weights (Section 2.2 of the paper), the loss and the
-annealed mean (Sections 2.1 and 2.3), the area under the curve of errors (Section 3.1).
+"""The method's mathematics: the ab bins, their prior and weights (Section 2.2 of the paper), the loss, the annealed
+mean and its way back to the pixels (Sections 2.1 and 2.3), the area under the curve of errors (Section 3.1).
 
 Pure functions on Paddle tensors (the AuC: on NumPy arrays).
 """
@@ -129,6 +129,38 @@ def annealed_mean(logits, ab_bins, temperature=0.38):  # a literal: an exported 
     # A softmax along axis 1 is slow on the CPU; the division by the sum can follow the expectation.
     ab = paddle.matmul(ab_bins, likelihood, transpose_x=True) / likelihood.sum(axis=1, keepdim=True)  # [N, 2, hw]
     return ab.reshape([logits.shape[0], 2, *logits.shape[2:]])
+
+
+STRIDE = 4  # in pixels of the network's input: its output at (i, j) is the color of pixel (4i, 4j), as its targets were
+
+
+def upsample_ab(ab, height, width, top=0, rows=None):
+    """The network's ab brought bilinearly to a photograph of height x width pixels that fills its input.
+
+    ab [..., h, w] -> [..., rows, width]: `rows` rows from `top` on, by default all. Beyond the outermost positions
+    their color goes on.
+    """
+    rows = height - top if rows is None else min(rows, height - top)
+    down, across = _interpolation(ab.shape[-2], height, top, rows), _interpolation(ab.shape[-1], width, 0, width)
+    used = np.flatnonzero(down.any(axis=0))  # a strip of a large photograph needs few of the network's rows
+    used = slice(used[0], used[-1] + 1)
+    wide = paddle.matmul(ab[..., used, :], paddle.to_tensor(across), transpose_y=True)  #    [..., used, width]
+    return paddle.matmul(paddle.to_tensor(down[:, used]), wide)
+
+
+def _interpolation(cells, pixels, first, count):
+    """Along one side: how much each of the network's positions counts at each of `count` pixels: [count, cells].
+
+    Pillow resizes a photograph edge to edge: its pixel p, of `pixels`, has its middle at the share
+    (p + 0.5) / pixels of the network's input as well.
+    """
+    share = (np.arange(first, first + count) + 0.5) / pixels
+    in_network = STRIDE * cells * share - 0.5  # 0 is the middle of the input's first pixel
+    position = (in_network / STRIDE).clip(0, cells - 1)
+    before, pixel = np.floor(position).astype(np.int64), np.arange(count)
+    weights = np.zeros((count, cells + 1), np.float32)
+    weights[pixel, before], weights[pixel, before + 1] = 1 - (position - before), position - before
+    return weights[:, :cells]
 
 
 # -------------------------------------------------------------------------------------------------

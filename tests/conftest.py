@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image, ImageOps
+from scipy.ndimage import map_coordinates
 from skimage import data
 from small_network import SmallNetwork, standardize
 
@@ -104,3 +105,13 @@ def recorded(folder):
 def random_rgb(count, seed=0):
     """uint8 [count, 3, 1, 1] random colors."""
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 1, 1), dtype=np.uint8)
+
+
+def upsampled(ab, height, width):
+    """By SciPy: ab [2, h, w], where (i, j) is the color of pixel (4i, 4j) of 4h x 4w, at each pixel of height x width.
+
+    The two images have the same edges, so their pixels' middles lie at the same shares of the sides.
+    """
+    at = [(np.arange(n) + 0.5) / n * 4 * cells - 0.5 for n, cells in zip((height, width), ab.shape[1:])]
+    grid = np.stack(np.meshgrid(*at, indexing="ij")) / 4
+    return np.stack([map_coordinates(np.asarray(channel), grid, order=1, mode="nearest") for channel in ab])

@@ -1,0 +1,74 @@
+"""Colors in their place: the network's output at (i, j) is the color of pixel (4i, 4j) of what it saw."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+from conftest import PHOTOGRAPHS, upsampled
+from PIL import Image
+from skimage import data
+
+from colorizer import network_size
+from dataset import rgb_to_lab, targets
+from utils import upsample_ab
+
+RED, BLUE = (190, 60, 60), (60, 60, 190)
+
+
+def channels_first(image):
+    return paddle.to_tensor(np.asarray(image).transpose(2, 0, 1)[None])
+
+
+def true_ab(image, size):
+    """What a perfect network would predict for the photograph that it sees at that size: [2, h/4, w/4]."""
+    return targets(channels_first(image.resize(size, Image.Resampling.BILINEAR)))[1][0]
+
+
+def mean_error(ab, image):
+    return float(((ab - rgb_to_lab(channels_first(image))[0, 1:]) ** 2).sum(axis=0).sqrt().mean())
+
+
+@pytest.mark.parametrize("height, width", [(24, 40), (89, 149), (241, 400), (7, 11), (1, 1)])
+def test_upsampling_agrees_with_scipy(height, width):
+    ab = np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32)
+    found = upsample_ab(paddle.to_tensor(ab), height, width).numpy()
+    assert found.shape == (2, height, width)
+    assert np.abs(found - upsampled(ab, height, width)).max() < 1e-3
+
+
+def test_batches_and_strips_are_upsampled_as_the_whole_is():
+    ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (3, 2, 6, 10)).astype(np.float32))
+    whole = upsample_ab(ab, 89, 149).numpy()
+    assert np.allclose(whole[1], upsample_ab(ab[1], 89, 149).numpy(), atol=1e-4)
+    strips = [upsample_ab(ab, 89, 149, top, 20).numpy() for top in range(0, 89, 20)]
+    assert np.allclose(np.concatenate(strips, axis=2), whole, atol=1e-4)
+
+
+def test_a_color_at_a_position_is_found_at_its_pixel():
+    ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32))
+    assert np.allclose(upsample_ab(ab, 24, 40)[:, ::4, ::4].numpy(), ab.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("short_side", [64, 256])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_true_colors_come_back_better_than_by_the_middle_of_4x4_blocks(name, short_side):
+    image = Image.fromarray(getattr(data, name)())  # sides of 300 to 640, no multiples of what the network sees
+    ab = true_ab(image, network_size(*image.size, short_side))
+    by_blocks = F.interpolate(ab.unsqueeze(0), size=[image.height, image.width], mode="bilinear")[0]
+    assert mean_error(upsample_ab(ab, image.height, image.width), image) < 0.9 * mean_error(by_blocks, image)
+
+
+@pytest.mark.parametrize("scale", [1, 3.7, 10])
+def test_an_edge_of_color_stays_within_a_network_pixel_of_its_place(scale):
+    width, height = round(128 * scale), round(32 * scale)  # the network sees 128 x 32
+    displacements = []
+    for edge in range(61, 65):  # in network pixels: at each place between two positions of its output, at 60 and 64
+        pixels = np.full((height, width, 3), RED, np.uint8)
+        pixels[:, (column := round(edge * scale)) :] = BLUE
+        b = upsample_ab(true_ab(Image.fromarray(pixels), (128, 32)), height, width)[1, height // 2].numpy()
+        middle = (b[0] + b[-1]) / 2
+        after = np.argmax(b < middle)
+        crossing = after - (middle - b[after]) / (b[after - 1] - b[after]) + 0.5  # counted as `column` is
+        displacements.append((crossing - column) / scale)
+    assert np.abs(displacements[1:3]).max() <= 1
+    assert abs(np.mean(displacements)) <= 0.1  # an edge anywhere moves by up to 1.5, seen through every 4th pixel
