@@ -74,7 +74,7 @@ def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares
 
 
 def test_two_processes_of_the_real_network(tmp_path, squares):
-    more = ["--freeze_bn", "--max_steps", 2, "--batch_size", 2, "--no-data_init"]
+    more = ["--freeze_bn", "--max_steps", 2, "--batch_size", 2]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(one, *flags(one, squares, *more), script=train.__file__)[0] == 0
     assert run(two, *flags(two, squares, *more), script=train.__file__, launcher=launched(2, two))[0] == 0
@@ -83,7 +83,7 @@ def test_two_processes_of_the_real_network(tmp_path, squares):
 
 def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squares):
     """After one step at a rate of nothing: those of one process are of half of the images each."""
-    more = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0, "--no-data_init"]
+    more = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(one, *flags(one, squares, *more))[0] == 0
     assert run(two, *flags(two, squares, *more), launcher=launched(2, two))[0] == 0
