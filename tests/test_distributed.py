@@ -47,6 +47,7 @@ def compare(one, two, rtol=1e-4):
         np.testing.assert_allclose(weights(two)[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares):
     """Losses, weights, a validation of three images; with batch norm frozen, whose statistics are each one's own."""
     for i, path in enumerate(sorted(photographs.iterdir())[:3]):
@@ -73,6 +74,7 @@ def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares
     compare(one, two)
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_real_network(tmp_path, squares):
     more = ["--freeze_bn", "--max_steps", 2, "--batch_size", 2]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -81,6 +83,7 @@ def test_two_processes_of_the_real_network(tmp_path, squares):
     compare(one, two)
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squares):
     """After one step at a rate of nothing: those of one process are of half of the images each."""
     more = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0]
@@ -91,6 +94,7 @@ def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squa
     np.testing.assert_allclose(weights(one)["down.0.2._mean"], weights(two)["down.0.2._mean"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_saves(tmp_path, squares, number):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 1), launcher=launched(2, tmp_path)) as process:
@@ -104,6 +108,7 @@ def test_a_signal_to_the_launcher_saves(tmp_path, squares, number):
     assert state["progress"]["step"] == steps_done(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_with_it(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 1), launcher=launched(2, tmp_path)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2, process)

@@ -41,8 +41,7 @@ def colorize(*flags):
     return module.main(module.parse_args(list(flags)))
 
 
-@pytest.mark.parametrize("layout", ["synsets", "flat"])
-@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("layout, squares", [("synsets", False), ("flat", True)])
 def test_three_steps(tmp_path, monkeypatch, weights, layout, squares):
     monkeypatch.chdir(tmp_path)
     names = [

@@ -76,6 +76,7 @@ def test_too_many_broken_images_stop_the_run(run_training, stopped, damaged):
     assert "cannot be read: more than --max_broken 0.1" in message
 
 
+@pytest.mark.slow
 def test_images_that_vanish_during_the_run(tmp_path, squares):
     """All of them: the run ends, with a line, instead of learning nothing for days."""
     images = shutil.copytree(squares, tmp_path / "images")
@@ -118,6 +119,7 @@ def test_a_folder_without_room_left(run_training, stopped, tmp_path, monkeypatch
     run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="mounts a file system")
 @pytest.mark.parametrize("full", ["model", "log"])
 def test_a_full_disk(tmp_path, squares, full):
@@ -167,6 +169,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_training, stopped, tmp_pa
 # Processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "count"), [(signal.SIGKILL, 2), (signal.SIGBUS, 1)])
 def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
     """As by the kernel when memory runs out, or with SIGBUS when /dev/shm does."""
@@ -265,6 +268,7 @@ def test_loss_and_softmax_are_in_float32(run_training, monkeypatch):
 # A long run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_thousand_steps_in_steady_memory(tmp_path, squares):
     """Resident memory and open files after 200 steps and after 1,200; the worker's memory too.

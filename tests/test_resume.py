@@ -61,6 +61,7 @@ def killed_at_random(folder, images, steps, kills, *more, seed=0, script=None):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, squares):
     """It saves after every second step, so that most of its time goes into writing: some kills fall into that."""
     (whole := tmp_path / "whole").mkdir()
@@ -72,6 +73,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, squar
     assert not list((tmp_path / "parts" / "model").glob(".*"))
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_each_part_of_a_checkpoint(run_training, tmp_path, monkeypatch, squares):
     """Stopped dead after each of the calls that write, as a kill would: what is there can be gone on from."""
     args = ["--batch_size", 1, "--save_latest", 1, "--loss_step", 1]
@@ -98,6 +100,7 @@ def test_killed_while_it_writes_each_part_of_a_checkpoint(run_training, tmp_path
             assert same(state(tmp_path / "whole"), state(tmp_path / folder))
 
 
+@pytest.mark.slow
 def test_the_real_network_killed_while_it_writes_goes_on(tmp_path, squares):
     more = ["--batch_size", 1, "--save_latest", 1]
     script = train.__file__

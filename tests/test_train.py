@@ -314,6 +314,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(run_training, stopped
 # The whole
 
 
+@pytest.mark.slow
 def test_four_photographs_are_learned_by_heart(squares, tmp_path, monkeypatch):
     """The real network, 64x64, a few hundred steps: under 0.1 nats per position from the best possible."""
     monkeypatch.setattr(train, "CIC", CIC)
