@@ -10,6 +10,7 @@ Whatever colors photographs (test.py, hubconf.py, the page) comes through here.
 
 from support import inference
 from support.cli import note
+from support.cpu import computes_bf16
 from support.files import sha256
 
 import numpy as np
@@ -30,13 +31,13 @@ class Colorizer:
     """Colors photographs with a checkpoint.
 
     weights: a checkpoint's path, or its name in the folder `model_path` as test.py's --load_model takes it; None for
-    the one that a user would expect there. precision: "float32", or "bf16", which is faster and changes colors
-    slightly. Raises UserError when there are no such weights or they are damaged.
+    the one that a user would expect there. precision: "float32"; "bf16", which is faster and changes colors slightly;
+    "auto", bf16 on a CPU that has it in hardware. Raises UserError when there are no such weights or they are damaged.
     """
 
-    def __init__(self, weights=None, model_path="./model", precision="float32"):
+    def __init__(self, weights=None, model_path="./model", precision="auto"):
         self.checkpoint = find_weights(model_path, weights)
-        self.predict = make_predictor(self.checkpoint, precision)
+        self.predict, self.precision = make_predictor(self.checkpoint, precision)
 
     def __call__(self, photograph, temperature=TEMPERATURE, load_size=LOAD_SIZE):
         """The colored photograph, a Pillow image of the same size.
@@ -86,22 +87,27 @@ def network_size(width, height, short_side):
 # as an exported program, which is kept beside the checkpoint. Photographs of any size and number go through it.
 
 
-def make_predictor(checkpoint, precision="float32"):
+def make_predictor(checkpoint, precision="auto"):
     """The function that colors with a checkpoint: lightness - 50 [N, 1, h, w], temperature -> ab [N, 2, h/4, w/4].
 
-    With None as the temperature it returns the logits [N, 313, h/4, w/4].
-
-    `precision` "bf16" computes the network in bfloat16 where the processor and Paddle (3.x) have it.
+    With None as the temperature it returns the logits [N, 313, h/4, w/4]. Also returned: its precision, "float32" or
+    "bf16"; asked for "auto" it is bf16 where a CPU computes that (on GPUs nobody has measured it).
     """
-    if not paddle.get_device().startswith("cpu"):
-        return eager_predictor(load_network(checkpoint), precision)
+    on_cpu = paddle.get_device().startswith("cpu")
+    if precision == "auto":
+        precision = "bf16" if on_cpu and computes_bf16() else "float32"
+    if not on_cpu:
+        return eager_predictor(load_network(checkpoint), precision), precision
+    if precision == "bf16" and not computes_bf16():
+        note("bf16: this processor, or this version of Paddle, does not compute it: coloring in float32")
+        precision = "float32"
     for choice in dict.fromkeys((precision, "float32")):
         try:
-            return engine_predictor(checkpoint, choice)
+            return engine_predictor(checkpoint, choice), choice
         except Exception as error:  # whatever the engine lacks on this platform or in this version
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             note(f"Paddle's inference engine cannot be used in {choice} here ({reason}): coloring in a slower way")
-    return eager_predictor(load_network(checkpoint), "float32")
+    return eager_predictor(load_network(checkpoint), "float32"), "float32"
 
 
 def eager_predictor(network, precision):

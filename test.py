@@ -7,7 +7,7 @@
 Each photograph comes out at its own, full resolution: the network sees it with a short side of 256 pixels, and
 the ab that it predicts goes back up and joins the photograph's own lightness. Ends with what was written:
 
-    result: 200 images colored with model/epoch_7_model.pdparams
+    result: 200 images colored with model/epoch_7_model.pdparams in bf16
 """
 
 import argparse
@@ -208,7 +208,12 @@ def parse_args(argv=None):
         default=TEMPERATURE,
         help="of the annealed mean: 1 is dull, 0 vivid but patchy",
     )
-    add("--precision", choices=("float32", "bf16"), default="float32", help="bf16: faster, colors differ slightly")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bf16"),
+        default="auto",
+        help="bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware",
+    )
     add("--load_size", type=int, default=LOAD_SIZE, help="short side in pixels as the network sees it")
     add(
         "--crop_size",
@@ -264,10 +269,11 @@ def main(args):
                 sheets.add(printable(name), thumbnails(photograph))
             photograph.rgb = photograph.small = photograph.colored = None
             done += 1
-    settings = {name: getattr(args, name) for name in ("temperature", "precision", "load_size", "crop_size")}
+    settings = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
     made_by = {
         "checkpoint": printable(colorizer.checkpoint),
         "sha256": sha256(colorizer.checkpoint),
+        "precision": colorizer.precision,
         **settings,
         **provenance(),
     }
@@ -276,7 +282,8 @@ def main(args):
         sheets.flush()
         print(f"{printable(sheets.folder)}: {sheets.written} contact sheets (gray, colored, original)")
     left_out = f", {skipped} skipped" if skipped else ""
-    print(f"{printable(args.result_path)}: {done} images colored with {printable(colorizer.checkpoint)}{left_out}")
+    made_with = f"with {printable(colorizer.checkpoint)} in {colorizer.precision}"
+    print(f"{printable(args.result_path)}: {done} images colored {made_with}{left_out}")
     return EXIT_SKIPPED if skipped else 0
 
 

@@ -124,11 +124,13 @@ def annealed_mean(logits, ab_bins, temperature=0.38):  # a literal: an exported 
     logits [N, Q, h, w], ab_bins [Q, 2] -> ab [N, 2, h, w]. The temperature is > 0: 1 is the mean
     (dull), toward 0 the mode (vivid, but patchy).
     """
-    scaled = (logits.astype("float32") / temperature).flatten(2)  #                      [N, Q, hw]
-    likelihood = paddle.exp(scaled - scaled.max(axis=1, keepdim=True))
+    scaled = logits.astype("float32") / temperature  #                                  [N, Q, h, w]
+    flat = scaled.flatten(2)  #                                                           [N, Q, hw]
+    likelihood = paddle.exp(flat - flat.max(axis=1, keepdim=True))
     # A softmax along axis 1 is slow on the CPU; the division by the sum can follow the expectation.
     ab = paddle.matmul(ab_bins, likelihood, transpose_x=True) / likelihood.sum(axis=1, keepdim=True)  # [N, 2, hw]
-    return ab.reshape([logits.shape[0], 2, *logits.shape[2:]])
+    # Not the logits' shape: an exported program would bring them into another layout to ask for it.
+    return ab.reshape([scaled.shape[0], 2, *scaled.shape[2:]])
 
 
 STRIDE = 4  # in pixels of the network's input: its output at (i, j) is the color of pixel (4i, 4j), as its targets were

@@ -43,13 +43,22 @@ def available_cores():
     return os.cpu_count() or 1
 
 
+def computes_bf16():
+    """Whether the processor multiplies bfloat16 in hardware, and this Paddle's engine makes it do so (3.x)."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_processor().split()) and paddle.__version__ >= "3"
+
+
+def _processor():
+    """What Linux says of the processor; "" elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
 def _mkl_kind():
     """What MKL calls the instructions of this AMD processor: "7" for AVX-512, "5" for AVX2; None elsewhere."""
-    try:
-        processor = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    if "AuthenticAMD" not in processor:
+    if "AuthenticAMD" not in (processor := _processor()):
         return None
     return "7" if " avx512f " in processor else "5" if " avx2 " in processor else None
 

@@ -9,6 +9,7 @@ from support.cpu import available_cores
 
 import numpy as np
 import paddle
+from paddle import nn
 
 
 def exported(make_layer, inputs, folder, stamp):
@@ -20,6 +21,7 @@ def exported(make_layer, inputs, folder, stamp):
         return folder
     layer = make_layer()
     layer.eval()
+    fold_batch_norm(layer)
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError:  # a folder that is only to be read
@@ -32,6 +34,32 @@ def exported(make_layer, inputs, folder, stamp):
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     return folder
+
+
+class Affine(nn.Layer):
+    """What batch norm is once its statistics stand still: x [N, C, H, W] * scale + offset."""
+
+    def __init__(self, norm):
+        super().__init__()
+        scale = norm.weight / (norm._variance + norm._epsilon).sqrt()
+        self.register_buffer("scale", scale.reshape([1, -1, 1, 1]))
+        self.register_buffer("offset", (norm.bias - norm._mean * scale).reshape([1, -1, 1, 1]))
+
+    def forward(self, x):
+        return x * self.scale + self.offset
+
+
+@paddle.no_grad()
+def fold_batch_norm(layer):
+    """Puts a product and a sum in the place of each batch norm, in place.
+
+    oneDNN's batch norm exists in float32 alone: in bf16 every one of them, and a transposed convolution after it,
+    would be computed in float32, with a change of format before and behind.
+    """
+    for parent in layer.sublayers(include_self=True):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2D):
+                setattr(parent, name, Affine(child))
 
 
 def engine(folder, precision="float32"):

@@ -1,10 +1,12 @@
 """`test.py`: photographs in, colored photographs out."""
 
+import json
 import os
 
 from support import sheets
 from support.checkpoints import save_checkpoint
 from support.cli import EXIT_SKIPPED
+from support.inference import fold_batch_norm
 
 import numpy as np
 import paddle
@@ -19,6 +21,8 @@ from dataset import lab_to_rgb, rgb_to_lab, to_uint8
 from pretrained import load_network
 from utils import annealed_mean, load_ab_bins
 
+EXACT = ("--precision", "float32")  # the tests compare with what is computed in other ways
+
 
 @pytest.fixture
 def run(tmp_path, small_network):
@@ -28,7 +32,7 @@ def run(tmp_path, small_network):
     save_checkpoint(network.state_dict(), tmp_path / "model" / "epoch_19_model.pdparams")
 
     def run(images, *flags, result="result"):
-        where = ["--model_path", str(tmp_path / "model"), "--result_path", str(tmp_path / result)]
+        where = ["--model_path", str(tmp_path / "model"), "--result_path", str(tmp_path / result), *EXACT]
         return test.main(test.parse_args([str(images), *where, *map(str, flags)])), tmp_path / result
 
     run.network = network
@@ -188,7 +192,7 @@ def test_without_a_name_the_checkpoint_is_the_one_that_a_user_expects(run, photo
         os.link(weights, tmp_path / "model" / f"epoch_{name}_model.pdparams")
     assert run(photographs / "coffee.png")[0] == 0
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1].endswith(f"colored with {tmp_path}/model/epoch_{taken}_model.pdparams")
+    assert said.out.splitlines()[-1].endswith(f"colored with {tmp_path}/model/epoch_{taken}_model.pdparams in float32")
     assert (f"no --load_model: taking {taken}" in said.err) == (taken != "19")
 
 
@@ -253,7 +257,7 @@ def photograph(width, height, count=1):
 
 def test_the_exported_network_colors_as_the_plain_one_at_any_size(trained, capsys):
     plain = colorizer.eager_predictor(load_network(trained), "float32")
-    fast = colorizer.make_predictor(trained)
+    fast, _ = colorizer.make_predictor(trained, "float32")
     assert "slower way" not in capsys.readouterr().err
     for size in ((64, 64), (120, 72), (72, 120, 3), (8, 8), (64, 64)):
         lightness = photograph(*size)
@@ -261,9 +265,40 @@ def test_the_exported_network_colors_as_the_plain_one_at_any_size(trained, capsy
 
 
 def test_bf16_changes_colors_little(trained, capsys):
-    exact, bf16 = colorizer.make_predictor(trained), colorizer.make_predictor(trained, "bf16")
+    (exact, _), (bf16, _) = colorizer.make_predictor(trained, "float32"), colorizer.make_predictor(trained, "bf16")
     lightness = photograph(120, 72)
     assert np.abs(exact(lightness, 0.38).numpy() - bf16(lightness, 0.38).numpy()).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "flags, paddles, precision",
+    [
+        ("fma avx512f avx512_bf16 gfni", "3.3.1", "bf16"),
+        ("fma amx_bf16", "3.0.0", "bf16"),
+        ("fma amx_bf16", "2.6.2", "float32"),
+        ("fma avx512f avx512_vnni", "3.3.1", "float32"),
+        ("", "3.3.1", "float32"),
+    ],
+)
+def test_auto_is_bf16_where_it_can_be(flags, paddles, precision, run, photographs, monkeypatch, capsys):
+    monkeypatch.setattr("support.cpu._processor", lambda: f"flags : {flags}\n")
+    monkeypatch.setattr(paddle, "__version__", paddles)
+    monkeypatch.setattr(colorizer, "engine_predictor", lambda *_: lambda x, _: paddle.zeros([1, 2, 64, 64]))
+    code, result = run(photographs / "coffee.png", "--precision", "auto", "--crop_size", 256)
+    assert code == 0 and capsys.readouterr().out.strip().endswith(f"epoch_19_model.pdparams in {precision}")
+    assert json.loads((result / "coloring.json").read_text())["precision"] == precision
+
+
+def test_batch_norm_is_folded_without_changing_what_is_computed():
+    network = SmallNetwork()
+    network(25 * paddle.randn([2, 1, 32, 32]))  # statistics that are not 0 and 1
+    network.eval()
+    x = 25 * paddle.randn([1, 1, 24, 40])
+    before = network(x)
+    fold_batch_norm(network)
+    assert not any(isinstance(layer, paddle.nn.BatchNorm2D) for layer in network.sublayers())
+    np.testing.assert_allclose(network(x), before, rtol=1e-4, atol=1e-4)
+    assert not network(x).stop_gradient  # which a `no_grad` that is left wrongly would bring
 
 
 def test_the_export_is_kept_and_renewed_when_the_checkpoint_changes(run, tmp_path, photographs):

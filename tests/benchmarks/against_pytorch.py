@@ -85,7 +85,7 @@ def paddle_side(job, threads, batch, size):
     if job != "step":
         path = Path(tempfile.mkdtemp()) / "epoch_0_model.pdparams"
         save_checkpoint(network.state_dict(), path)
-        predict = make_predictor(path, job)
+        predict, _ = make_predictor(path, job)
         return lambda: predict(x, 0.38)
     convolve_in_parts(network, threads)  # as train.py does
     keep_freed_memory()
