@@ -19,10 +19,9 @@ from PIL import Image
 
 import model
 from dataset import lab_to_rgb, open_rgb, rgb_to_lightness, to_uint8
-from pretrained import find_weights, load_network
+from pretrained import best_load_size, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
-LOAD_SIZE = 256  # short side in pixels as the network sees a photograph
 MAX_ASPECT = 8  # a longer photograph is squeezed for the network: its input, and so the memory, stays bounded
 STRIP_PIXELS = 1_000_000  # converted at a time, so that a large photograph needs little more than itself
 
@@ -37,24 +36,26 @@ class Colorizer:
 
     def __init__(self, weights=None, model_path="./model", precision="auto"):
         self.checkpoint = find_weights(model_path, weights)
+        self.load_size = best_load_size(self.checkpoint)
         self.predict, self.precision = make_predictor(self.checkpoint, precision)
 
-    def __call__(self, photograph, temperature=TEMPERATURE, load_size=LOAD_SIZE):
+    def __call__(self, photograph, temperature=TEMPERATURE, load_size=None):
         """The colored photograph, a Pillow image of the same size.
 
         photograph: a path, a Pillow image or uint8 [H, W, 3]; temperature > 0, of the annealed mean; load_size: its
-        short side in pixels as the network sees it. Raises InvalidImageError for a file that cannot be read.
+        short side in pixels as the network sees it, None for the checkpoint's own. Raises InvalidImageError for a file
+        that cannot be read.
         """
         image = opened(photograph)
-        (ab,) = self.predict_ab(as_seen(image, load_size)[None], temperature)
+        (ab,) = self.predict_ab(as_seen(image, load_size or self.load_size)[None], temperature)
         return Image.fromarray(join(np.asarray(image), ab))
 
-    def logits(self, photograph, load_size=LOAD_SIZE):
+    def logits(self, photograph, load_size=None):
         """What the network says of the photograph, [1, 313, h/4, w/4]: `annealed_mean` of it is ab, at any temperature.
 
         For who moves the temperature: the network need not run again. Arguments and errors are those of a call.
         """
-        return self.predict_ab(as_seen(opened(photograph), load_size)[None], None)
+        return self.predict_ab(as_seen(opened(photograph), load_size or self.load_size)[None], None)
 
     @paddle.no_grad()
     def predict_ab(self, rgb, temperature=TEMPERATURE):

@@ -2,12 +2,21 @@
 
 import hashlib
 import math
+import os
 import re
 import urllib.request
 from pathlib import Path
 
-from support.checkpoints import check_names, is_safetensors, load_checkpoint, save_checkpoint, set_weights
+from support.checkpoints import (
+    check_names,
+    is_safetensors,
+    load_checkpoint,
+    read_metadata,
+    save_checkpoint,
+    set_weights,
+)
 from support.cli import UserError, note, one_line, printable
+from support.files import sha256
 
 import numpy as np
 import paddle
@@ -15,7 +24,10 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from model import CIC
-from utils import TEMPERATURE, load_ab_bins
+from utils import RESOURCES, TEMPERATURE, load_ab_bins
+
+SMALL = RESOURCES / "epoch_small_model.safetensors"  # the weights that come with the project
+SMALL_SHA256 = "e2794b3f366c50cc9742bc5251abd3cfadcd15faa936024897667f124f92e9a5"
 
 OFFICIAL_URL = "https://colorizers.s3.us-east-2.amazonaws.com/colorization_release_v2-9b330a0b.pth"
 NOREBAL_URL = (
@@ -34,6 +46,7 @@ PORT, OURS = "the earlier Paddle port", "this project"
 
 SUFFIXES = (".pdparams", ".safetensors")
 DEFAULT_NAME = "19"  # as in the earlier port
+LOAD_SIZE = 256  # short side in pixels as a network sees a photograph, unless its checkpoint says otherwise
 CHECKPOINT_NAME = r"epoch_(.+)_model\.(?:pdparams|safetensors)"
 
 # -------------------------------------------------------------------------------------------------
@@ -43,7 +56,8 @@ CHECKPOINT_NAME = r"epoch_(.+)_model\.(?:pdparams|safetensors)"
 def find_weights(model_path, name=None):
     """The file that `--load_model NAME` means: epoch_{NAME}_model.pdparams or .safetensors in `model_path`, or a path.
 
-    "official" is downloaded and converted on first use. Raises UserError when there is no such file.
+    "small" comes with the project; "official" is downloaded and converted on first use. Raises UserError when there is
+    no such file.
     """
     name = name or default_name(Path(model_path))
     if Path(name).is_file():
@@ -52,6 +66,8 @@ def find_weights(model_path, name=None):
     for suffix in SUFFIXES:
         if (path := folder / f"epoch_{name}_model{suffix}").exists():
             return path
+    if name == "small":
+        return check_small()
     if name == "official":
         return fetch_official(folder)
     if name == "norebal":
@@ -59,8 +75,10 @@ def find_weights(model_path, name=None):
             f"norebal: the authors released it for Caffe alone: download {NOREBAL_URL}, then "
             f"python resources/convert_weights.py {NOREBAL_URL.split('/')[-1]} {printable(folder)}"
         )
+    if os.sep in name or Path(name).suffix in SUFFIXES:
+        raise UserError(f"{printable(name)}: no such checkpoint")
     names = checkpoint_names(folder)
-    none = "there is none in that folder (train.py makes them; --load_model official gets the authors')"
+    none = "there is none in that folder (train.py makes them; small comes with the project, official are the authors')"
     there = f"there are: --load_model {one_line(', '.join(names))}" if names else none
     raise UserError(f"{printable(folder / f'epoch_{name}_model.pdparams')}: no such checkpoint; {there}")
 
@@ -70,14 +88,36 @@ def checkpoint_names(folder):
 
 
 def default_name(folder):
-    """What is meant without --load_model: 19, the last of 20 epochs; else the latest; else the only one there is."""
+    """What is meant without --load_model: 19, the last of 20 epochs; else the latest; else the only one; else small."""
     names = checkpoint_names(folder)
+    if not names:
+        note(
+            f"{printable(folder)} holds no checkpoint: taking small, which comes with the project and was trained for "
+            "100 minutes; the authors' network, trained on all of ImageNet: --load_model official"
+        )
+        return "small"
     numbers = sorted((name for name in names if name.isdecimal()), key=int)
     preferred = [name for name in (DEFAULT_NAME, "latest", *numbers[-1:]) if name in names]
     name = preferred[0] if preferred else names[0] if len(names) == 1 else DEFAULT_NAME
     if name != DEFAULT_NAME:
         note(f"no --load_model: taking {one_line(name)}, as {printable(folder)} has no {DEFAULT_NAME}")
     return name
+
+
+def check_small():
+    """The path of the weights that come with the project. Raises UserError unless they are as they came."""
+    if not SMALL.exists() or sha256(SMALL) != SMALL_SHA256:
+        state = "damaged or changed" if SMALL.exists() else "not there"
+        raise UserError(f"{printable(SMALL)}: {state}; to have it as it came: git checkout -- {printable(SMALL)}")
+    return SMALL
+
+
+def best_load_size(path):
+    """The short side in pixels at which a checkpoint's network is at its best: what the file says, or 256."""
+    size = read_metadata(path).get("load_size", str(LOAD_SIZE))
+    if not re.fullmatch("[1-9][0-9]{0,4}", size):
+        raise UserError(f"{printable(path)}: says that it is at its best at a load_size of {one_line(size)}")
+    return int(size)
 
 
 def fetch_official(folder):

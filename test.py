@@ -4,8 +4,9 @@
     python test.py --image_dir DIR --load_model 7                           writes result/<same path>.png
     python test.py --image_dir DIR --load_size 256 --crop_size 224          squares, as papers evaluate
 
-Each photograph comes out at its own, full resolution: the network sees it with a short side of 256 pixels, and
-the ab that it predicts goes back up and joins the photograph's own lightness. Ends with what was written:
+Each photograph comes out at its own, full resolution: the network sees it smaller, with a short side of 256 pixels or
+what its checkpoint says, and the ab that it predicts goes back up and joins the photograph's own lightness. Without a
+checkpoint of one's own it is colored with the small one that comes with the project. Ends with what was written:
 
     result: 200 images colored with model/epoch_7_model.pdparams in bf16
 """
@@ -38,8 +39,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from colorizer import LOAD_SIZE, Colorizer, join, network_size
+from colorizer import Colorizer, join, network_size
 from dataset import COLORING, InvalidImageError, crop_resized, image_size, named_images, open_rgb
+from pretrained import best_load_size, find_weights
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded ahead of the network, and again waiting to be written
@@ -199,8 +201,8 @@ def parse_args(argv=None):
     add(
         "--load_model",
         metavar="NAME",
-        help="epoch_{NAME}_model.pdparams there; official: the authors' weights; or a path "
-        "(default: 19; where that is not there, latest, then the highest number)",
+        help="epoch_{NAME}_model.pdparams there; small: what comes with the project; official: the authors'; or a path "
+        "(default: 19; where that is not there, latest, then the highest number, then small)",
     )
     add(
         "--temperature",
@@ -214,7 +216,11 @@ def parse_args(argv=None):
         default="auto",
         help="bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware",
     )
-    add("--load_size", type=int, default=LOAD_SIZE, help="short side in pixels as the network sees it")
+    add(
+        "--load_size",
+        type=int,
+        help="short side in pixels as the network sees it (default: what the checkpoint says, 96 for small; else 256)",
+    )
     add(
         "--crop_size",
         type=int,
@@ -250,8 +256,11 @@ def main(args):
     use_all_cores()
 
     # What is to be colored, and with what: mistakes show before the network is made
+    checkpoint = find_weights(args.model_path, args.load_model)
+    args.load_size = args.load_size or best_load_size(checkpoint)
+    check_crop(args)
     photographs = plan(args)
-    colorizer = Colorizer(args.load_model, args.model_path, args.precision)
+    colorizer = Colorizer(checkpoint, precision=args.precision)
     sheets = Sheets(f"{args.result_path.rstrip(os.sep)}_compare", COLUMNS) if args.compare else None
 
     # Load, color and write, each while the others work

@@ -54,6 +54,7 @@ from dataset import (
     to_uint8,
 )
 from model import CIC
+from pretrained import find_weights
 from utils import (
     MAX_THRESHOLD,
     annealed_mean,
@@ -259,7 +260,8 @@ def parse_args(argv=None):
     add(
         "--init_from",
         metavar="FILE",
-        help="start from these weights (fine-tuning), all else new (default: random)",
+        help="start from these weights (fine-tuning), all else new: a checkpoint, or small, those that come with the "
+        "project (default: random)",
     )
     add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
     add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
@@ -316,7 +318,7 @@ def main(args):
     # Network
     network = CIC()
     if args.init_from:
-        load_weights(network, args.init_from)
+        load_weights(network, find_weights(args.model_path, args.init_from))
     if args.sync_bn:
         if not on_gpu():
             raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")

@@ -1,5 +1,6 @@
 """Checkpoints: states of networks and of whole runs, read as data, written whole."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -26,9 +27,18 @@ def load_checkpoint(path):
     and a pickle can run code. Raises UserError, naming the file, when it is missing, damaged or holds anything
     but arrays, numbers, strings and containers of them.
     """
+    state = _read(path, lambda file: _read_safetensors(file) if is_safetensors(file) else read_pickle(file))
+    if not isinstance(state, dict):
+        raise UserError(f"{printable(path)}: holds a {type(state).__name__}, not the state of a network")
+    state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
+    return state
+
+
+def _read(path, function):
+    """`function` of the opened file; whatever goes wrong becomes a UserError that names the file."""
     try:
         with open(path, "rb") as file:
-            state = _read_safetensors(path) if is_safetensors(file) else read_pickle(file)
+            return function(file)
     except FileNotFoundError:
         raise UserError(f"{printable(path)}: no such checkpoint") from None
     except OSError as error:
@@ -36,10 +46,6 @@ def load_checkpoint(path):
     except Exception as error:  # bad bytes make the readers raise whatever they like: KeyError, struct.error, …
         reason = one_line(str(error) or type(error).__name__)
         raise UserError(f"{printable(path)}: not a readable checkpoint: {reason}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{printable(path)}: holds a {type(state).__name__}, not the state of a network")
-    state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
-    return state
 
 
 def check_names(state, expected, path):
@@ -77,36 +83,58 @@ def set_weights(network, state, path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Safetensors
+# Safetensors: numbers and nothing else, the format to publish weights in
+#
+# Eight bytes with the length of a header, the header (JSON: type, shape and place of each array, and a few strings),
+# the arrays. Read here, as the package of that name gives NumPy no bfloat16, and Paddle 2.6 does not bring it along.
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
 
 
 def is_safetensors(file):
-    """Whether an open file begins as that format does: the header's length in 8 bytes, then JSON."""
+    """Whether an open file begins as that format does."""
     start = file.read(9)
     file.seek(0)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
 
 
-def _read_safetensors(path):
-    safetensors = import_safetensors(path)
-    return {name: widen_bfloat16(array) for name, array in safetensors.load_file(path).items()}
+def _read_header(file):
+    """Of an open file: {name: what the array is}, and its strings; the file stands at the first array then."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header, header.pop("__metadata__", {})
 
 
-def save_safetensors(state, path):
-    """Writes a flat dict of NumPy arrays in the format to publish weights in: it holds numbers and nothing else."""
-    safetensors = import_safetensors(path)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(safetensors.save(state, metadata={"format": "pd"}))
+def read_metadata(path):
+    """The strings that a safetensors file holds beside its arrays, a dict; of other files {}."""
+    return _read(path, lambda file: _read_header(file)[1] if is_safetensors(file) else {})
 
 
-def import_safetensors(path):
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise UserError(
-            f"{printable(path)}: this format needs the package safetensors (pip install safetensors)"
-        ) from None
-    return safetensors.numpy
+def _read_safetensors(file):
+    """Its arrays: bfloat16 as float32, and for an 8-bit `X` that has an `X.scale` their product."""
+    (header, _), data = _read_header(file), file.read()
+    if len(data) != max((entry["data_offsets"][1] for entry in header.values()), default=0):
+        raise ValueError("cut short, or longer than it says")
+    arrays = {}
+    for name, entry in header.items():
+        array = np.frombuffer(data[slice(*entry["data_offsets"])], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = widen_bfloat16(array) if entry["dtype"] == "BF16" else array
+    for name in [name for name, array in arrays.items() if array.dtype == np.int8 and f"{name}.scale" in arrays]:
+        arrays[name] = arrays[name] * arrays.pop(f"{name}.scale")
+    return arrays
+
+
+def save_safetensors(state, path, metadata=None):
+    """Writes a flat dict of NumPy arrays, and strings that say something about them."""
+    names = {np.dtype(code): name for name, code in DTYPES.items()}
+    arrays = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its numbers' size
+    header, end = {"__metadata__": {"format": "pd", **(metadata or {})}}, 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())])
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,20 +1,16 @@
 """Checkpoints are opened as data: whatever `paddle.save` wrote is read, anything else is refused and never run."""
 
-import importlib.util
 import os
 import pickle
-import sys
 import time
 
-from support.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_safetensors
+from support.checkpoints import load_checkpoint, load_weights, read_metadata, save_checkpoint, save_safetensors
 from support.cli import UserError
 
 import numpy as np
 import paddle
 import pytest
 from paddle import nn
-
-needs_safetensors = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="safetensors is missing")
 
 
 @pytest.fixture
@@ -134,7 +130,6 @@ def test_a_checkpoint_of_paddle_2_0_under_python_2_comes_back(path):
     assert_same(load_checkpoint(path), {"w": np.array([1, -1], np.float32)})
 
 
-@needs_safetensors
 def test_safetensors_are_known_by_their_content(network, path):
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     save_safetensors(state, path)
@@ -143,9 +138,53 @@ def test_safetensors_are_known_by_their_content(network, path):
     load_weights(network, path)
 
 
-def test_without_safetensors_the_message_says_what_to_install(path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install safetensors" in refusal(path, b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+ARRAYS = {
+    "float": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
+    "half": np.linspace(-1, 1, 3, dtype=np.float16),
+    "double": np.array([np.pi]),
+    "count": np.array(7),
+    "bytes": np.arange(-128, 127, dtype=np.int8),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+def test_safetensors_are_written_as_their_own_package_reads_them(path):
+    safetensors = pytest.importorskip("safetensors")
+    save_safetensors(ARRAYS, path, {"load_size": "96"})
+    with safetensors.safe_open(path, "np") as file:
+        assert len(file.keys()) == len(ARRAYS)
+        assert_same({name: file.get_tensor(name) for name in ARRAYS}, ARRAYS)
+        assert file.metadata() == {"format": "pd", "load_size": "96"} == read_metadata(path)
+
+
+def test_safetensors_of_their_own_package_are_read(path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file(ARRAYS, path, {"made": "elsewhere"})
+    loaded = load_checkpoint(path)
+    assert len(loaded) == len(ARRAYS)
+    assert_same({name: loaded[name] for name in ARRAYS}, ARRAYS)
+    assert read_metadata(path) == {"made": "elsewhere"}
+
+
+def test_bfloat16_in_safetensors_comes_back_as_float32(path):
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    tensor = torch.randn(5, 7, generator=torch.manual_seed(0)).to(torch.bfloat16)
+    save_file({"x": tensor}, path)
+    assert_same(load_checkpoint(path), {"x": tensor.float().numpy()})
+
+
+def test_8_bits_with_a_scale_for_each_channel_come_back_as_their_product(path):
+    numbers = np.array([[[1, -127]], [[64, 0]]], np.int8)
+    scale = np.array([[[0.5]], [[0.25]]], np.float32)
+    save_safetensors({"x": numbers, "x.scale": scale, "alone": numbers}, path)
+    product = np.array([[[0.5, -63.5]], [[16, 0]]], np.float32)
+    assert_same(load_checkpoint(path), {"x": product, "alone": numbers})
+
+
+def test_a_pickle_has_no_metadata(network, path):
+    save_checkpoint(network.state_dict(), path)
+    assert read_metadata(path) == {}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -261,10 +300,15 @@ def test_a_truncated_file_costs_one_line_wherever_it_ends(network, path):
         assert "not a readable checkpoint" in refusal(path, whole[:length])
 
 
-@needs_safetensors
-def test_a_truncated_safetensors_file_costs_one_line(path):
-    save_safetensors({"a": np.ones(100, np.float32)}, path)
-    assert "not a readable checkpoint" in refusal(path, path.read_bytes()[:-1])
+def test_a_truncated_safetensors_file_costs_one_line_wherever_it_ends(path):
+    save_safetensors({"a": np.ones(100, np.float32), "b": np.ones((3, 4), np.float32)}, path)
+    whole = path.read_bytes()
+    for length in (9, 40, len(whole) // 2, len(whole) - 1):
+        assert "not a readable checkpoint" in refusal(path, whole[:length])
+    assert "not a readable checkpoint" in refusal(path, whole + b"0")
+    path.write_bytes(whole[:40])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        read_metadata(path)
 
 
 def test_noise_and_missing_files_cost_one_line(path, tmp_path):

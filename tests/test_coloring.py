@@ -4,7 +4,7 @@ import json
 import os
 
 from support import sheets
-from support.checkpoints import save_checkpoint
+from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
 from support.cli import EXIT_SKIPPED
 from support.inference import fold_batch_norm
 
@@ -208,7 +208,17 @@ def test_a_name_that_was_given_is_taken_at_its_word(run, photographs, tmp_path, 
     assert "there are: --load_model best, norebal" in message()  # which of the two, nobody can tell
     for path in models.iterdir():
         path.unlink()
-    assert "train.py" in message() and "official" in message()
+    for word in ("train.py", "small", "official"):
+        assert word in message("--load_model", 19)
+    assert message("--load_model", "x/model.pdparams") == "x/model.pdparams: no such checkpoint"
+
+
+def test_a_checkpoint_says_at_which_short_side_it_wants_its_photographs(run, photographs, tmp_path):
+    state = load_checkpoint(tmp_path / "model" / "epoch_19_model.pdparams")
+    save_safetensors(state, tmp_path / "model" / "epoch_wide_model.safetensors", {"load_size": "40"})
+    for flags, size in (((), 40), (("--load_size", 64), 64)):
+        _, result = run(photographs / "coffee.png", "--load_model", "wide", *flags, result=f"at_{size}")
+        assert json.loads((result / "coloring.json").read_text())["load_size"] == size
 
 
 def test_compare_writes_sheets_beside_the_results(run, photographs):

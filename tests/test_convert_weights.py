@@ -11,7 +11,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-from support.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from support.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_safetensors
 from support.cli import UserError
 
 import numpy as np
@@ -26,7 +26,7 @@ from paddle import nn
 import pretrained
 from model import CIC
 from pretrained import EXTRA_RELU, PortCIC, load_network
-from resources import convert_weights
+from resources import convert_weights, make_small
 from utils import annealed_mean, load_ab_bins
 
 SIDE = 64
@@ -440,7 +440,6 @@ def test_pytorch_is_asked_for_only_when_it_is_needed(tmp_path, monkeypatch):
 # The script
 
 
-@needs_safetensors
 def test_safetensors_out_and_in_keep_every_number(port, tmp_path, capsys):
     def convert(source, destination):
         convert_weights.main(convert_weights.parse_args([str(source), str(destination)]))
@@ -544,3 +543,55 @@ def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
         pretrained.find_weights(tmp_path, "19")
     assert pretrained.find_weights(tmp_path, "3") == tmp_path / "epoch_3_model.safetensors"
     assert pretrained.find_weights("elsewhere", str(tmp_path / "epoch_3_model.safetensors")).parent == tmp_path
+
+
+# -------------------------------------------------------------------------------------------------
+# The weights that come with the project
+
+
+def test_without_a_checkpoint_the_small_weights_are_taken_and_one_line_says_so(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert pretrained.find_weights(folder) == pretrained.SMALL
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{folder} holds no checkpoint: taking small, which comes with the project")
+        assert "trained on all of ImageNet: --load_model official" in line
+    (tmp_path / "epoch_3_model.pdparams").touch()
+    assert pretrained.find_weights(tmp_path) == tmp_path / "epoch_3_model.pdparams"
+    assert pretrained.find_weights(tmp_path, "small") == pretrained.SMALL
+
+
+def test_small_weights_that_are_damaged_or_missing_cost_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "epoch_small_model.safetensors"
+    monkeypatch.setattr(pretrained, "SMALL", path)
+    with pytest.raises(UserError, match=f"^{path}: not there; to have it as it came: git checkout -- {path}$"):
+        pretrained.find_weights(tmp_path / "model")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=f"^{path}: damaged or changed; to have it as it came"):
+        pretrained.find_weights(tmp_path / "model", "small")
+
+
+def test_small_weights_are_the_papers_network_whole_and_small():
+    network = pretrained.load_network(pretrained.find_weights("nowhere", "small"))
+    assert sum(tensor.size for tensor in network.state_dict().values()) == 32_240_377
+    assert pretrained.SMALL.stat().st_size < 33_000_000
+
+
+def test_a_checkpoint_may_say_at_which_short_side_it_is_at_its_best(tmp_path):
+    path = tmp_path / "epoch_1_model.safetensors"
+    for metadata, size in (({}, 256), ({"load_size": "128"}, 128)):
+        save_safetensors({}, path, metadata)
+        assert pretrained.best_load_size(path) == size
+    for wrong in ("wide", "0", "-1", "1e9"):
+        save_safetensors({}, path, {"load_size": wrong})
+        with pytest.raises(UserError, match=f"^{path}: says that it is at its best at a load_size of {wrong}$"):
+            pretrained.best_load_size(path)
+    assert pretrained.best_load_size(pretrained.SMALL) == 96
+
+
+def test_rounding_to_8_bits_is_off_by_half_a_step_of_the_channel_at_most():
+    weight = np.random.default_rng(0).normal(size=(4, 6, 3, 3)).astype(np.float32)
+    for channels in (0, 1):
+        rounded, scale = make_small.round_to_8_bits(weight, channels)
+        assert rounded.dtype == np.int8 and scale.size == weight.shape[channels]
+        steps = np.abs(weight).max(axis=tuple({0, 1, 2, 3} - {channels}), keepdims=True) / 127
+        assert (np.abs(rounded * scale - weight) <= 0.501 * steps).all()
