@@ -10,7 +10,8 @@ true images, and the same in gray (ab = 0), which are classified on the very ima
 An image's class is its folder's name, a WordNet id such as n01440764; for flat folders --labels has a line for each
 image, its name and its class (WordNet id, or number in the sorted list of ids, resources/imagenet_synsets.txt).
 
-Prints the table of top-1 and top-5 accuracy and writes accuracy.json and accuracy_per_class.csv into --save_path.
+Prints the table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_per_class.csv and accuracy_images.csv
+(which images were recognized) into --save_path.
 """
 
 import argparse
@@ -215,6 +216,15 @@ def write_per_class(hits, labels, synsets, path):
             writer.writerow((synsets[label], of_class.sum(), *(f"{share:.4f}" for share in shares)))
 
 
+def write_images(names, hits, labels, synsets, path):
+    """Whether each image is among the first 1 and 5, as 1 and 0."""
+    with atomic_text(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "class", *(f"{version}_top{top}" for version in hits for top in TOP)))
+        for name, label, row in zip(names, labels, np.concatenate([*hits.values()], axis=1).astype(int)):
+            writer.writerow((name, synsets[label], *row))
+
+
 def print_table(hits):
     print(f"{'':8s}" + "".join(f"   top-{top}" for top in TOP))
     for name, values in hits.items():
@@ -248,7 +258,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine and output").add_argument
     add("--batch_size", type=int, default=32, help="images classified at a time")
     add("--num_workers", type=int, default=min(8, available_cores()), help="processes that decode; 0: this one")
-    add("--save_path", default="./metrics", help="folder for accuracy.json and accuracy_per_class.csv")
+    add("--save_path", default="./metrics", help="folder for accuracy.json and two tables")
     return parser.parse_args(argv)
 
 
@@ -292,6 +302,7 @@ def main(args):
     if not readable.all():
         left_out["unreadable"] = [name for name, could in zip(names, readable) if not could]
     hits, labels = {name: values[readable] for name, values in hits.items()}, labels[readable]
+    names = [name for name, could in zip(names, readable) if could]
 
     # Write and tell
     def folder(path):
@@ -312,12 +323,13 @@ def main(args):
         **provenance(),
     }
     json_path = os.path.join(args.save_path, "accuracy.json")
-    csv_path = os.path.join(args.save_path, "accuracy_per_class.csv")
+    class_path, image_path = (os.path.join(args.save_path, f"accuracy_{x}.csv") for x in ("per_class", "images"))
     write_json(summary, json_path)
-    write_per_class(hits, labels, load_synsets(), csv_path)
+    write_per_class(hits, labels, load_synsets(), class_path)
+    write_images(names, hits, labels, load_synsets(), image_path)
     print_table(hits)
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
-    print(f"written: {printable(json_path)}, {printable(csv_path)}")
+    print(f"written: {printable(json_path)}, {printable(class_path)}, {printable(image_path)}")
     return EXIT_SKIPPED if left_out else 0
 
 

@@ -156,6 +156,14 @@ def test_controls_and_class_folders(tmp_path, weights, ranking, capsys):
         assert images @ [float(row[f"{version}_top1"]) for row in rows] / 4 == pytest.approx(share[0])
         assert images @ [float(row[f"{version}_top5"]) for row in rows] / 4 == pytest.approx(share[1])
     assert summary["coloring"] == {"checkpoint": "some.pdparams"}
+    # And image by image.
+    with open(tmp_path / "accuracy_images.csv", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: list(PHOTOS).index(Path(row["image"]).name))
+    assert all(row["class"] == Path(row["image"]).parent.name for row in rows)
+    for version, hits in expected.items():
+        assert [[row[f"{version}_top1"], row[f"{version}_top5"]] for row in rows] == [
+            [f"{x:d}" for x in y] for y in hits
+        ]
     # And without results.
     _, controls = run(tmp_path, weights, "--controls_only", "--imgs_dir", true)
     assert controls["accuracy"] == {version: summary["accuracy"][version] for version in ("true", "gray")}
