@@ -11,22 +11,27 @@ t = 0 … 150; the area under that curve, divided by 150. All pixels of all imag
     rebalanced_own   the same, rarity being that among the true images themselves: the mean over the bins that occur.
                      A prior from other images can give a few bins that it has hardly seen most of the weight.
 
+Beside them chroma, the mean of hypot(a, b) over all pixels; colorfulness (Hasler and Süsstrunk 2003) and PSNR of the
+RGB values, the means over the images (an exact copy, whose PSNR is infinite, left out of the latter).
+
 Images are paired by their path without its suffix. Colored images of the true one's size are compared as they are;
 squares, as `test.py --load_size 224 --crop_size 224` makes them, with the same square of the true image.
 
-Prints a line for the colored images and one for gray, and writes auc.json, auc.csv (each image), auc.txt (the counts
-behind the curve) and auc.png (the curve) into --save_path; with --gray the names begin with gray_.
+Prints these for the colored images and for gray, and writes auc.json, auc.csv (each image), auc.npz (each image's sums,
+for resources/ablation.py), auc.txt (the counts behind the curve) and auc.png (the curve) into --save_path; with --gray
+the names begin with gray_.
 """
 
 import argparse
 import csv
+import math
 import os
 import sys
 from functools import cache, partial
 from pathlib import Path
 
 from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, check_crop, note, note_some, printable
-from support.cpu import available_cores, use_all_cores
+from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
 from support.processes import parallel_map
 
@@ -45,66 +50,55 @@ from dataset import (
     read_rgb,
     relative_path,
     rgb_to_lab,
+    rgb_to_lightness,
 )
+from model import NUM_BINS
 from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, load_prior, rebalancing_weights
 
 KINDS = ("raw", "rebalanced", "rebalanced_own")
+VERSIONS = ("colored", "gray", "true")  # of each image
 GRAY = "gray (ab = 0)"
+ERRORS = MAX_THRESHOLD + 2  # classes of an error: within 0 … 150, and beyond
+AREAS = np.array([auc(one) for one in np.eye(ERRORS)])  # what a pixel adds to the AuC, by its error: [152]
 
 # -------------------------------------------------------------------------------------------------
-# Colors and their weights, prepared once
+# What is known of every color, prepared once
 
 STEP, REACH = 10, 11  # the ab bins lie on a grid of 10, from -110 to 110
-SIDE = 2 * REACH + 1  # of the grid, in points
-ERRORS = MAX_THRESHOLD + 2  # classes of an error: within 0 … 150, and beyond
 
 
 @cache
-def ab_of_every_color():
-    """The ab of all 256^3 colors as a + ib, complex64 [2^24], by the color as a number 0xRRGGBB.
+def tables():
+    """Of all 256^3 colors, by the color as a number 0xRRGGBB: ab, and what else is asked of a true color.
 
-    128 MB that all processes share, and a second to make: looking a pixel up costs a third of computing it. Complex
-    numbers, because a distance is then one fast `np.abs`, and a look-up fetches both a and b.
+    ab is a + ib, complex64 [2^24]: a distance is one fast `np.abs`, and a look-up fetches both a and b. The other,
+    int32 [2^24], is the number of the nearest bin * 256 + the level of the gray (ab = 0) that is as light. 192 MB, made
+    in 2 seconds; worker processes that are forked afterwards share them.
     """
+    points, ab_bins = np.arange(-REACH, REACH + 1) * STEP, load_ab_bins().numpy()
+    grid = np.stack(np.meshgrid(points, points, indexing="ij"), axis=-1)[:, :, None]  #     [23, 23, 1, 2]
+    nearest = ((grid - ab_bins) ** 2).sum(axis=3).argmin(axis=2).astype(np.int32)  #        [23, 23]
+    between_grays = rgb_to_lightness(paddle.arange(0.5, 255).expand([1, 3, 1, 255]) / 255).numpy().ravel()
     levels = np.arange(256, dtype=np.uint8)
-    table = np.empty((256, 256, 256, 2), np.float32)
+    ab, bins_and_grays = (np.empty((256, 256, 256), dtype) for dtype in (np.complex64, np.int32))
     for reds in np.split(levels, 16):
-        rgb = np.stack(np.meshgrid(reds, levels, levels, indexing="ij"), axis=1)  #    [16, 3, 256, 256]
-        table[reds] = rgb_to_lab(paddle.to_tensor(rgb))[:, 1:].transpose([0, 2, 3, 1]).numpy()
-    return table.view(np.complex64).ravel()
-
-
-def weight_of_every_cell(ab_bins, bin_weights):
-    """The weight of the bin nearest to each point of the ab grid, float64 [23 * 23].
-
-    For an sRGB color the nearest point of the grid is a bin, and so the nearest bin: rounding finds it.
-    """
-    points = np.arange(-REACH, REACH + 1) * STEP
-    grid = np.stack(np.meshgrid(points, points, indexing="ij"), axis=-1).reshape(-1, 1, 2)
-    nearest = ((grid - ab_bins) ** 2).sum(axis=2).argmin(axis=1)
-    return bin_weights.astype(np.float64)[nearest]
-
-
-def nearest_cell(ab):
-    """The point of the ab grid nearest to each color, complex64 [M] -> int64 [M]."""
-    a, b = np.rint(ab.view(np.float32) / STEP).reshape(-1, 2).T
-    return ((a + REACH) * SIDE + (b + REACH)).astype(np.int64)
+        rgb = np.stack(np.meshgrid(reds, levels, levels, indexing="ij"), axis=1)  #         [16, 3, 256, 256]
+        lightness, *a_and_b = rgb_to_lab(paddle.to_tensor(rgb)).numpy().swapaxes(0, 1)
+        ab.real[reds], ab.imag[reds] = a_and_b
+        # For an sRGB color the nearest point of the grid is a bin, and so the nearest bin: rounding finds it.
+        bins = nearest[tuple(np.rint(x / STEP).astype(np.intp) + REACH for x in a_and_b)]
+        bins_and_grays[reds] = bins * 256 + np.searchsorted(between_grays, lightness)
+    return ab.ravel(), bins_and_grays.ravel()
 
 
 # -------------------------------------------------------------------------------------------------
 # One pair of images (in a worker process: NumPy and Pillow alone)
 
-shared = {}  # the table: a global, so that it need not be sent to a worker with every pair
 
-
-def share(ab_table):
-    shared["ab_table"] = ab_table
-
-
-def look_up_ab(rgb):
-    """uint8 [H, W, 3] -> a + ib, complex64 [H * W]."""
-    red, green, blue = rgb.reshape(-1, 3).T
-    return np.take(shared["ab_table"], (red.astype(np.int32) << 8 | green) << 8 | blue)
+def color_numbers(rgb):
+    """uint8 [3, M] -> 0xRRGGBB, [M]."""
+    red, green, blue = rgb
+    return ((red.astype(np.int32) << 8 | green) << 8 | blue).astype(np.intp)
 
 
 def read_pair(true_path, colored_path, load_size=None, crop_size=None):
@@ -126,94 +120,131 @@ def _wanted(true_path, crop_size):
     return f"--crop_size {crop_size}" if crop_size else "the true image's {}x{}".format(*image_size(true_path))
 
 
-def count_errors(paths, load_size=None, crop_size=None):
-    """How many pixels of a pair have which true color and which error: for the colored image, and for gray.
+def compare(paths, load_size=None, crop_size=None):
+    """What a pair adds to the results: how many pixels of which true color have which error, and a dict of sums.
 
-    Each is (what occurs, as cell * 152 + error; how often). Returns an InvalidImageError instead of raising it, so
-    that the other pairs go on.
+    The former is uint32 [2, 313, 152], of the colored image and of gray, which also stands in for a colored image of
+    no path. The sums are by VERSIONS. Returns an InvalidImageError instead of raising it, so that the others go on.
     """
     try:
-        true, colored = read_pair(*paths, load_size, crop_size)
+        true, colored = map(flat, read_pair(*paths, load_size, crop_size))
     except InvalidImageError as error:
         return error
-    true_ab = look_up_ab(true)
-    if colored is None:
-        (gray,) = tally(true_ab, 0)
-        return gray, gray
-    return tuple(tally(true_ab, look_up_ab(colored), 0))
+    take = partial(np.take, mode="clip")  # no number is out of range: the fastest way
+    ab, bins_and_grays = tables()
+    numbers = color_numbers(true)
+    true_ab, of_true = take(ab, numbers), take(bins_and_grays, numbers)
+    gray = np.broadcast_to((of_true & 255).astype(np.uint8), true.shape)
+    colored_ab = np.zeros_like(true_ab) if colored is None else take(ab, color_numbers(colored))
+    colored = gray if colored is None else colored
+    start, true_chroma = (of_true >> 8) * np.int64(ERRORS), np.abs(true_ab)
+    errors = [first_threshold(distance) for distance in (np.abs(true_ab - colored_ab), true_chroma)]
+    counts = [np.bincount(start + error, minlength=NUM_BINS * ERRORS).reshape(-1, ERRORS) for error in errors]
+    noise = (psnr(colored, true), psnr(gray, true), None)
+    return np.stack(counts).astype(np.uint32), {
+        "images": 1,
+        "pixels": len(true_ab),
+        "areas": np.float32([*(x @ AREAS for x in counts), counts[0].sum(axis=1)]),  #             [3, 313]
+        "chroma": (np.abs(colored_ab).sum(dtype=np.float64), 0, true_chroma.sum(dtype=np.float64)),
+        "colorfulness": (colorfulness(colored), 0, colorfulness(true)),
+        "psnr": [x or 0 for x in noise],
+        "copies": [x is None for x in noise],
+    }
 
 
-def tally(true_ab, *predicted_ab):
-    """Of each prediction, complex64 [M] or 0 (gray): what occurs, as cell * 152 + error, and how often."""
-    classes = nearest_cell(true_ab) * ERRORS
-    return [_occurrences(classes + first_threshold(np.abs(true_ab - ab))) for ab in predicted_ab]
+def flat(image):
+    """uint8 [H, W, 3] -> [3, H * W]; None stays None."""
+    return None if image is None else np.ascontiguousarray(image.reshape(-1, 3).T)
 
 
-def _occurrences(classes):
-    counts = np.bincount(classes)
-    occurring = np.flatnonzero(counts)
-    return occurring, counts[occurring]
+def colorfulness(rgb):
+    """Hasler and Süsstrunk (2003), M3, of uint8 [3, M]: 0 for gray, 33 "moderately", 109 "extremely colorful".
+
+    The spread and, at 0.3, the mean of the opponent colors red - green and (red + green) / 2 - blue.
+    """
+    red, green, blue = rgb.astype(np.int16)
+    opponents = np.float32(red - green), np.float32(red + green - 2 * blue) / 2
+    means = [x.mean() for x in opponents]
+    spreads = [math.sqrt(np.square(x - mean).mean()) for x, mean in zip(opponents, means)]
+    return math.hypot(*spreads) + 0.3 * math.hypot(*means)
+
+
+def psnr(rgb, true):
+    """Peak signal-to-noise ratio of the RGB values, uint8 [3, M] twice, in dB; None for an exact copy (infinite)."""
+    error = np.square(np.subtract(rgb, true, dtype=np.int16).astype(np.float32)).mean()
+    return 10 * math.log10(255**2 / error) if error else None
+
+
+# -------------------------------------------------------------------------------------------------
+# All images
+
+
+def pool(images, times):
+    """The sums over images, of which the i-th is taken times[b, i] times: {name: [N, …]}, [B, N] -> {name: [B, …]}."""
+    return {name: np.tensordot(times, values, axes=1) for name, values in images.items() if name != "names"}
+
+
+def figures(sums, bin_weights):
+    """What is reported, of each image or of pooled ones: {name: [B, …]}, [313] -> {version: {figure: [B]}}."""
+    counts, found = sums["areas"][:, 2], {}
+    for i, version in enumerate(VERSIONS):
+        areas = sums["areas"][:, i]
+        with np.errstate(invalid="ignore"):  # NaN: the PSNR where all are exact copies
+            found[version] = {
+                "auc_raw": areas.sum(axis=1) / counts.sum(axis=1),
+                "auc_rebalanced": areas @ bin_weights / (counts @ bin_weights),
+                "auc_rebalanced_own": (areas / counts.clip(min=1)).sum(axis=1) / (counts > 0).sum(axis=1),
+                "chroma": sums["chroma"][:, i] / sums["pixels"],
+                "colorfulness": sums["colorfulness"][:, i] / sums["images"],
+                "psnr": sums["psnr"][:, i] / (sums["images"] - sums["copies"][:, i]),
+            }
+    return found
+
+
+def curves(counts, bin_weights):
+    """Pixels by the bin of their true color and their error, [313, 152] -> their share within t, by KINDS: [3, 151]."""
+    own = 1 / counts.sum(axis=1).clip(min=1)
+    histograms = np.stack([np.ones(NUM_BINS), bin_weights, own]) @ counts  #                     [3, 152]
+    return histograms.cumsum(axis=1)[:, :-1] / histograms.sum(axis=1, keepdims=True)
 
 
 # -------------------------------------------------------------------------------------------------
 # What is written
 
 
-def histograms(classes, counts, cell_weights):
-    """What `count_errors` counted as histograms of errors (as `utils.error_histogram`), a row for each of the weights.
-
-    cell_weights: list of [23 * 23] -> float64 [len(cell_weights), 152].
-    """
-    cells, errors = np.divmod(classes, ERRORS)
-    return np.stack([np.bincount(errors, counts * weights[cells], ERRORS) for weights in cell_weights])
-
-
-def own_weights(counts):
-    """The inverse of how often each cell occurs: int64 [23 * 23 * 152] -> float64 [23 * 23], 1 where it does not."""
-    return 1 / counts.reshape(-1, ERRORS).sum(axis=1).clip(min=1)
-
-
-def curves(histograms):
-    """[K, 152] -> the share of pixels, or weight, within t = 0 … 150, [K, 151]."""
-    return histograms.cumsum(axis=1)[:, :-1] / histograms.sum(axis=1, keepdims=True)
-
-
-def figures(histograms):
-    """{"auc_raw", "auc_rebalanced", "auc_rebalanced_own"} of [3, 152]."""
-    return {f"auc_{kind}": auc(histogram) for kind, histogram in zip(KINDS, histograms)}
-
-
-def write_csv(rows, path):
+def write_csv(images, bin_weights, path):
+    found = figures(images, bin_weights)
+    columns = [(version, x) for version in VERSIONS[:2] for x in ("auc_raw", "auc_rebalanced", "psnr")]
+    columns += [(version, x) for version in ("colored", "true") for x in ("chroma", "colorfulness")]
     with atomic_text(path) as file:
         writer = csv.writer(file)
-        writer.writerow(("image", "pixels", "auc_raw", "auc_rebalanced", "gray_auc_raw", "gray_auc_rebalanced"))
-        writer.writerows((name, pixels, *(f"{area:.6f}" for area in areas)) for name, pixels, areas in rows)
+        writer.writerow(("image", "pixels", *(f"{version}_{x}".replace("colored_", "") for version, x in columns)))
+        rows = zip(images["names"], images["pixels"], *(found[version][x] for version, x in columns))
+        writer.writerows((name, pixels, *(f"{value:.6f}" for value in values)) for name, pixels, *values in rows)
 
 
-def write_counts(histograms, path):
-    """The 151 counts and the total, of [3, 152]."""
-    within = histograms[0].cumsum()[:-1]
+def write_counts(counts, colored, gray, path):
+    """The 151 counts and the total, of [313, 152], beside the curves [3, 151] of the colored images and of gray."""
     with atomic_text(path) as file:
-        file.write("# t, pixels whose ab is within t of the true one, their share: raw, rebalanced, rebalanced_own\n")
-        for t, (count, shares) in enumerate(zip(within, curves(histograms).T)):
-            file.write(f"{t:3d} {count:14.0f} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
-        file.write(f"total {histograms[0].sum():12.0f}\n")
+        file.write(f"# t, pixels whose ab is within t of the true one, share: {', '.join(KINDS)}; gray's: the same\n")
+        for t, (count, shares) in enumerate(zip(counts.sum(axis=0).cumsum(), np.concatenate([colored, gray]).T)):
+            file.write(f"{t:3d} {count:14d} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
+        file.write(f"total {counts.sum():12d}\n")
 
 
 def plot(results, path):
-    """The curves of {name: histograms [3, 152]}; gray dashed."""
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for name, histograms in results.items():
-        style = "--" if name == GRAY else "-"
-        for kind, color, histogram, curve in zip(KINDS, ("C0", "C1", "C2"), histograms, curves(histograms)):
-            label = f"{name}, {kind.replace('_', ', ')}: {auc(histogram):.2%}"
-            axes.plot(100 * curve, style, color=color, label=label)
-    axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="distance in ab", ylabel="pixels within it (%)")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(results), title="AuC")
+    """The curves of {name: [3, 151]}, a panel for each of KINDS; gray dashed."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for axes, kind, *of_kind in zip(figure.subplots(1, 3, sharey=True), KINDS, *results.values()):
+        for name, curve in zip(results, of_kind):
+            style = {"linestyle": "--", "color": "0.5"} if name == GRAY else {}
+            axes.plot(100 * curve, label=f"{name}: {(curve[:-1] + curve[1:]).mean() / 2:.2%}", **style)
+        axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="distance in ab", title=kind.replace("_", ", "))
+        axes.grid(alpha=0.3)
+        axes.legend(title="AuC", loc="lower right")
+    figure.axes[0].set_ylabel("pixels, or their weight, within it (%)")
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -221,29 +252,21 @@ def plot(results, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Area under the curve of ab errors of colored images, raw and rebalanced.",
-        formatter_class=HelpFormatter,
-    )
+    description = "Area under the curve of ab errors of colored images, raw and rebalanced."
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument_group("images").add_argument
     add("--imgs_dir", required=True, help="folder of the true images, nested or flat")
     add("--results_dir", default="./result", help="folder of the colored images, laid out the same (test.py)")
     add("--gray", action="store_true", help="evaluate gray (ab = 0) instead of --results_dir")
-    add(
-        "--crop_size",
-        type=int,
-        help="compare center squares of so many pixels (default: if the results are squares, their size)",
-    )
-    add(
-        "--load_size", type=int, help="short side in pixels before that crop, as given to test.py (default: the crop's)"
-    )
+    add("--crop_size", type=int, help="compare center squares of so many pixels (default: the results', if squares)")
+    add("--load_size", type=int, help="short side before that crop, as given to test.py (default: the crop's)")
 
     add = parser.add_argument_group("metric").add_argument
     add("--prior", help="file of 313 probabilities that tells how rare a color is (default: the shipped prior)")
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--num_workers", type=int, default=available_cores(), help="processes that compare; 0: none but this one")
-    add("--save_path", default="./metrics", help="folder for auc.json, auc.csv, auc.txt and auc.png")
+    add("--save_path", default="./metrics", help="folder for auc.json, .csv, .npz, .txt and .png")
     return parser.parse_args(argv)
 
 
@@ -253,9 +276,9 @@ def main(args):
     if args.gray and args.load_size and not args.crop_size:
         raise UserError("--load_size without --crop_size changes nothing for --gray")
     use_all_cores()
+    keep_freed_memory()
     prior_path = args.prior or RESOURCES / "prior_probs.npy"
-    bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy()
-    weights = [np.ones(SIDE * SIDE), weight_of_every_cell(load_ab_bins().numpy(), bin_weights)]
+    bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy().astype(np.float64)
 
     # Which images, and which are left out
     if args.gray:
@@ -267,31 +290,32 @@ def main(args):
     make_folder(args.save_path)
 
     # Compare, pair by pair
-    compare = partial(count_errors, load_size=args.load_size, crop_size=args.crop_size)
-    setup = (share, ab_of_every_color())
-    rows, totals = [], np.zeros((2, SIDE * SIDE * ERRORS), np.int64)  # of the colored images and of gray
-    results = parallel_map(compare, [paths for _, *paths in pairs], args.num_workers, "comparing", setup)
-    for (name, *_), counted in zip(pairs, results):
-        if isinstance(counted, InvalidImageError):
-            note(f"skipped {counted}")
+    tables()  # before the workers, so that these share them
+    job = partial(compare, load_size=args.load_size, crop_size=args.crop_size)
+    records, totals = [], np.zeros((2, NUM_BINS, ERRORS), np.int64)  # of the colored images and of gray
+    results = parallel_map(job, [paths for _, *paths in pairs], args.num_workers, "comparing", (tables,))
+    for (name, *_), result in zip(pairs, results):
+        if isinstance(result, InvalidImageError):
+            note(f"skipped {result}")
             left_out.setdefault("unreadable, or of another size", []).append(name)
             continue
-        for total, (classes, counts) in zip(totals, counted):
-            total[classes] += counts
-        areas = [auc(histogram) for classes_counts in counted for histogram in histograms(*classes_counts, weights)]
-        rows.append((name, counted[0][1].sum(), areas))
-    if not rows:
+        totals += result[0]
+        records.append({"names": name, **result[1]})
+    if not records:
         raise UserError(f"{printable(args.imgs_dir)}: none of its {len(pairs)} images could be compared")
-    weights.append(own_weights(totals[0]))
-    pooled = [histograms(np.arange(total.size), total, weights) for total in totals]
-    results = {GRAY: pooled[1]} if args.gray else {"colored": pooled[0], GRAY: pooled[1]}
+    images = {key: np.array([record[key] for record in records]) for key in records[0]}
+    pooled = figures(pool(images, np.ones((1, len(records)))), bin_weights).values()
+    colored, gray, true = ({x: None if np.isnan(v) else float(v) for x, (v,) in of.items()} for of in pooled)
+    shares = [curves(counts, bin_weights) for counts in totals]
 
     # Write and tell
     pixels = int(totals[0].sum())
     summary = {
-        **figures(pooled[0]),
-        "gray": figures(pooled[1]),
-        "images": len(rows),
+        **colored,
+        "colorfulness_difference": colored["colorfulness"] - true["colorfulness"],
+        "gray": gray,
+        "true": {x: true[x] for x in ("chroma", "colorfulness")},
+        "images": len(records),
         "pixels": pixels,
         "true_images": printable(os.path.abspath(args.imgs_dir)),
         "colored_images": GRAY if args.gray else printable(os.path.abspath(args.results_dir)),
@@ -304,14 +328,18 @@ def main(args):
     }
     base = os.path.join(args.save_path, "gray_auc" if args.gray else "auc")
     write_json(summary, base + ".json")
-    write_csv(rows, base + ".csv")
-    write_counts(pooled[0], base + ".txt")
-    plot(results, base + ".png")
-    for name, three in results.items():
-        areas = "  ".join(f"{kind} {auc(histogram):.2%}" for kind, histogram in zip(KINDS, three))
-        print(f"{name:13s}  AuC {areas}")
-    print(f"{len(rows)} images, {pixels} pixels; rebalanced by {printable(prior_path)}")
-    print(f"written: {printable(base)}.json, .csv, .txt, .png")
+    with atomic_path(base + ".npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **images)
+    write_csv(images, bin_weights, base + ".csv")
+    write_counts(totals[0], *shares, base + ".txt")
+    plot({"colored": shares[0], GRAY: shares[1]} if not args.gray else {GRAY: shares[1]}, base + ".png")
+    for name, of in (("colored", colored), (GRAY, gray))[args.gray :]:
+        print(f"{name:13s}  AuC " + "  ".join(f"{kind} {of[f'auc_{kind}']:.2%}" for kind in KINDS))
+    quality = "  ".join(f"{x} {colored[x]:.2f} (true {true[x]:.2f})" for x in ("chroma", "colorfulness"))
+    ratio, of_gray = (of["psnr"] or math.inf for of in (colored, gray))
+    print(f"{quality}  PSNR {ratio:.2f} dB (gray {of_gray:.2f})")
+    print(f"{len(records)} images, {pixels} pixels; rebalanced by {printable(prior_path)}")
+    print(f"written: {printable(base)}.json, .csv, .npz, .txt, .png")
     return EXIT_SKIPPED if left_out else 0
 
 

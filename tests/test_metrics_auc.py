@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from scipy.spatial import cKDTree
 from skimage import data
-from skimage.color import rgb2lab
+from skimage.color import lab2rgb, rgb2lab
+from skimage.metrics import peak_signal_noise_ratio
 
 import metrics_auc
 from dataset import crop_resized
@@ -76,26 +77,27 @@ def prior_weights():
 # Formulas
 
 
-def test_table_of_colors_is_lab():
+def test_tables_hold_lab_and_the_gray_that_is_as_light():
     rgb = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    metrics_auc.share(metrics_auc.ab_of_every_color())
-    found = metrics_auc.look_up_ab(rgb)
-    expected = rgb2lab(rgb)[..., 1:].reshape(-1, 2)
-    assert np.abs(np.stack([found.real, found.imag], axis=1) - expected).max() < 1e-3
+    numbers = metrics_auc.color_numbers(metrics_auc.flat(rgb))
+    ab, of_true = (table[numbers] for table in metrics_auc.tables())
+    lab = rgb2lab(rgb)
+    assert np.abs(np.stack([ab.real, ab.imag], axis=1) - lab[..., 1:].reshape(-1, 2)).max() < 1e-3
+    gray = lab2rgb(lab * (1, 0, 0)).mean(axis=2).ravel() * 255
+    assert np.abs((of_true & 255) - gray).max() < 0.51
 
 
 def test_rounding_finds_the_nearest_bin_of_every_color():
-    table = metrics_auc.ab_of_every_color()
+    ab, of_true = metrics_auc.tables()
     bins = load_ab_bins().numpy()
-    cells = np.unique(metrics_auc.nearest_cell(table))
-    points = np.stack(np.divmod(cells, metrics_auc.SIDE), axis=1) * 10 - 110
-    assert {tuple(point) for point in points} <= {tuple(ab_bin) for ab_bin in bins.astype(int)}
-    numbers = metrics_auc.weight_of_every_cell(bins, np.arange(313))
-    sample = table[np.random.default_rng(0).integers(0, len(table), 100_000)]
-    distance, nearest = cKDTree(bins).query(np.stack([sample.real, sample.imag], axis=1), k=2)
+    sample = np.random.default_rng(0).integers(0, len(ab), 100_000)
+    distance, nearest = cKDTree(bins).query(np.stack([ab[sample].real, ab[sample].imag], axis=1), k=2)
     clear = distance[:, 1] - distance[:, 0] > 1e-4  # not on the border of two cells
     assert clear.mean() > 0.999
-    assert (numbers[metrics_auc.nearest_cell(sample)] == nearest[:, 0])[clear].all()
+    assert (of_true[sample] >> 8 == nearest[:, 0])[clear].all()
+    # And of every color: none is farther from its bin than half a cell's diagonal.
+    own = bins[of_true[::7] >> 8]
+    assert np.abs(np.stack([ab[::7].real, ab[::7].imag], axis=1) - own).max() < 5.001
 
 
 @pytest.mark.parametrize(
@@ -112,16 +114,49 @@ def test_constant_distance_gives_the_area_by_hand(distance, area):
     assert histogram.sum() == 1200
 
 
-def test_weights_of_the_histograms():
-    """One pixel each in two cells, the second three times: own weights even them out, given ones multiply."""
-    classes, counts = np.array([0 * 152 + 10, 5 * 152 + 20]), np.array([1, 3])
-    given = np.arange(529.0) + 1
-    total = np.zeros(529 * 152, np.int64)
-    total[classes] = counts
-    result = metrics_auc.histograms(classes, counts, [np.ones(529), given, metrics_auc.own_weights(total)])
-    assert result[:, 10].tolist() == [1, 1, 1]
-    assert result[:, 20].tolist() == [3, 18, 1]
-    assert result.sum() == 25
+def test_three_ways_to_weigh():
+    """One pixel of a bin, three of another: own weights even them out, given ones multiply; curve and area agree."""
+    counts, given = np.zeros((313, 152), np.int64), np.arange(313.0) + 1
+    counts[0, 10], counts[5, 20] = 1, 3
+    curves = metrics_auc.curves(counts, given)
+    assert curves[:, 9].tolist() == [0, 0, 0] and curves[:, 20].tolist() == [1, 1, 1]
+    assert curves[:, 10].tolist() == [1 / 4, 1 / (1 + 3 * 6), 1 / 2]
+    areas = np.stack([counts @ metrics_auc.AREAS, counts @ metrics_auc.AREAS, counts.sum(axis=1)])[None]
+    one = dict.fromkeys(("chroma", "colorfulness", "psnr", "copies"), np.zeros((1, 3)))
+    found = metrics_auc.figures({"areas": areas, "pixels": np.array([4]), "images": np.array([1]), **one}, given)
+    for kind, curve in zip(metrics_auc.KINDS, curves):
+        assert found["colored"][f"auc_{kind}"] == pytest.approx((curve[:-1] + curve[1:]).mean() / 2)
+        assert found["true"][f"auc_{kind}"] == 1
+
+
+def paper_colorfulness(image):
+    """Hasler and Süsstrunk 2003, section 7, in float64."""
+    red, green, blue = image.reshape(-1, 3).astype(np.float64).T
+    rg, yb = red - green, 0.5 * (red + green) - blue
+    sigma = np.sqrt(np.var(rg) + np.var(yb))
+    mu = np.sqrt(np.mean(rg) ** 2 + np.mean(yb) ** 2)
+    return sigma + 0.3 * mu
+
+
+def test_colorfulness_is_the_papers():
+    for photo in (*PHOTOS.values(), *(altered(photo) for photo in PHOTOS.values())):
+        assert metrics_auc.colorfulness(metrics_auc.flat(photo)) == pytest.approx(paper_colorfulness(photo), rel=1e-5)
+    assert metrics_auc.colorfulness(np.full((3, 50), 77, np.uint8)) == 0
+    blue = np.zeros((3, 500_000), np.uint8)
+    blue[2] = 255  # no spread, all of it distance from gray
+    assert metrics_auc.colorfulness(blue) == pytest.approx(0.3 * 255, rel=1e-6)
+
+
+def test_psnr_is_scikit_images():
+    for photo in PHOTOS.values():
+        other = altered(photo)
+        expected = peak_signal_noise_ratio(photo, other, data_range=255)
+        assert metrics_auc.psnr(metrics_auc.flat(other), metrics_auc.flat(photo)) == pytest.approx(expected, abs=1e-4)
+        almost = photo.copy()
+        almost[3, 4, 1] ^= 1
+        expected = peak_signal_noise_ratio(photo, almost, data_range=255)
+        assert metrics_auc.psnr(metrics_auc.flat(almost), metrics_auc.flat(photo)) == pytest.approx(expected, abs=1e-4)
+        assert metrics_auc.psnr(metrics_auc.flat(photo), metrics_auc.flat(photo)) is None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -160,6 +195,55 @@ def test_float32_changes_the_auc_by_less_than_a_millionth(tmp_path):
     gray = oracle([(lab, np.zeros_like(lab)) for lab, _ in labs.values()], prior_weights())
     assert areas(summary["gray"])[0] == pytest.approx(gray[0], abs=1e-6)
     assert areas(summary["gray"]) == pytest.approx(gray, abs=2e-5)
+
+
+def as_gray(photo):
+    lab = rgb2lab(photo)
+    return (lab2rgb(lab * (1, 0, 0)) * 255).round().astype(np.uint8)
+
+
+def test_chroma_colorfulness_and_psnr(tmp_path):
+    """Chroma over all pixels, colorfulness and PSNR over the images; images of different sizes."""
+    true = {name: photo[: 40 + 8 * i] for i, (name, photo) in enumerate(SMALL.items())}
+    colored = {name: altered(photo) for name, photo in true.items()}
+    _, summary = run(save_all(tmp_path / "t", true), save_all(tmp_path / "c", colored), tmp_path)
+
+    def chroma(images):
+        return np.concatenate([np.hypot(*rgb2lab(image)[..., 1:].reshape(-1, 2).T) for image in images.values()]).mean()
+
+    def colorfulness(images):
+        return np.mean([paper_colorfulness(image) for image in images.values()])
+
+    def psnr(images):
+        return np.mean([peak_signal_noise_ratio(true[name], images[name], data_range=255) for name in true])
+
+    assert summary["chroma"] == pytest.approx(chroma(colored), rel=1e-5)
+    assert summary["true"] == pytest.approx({"chroma": chroma(true), "colorfulness": colorfulness(true)}, rel=1e-5)
+    assert summary["colorfulness"] == pytest.approx(colorfulness(colored), rel=1e-5)
+    difference = colorfulness(colored) - colorfulness(true)
+    assert summary["colorfulness_difference"] == pytest.approx(difference, rel=1e-4) and abs(difference) > 1
+    assert summary["psnr"] == pytest.approx(psnr(colored), abs=1e-4)
+    grays = {name: as_gray(photo) for name, photo in true.items()}
+    assert summary["gray"]["psnr"] == pytest.approx(psnr(grays), abs=0.01)
+    assert (summary["gray"]["chroma"], summary["gray"]["colorfulness"]) == (0, 0)
+    with open(tmp_path / "auc.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            name = row["image"]
+            assert float(row["chroma"]) == pytest.approx(chroma({name: colored[name]}), rel=1e-4)
+            assert float(row["true_chroma"]) == pytest.approx(chroma({name: true[name]}), rel=1e-4)
+            assert float(row["colorfulness"]) == pytest.approx(paper_colorfulness(colored[name]), rel=1e-5)
+            assert float(row["true_colorfulness"]) == pytest.approx(paper_colorfulness(true[name]), rel=1e-5)
+            expected = peak_signal_noise_ratio(true[name], colored[name], data_range=255)
+            assert float(row["psnr"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_exact_copy_is_left_out_of_the_mean_psnr(tmp_path, capsys):
+    true, colored = save_all(tmp_path / "t", SMALL), dict(SMALL, coffee=altered(SMALL["coffee"]))
+    _, one = run(true / "coffee.png", save_all(tmp_path / "c", colored) / "coffee.png", tmp_path)
+    _, summary = run(true, tmp_path / "c", tmp_path)
+    assert summary["psnr"] == pytest.approx(one["psnr"]) and math.isfinite(one["psnr"])
+    assert run(true, true, tmp_path)[1]["psnr"] is None
+    assert "PSNR inf dB" in capsys.readouterr().out
 
 
 def test_identity_is_one(tmp_path):
@@ -223,13 +307,14 @@ def test_files_that_are_written(tmp_path, capsys):
     (colored / "coloring.json").write_text('{"checkpoint": "model/epoch_19_model.pdparams"}')
     _, summary = run(true, colored, tmp_path / "new" / "folder")
     output = tmp_path / "new" / "folder"
-    assert sorted(os.listdir(output)) == ["auc.csv", "auc.json", "auc.png", "auc.txt"]
+    assert sorted(os.listdir(output)) == ["auc.csv", "auc.json", "auc.npz", "auc.png", "auc.txt"]
     # The counts give the area again.
     lines = (output / "auc.txt").read_text().splitlines()
     table = np.array([line.split() for line in lines[1:-1]], float)
     assert table[:, 0].tolist() == list(range(151))
     assert table[:, 1] / summary["pixels"] == pytest.approx(table[:, 2], abs=1e-8)
-    assert ((table[1:, 2:] + table[:-1, 2:]) / 2).mean(axis=0) == pytest.approx(areas(summary), abs=1e-7)
+    expected = [*areas(summary), *areas(summary["gray"])]
+    assert ((table[1:, 2:] + table[:-1, 2:]) / 2).mean(axis=0) == pytest.approx(expected, abs=1e-7)
     assert int(lines[-1].split()[1]) == summary["pixels"] == 4 * 64 * 48
     # Each image's row is what it gives alone.
     with open(output / "auc.csv", newline="") as file:
@@ -247,7 +332,11 @@ def test_files_that_are_written(tmp_path, capsys):
     assert summary["colored_images"] == str(colored) and summary["left_out"] == {}
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:4] == ["colored", "AuC", "raw", f"{summary['auc_raw']:.2%}"]
-    assert printed[3] == f"written: {output / 'auc'}.json, .csv, .txt, .png"
+    assert printed[2].startswith(
+        f"chroma {summary['chroma']:.2f} (true {summary['true']['chroma']:.2f})  colorfulness "
+    )
+    assert printed[2].endswith(f"PSNR {summary['psnr']:.2f} dB (gray {summary['gray']['psnr']:.2f})")
+    assert printed[4] == f"written: {output / 'auc'}.json, .csv, .npz, .txt, .png"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -277,14 +366,17 @@ def test_many_missing_are_summed_up(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no colored image"
 
 
-def test_names_that_differ_in_the_suffix_alone(tmp_path):
-    """test.py writes a.jpg to a.png and a.tif to a.tif.png."""
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_results_of_any_format_and_names_that_differ_in_the_suffix_alone(tmp_path, suffix):
+    """test.py writes b.jpg to b.png, a.jpg to a.png and a.tif to a.tif.png; or .jpg, .webp (--format)."""
     true = save(tmp_path / "t" / "a.jpg", SMALL["coffee"]).parent
     save(true / "a.tif", SMALL["chelsea"])
-    colored = save(tmp_path / "c" / "a.png", SMALL["coffee"]).parent
-    save(colored / "a.tif.png", SMALL["chelsea"])
+    save(true / "b.JPEG", SMALL["rocket"])
+    colored = save(tmp_path / "c" / f"a.{suffix}", SMALL["coffee"]).parent
+    save(colored / f"a.tif.{suffix}", SMALL["chelsea"])
+    save(colored / f"b.{suffix}", SMALL["rocket"])
     code, summary = run(true, colored, tmp_path)
-    assert (code, summary["images"]) == (0, 2) and summary["auc_raw"] > 0.97
+    assert (code, summary["images"]) == (0, 3) and summary["auc_raw"] > 0.97  # swapped ones would be far lower
 
 
 @pytest.mark.parametrize(
@@ -409,5 +501,5 @@ def test_as_a_command(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "written: ./metrics/gray_auc.json, .csv, .txt, .png"
+    assert done.stdout.splitlines()[-1] == "written: ./metrics/gray_auc.json, .csv, .npz, .txt, .png"
     assert "%|" not in done.stderr  # no progress bar off a terminal

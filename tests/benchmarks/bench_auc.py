@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from support.cpu import use_all_cores  # noqa: E402
+from support.cpu import keep_freed_memory, use_all_cores  # noqa: E402
 
 import metrics_auc  # noqa: E402
 from dataset import list_images, read_rgb, relative_path  # noqa: E402
@@ -42,7 +42,8 @@ def make_pairs(imgs_dir, count, folder):
 
 
 def small_ab(path):
-    ab = metrics_auc.look_up_ab(read_rgb(path)[:LOOP_SIDE, :LOOP_SIDE])
+    numbers = metrics_auc.color_numbers(metrics_auc.flat(read_rgb(path)[:LOOP_SIDE, :LOOP_SIDE]))
+    ab = metrics_auc.tables()[0][numbers]
     return np.stack([ab.real, ab.imag], axis=1)  #                                              [M, 2]
 
 
@@ -92,9 +93,10 @@ def parse_args(argv=None):
 
 def main(args):
     use_all_cores()
+    keep_freed_memory()  # as the script does
     start = time.perf_counter()
-    metrics_auc.share(metrics_auc.ab_of_every_color())
-    print(f"table of all colors: {time.perf_counter() - start:.2f} s, once")
+    metrics_auc.tables()
+    print(f"tables of all colors: {time.perf_counter() - start:.2f} s, once")
     bins, weights = load_ab_bins().numpy(), np.ones(313)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -103,7 +105,7 @@ def main(args):
         small = [small_ab(path) for path in pairs[0]]
         jobs = {
             "reading the two": (megapixels, lambda: [(read_rgb(true), read_rgb(colored)) for true, colored in pairs]),
-            "reading and comparing": (megapixels, lambda: [metrics_auc.count_errors(pair) for pair in pairs]),
+            "reading and comparing": (megapixels, lambda: [metrics_auc.compare(pair) for pair in pairs]),
             "loop over pixels": (len(small[0]) / 1e6, lambda: loop_over_pixels(*small, bins, weights)),
         }
         times = {name: [] for name in jobs}
