@@ -1,24 +1,26 @@
 """A photograph in, the colored photograph out: the network, the annealed mean, and the way back to full resolution.
 
-    from colorizer import Colorizer
+    from colorizer import Colorizer, save
 
     colorize = Colorizer("model/epoch_latest_model.pdparams")
-    colorize("photo.jpg").save("colored.png")
+    save(colorize("photo.jpg"), "colored.png")
 
 Whatever colors photographs (test.py, hubconf.py, the page) comes through here.
 """
 
+from pathlib import Path
+
 from support import inference
 from support.cli import note
 from support.cpu import computes_bf16
-from support.files import sha256
+from support.files import atomic_path, sha256
 
 import numpy as np
 import paddle
-from PIL import Image
+from PIL import ExifTags, Image
 
 import model
-from dataset import lab_to_rgb, open_rgb, rgb_to_lightness, to_uint8
+from dataset import SRGB_PROFILE, lab_to_rgb, open_image, rgb_to_lightness, to_rgb, to_uint8
 from pretrained import best_load_size, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
@@ -40,34 +42,29 @@ class Colorizer:
         self.predict, self.precision = make_predictor(self.checkpoint, precision)
 
     def __call__(self, photograph, temperature=TEMPERATURE, load_size=None):
-        """The colored photograph, a Pillow image of the same size.
+        """The colored photograph, a Pillow image of the same size, with the metadata that `save` writes.
 
         photograph: a path, a Pillow image or uint8 [H, W, 3]; temperature > 0, of the annealed mean; load_size: its
         short side in pixels as the network sees it, None for the checkpoint's own. Raises InvalidImageError for a file
         that cannot be read.
         """
-        image = opened(photograph)
+        image = read_photograph(photograph)
         (ab,) = self.predict_ab(as_seen(image, load_size or self.load_size)[None], temperature)
-        return Image.fromarray(join(np.asarray(image), ab))
+        colored = Image.fromarray(join(np.asarray(image), ab))
+        colored.info = image.info
+        return colored
 
     def logits(self, photograph, load_size=None):
         """What the network says of the photograph, [1, 313, h/4, w/4]: `annealed_mean` of it is ab, at any temperature.
 
         For who moves the temperature: the network need not run again. Arguments and errors are those of a call.
         """
-        return self.predict_ab(as_seen(opened(photograph), load_size or self.load_size)[None], None)
+        return self.predict_ab(as_seen(read_photograph(photograph), load_size or self.load_size)[None], None)
 
     @paddle.no_grad()
     def predict_ab(self, rgb, temperature=TEMPERATURE):
         """uint8 [N, h, w, 3], h and w multiples of 8 -> ab [N, 2, h/4, w/4]; without a temperature the logits."""
         return self.predict(rgb_to_lightness(paddle.to_tensor(rgb).transpose([0, 3, 1, 2])) - 50, temperature)
-
-
-def opened(photograph):
-    """A path, a Pillow image or uint8 [H, W, 3] -> a Pillow image in RGB."""
-    if isinstance(photograph, np.ndarray):
-        photograph = Image.fromarray(photograph)
-    return photograph.convert("RGB") if isinstance(photograph, Image.Image) else open_rgb(photograph)
 
 
 def as_seen(image, load_size):
@@ -166,3 +163,80 @@ def join(rgb, ab):
         lab = paddle.concat([rgb_to_lightness(strip), strip_ab], axis=1)
         colored[top : top + rows] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
     return colored
+
+
+# -------------------------------------------------------------------------------------------------
+# From files and back: what a photographer expects a result to keep
+
+FORMATS = {  # by suffix: Pillow's settings
+    "png": {"format": "PNG", "compress_level": 3},  # of 0 to 9: files 5% larger than with 6, written twice as fast
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
+    "webp": {"format": "WEBP", "quality": 95},
+}
+LARGEST_SIDE = {"jpg": 65_500, "webp": 16_383}  # in pixels, of those that have a limit
+MAX_EXIF = 65_000  # bytes; a JPEG has no place for more
+KEPT_EXIF = {  # of the whole picture; others tell how the file was laid out, or what its thumbnail shows
+    *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer", "Copyright", "Rating"),
+    *("XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject"),
+}
+
+
+def read_photograph(photograph, least_side=None):
+    """A path, a Pillow image or uint8 [H, W, 3] -> a Pillow image in sRGB, upright, its `info` what a result keeps.
+
+    `least_side` as in `open_rgb`. Raises InvalidImageError for a file that cannot be read.
+    """
+    if isinstance(photograph, np.ndarray):
+        photograph = Image.fromarray(photograph)
+    if isinstance(photograph, Image.Image):
+        image, kept = to_rgb(photograph), metadata(photograph)
+    else:
+        with open_image(photograph, least_side) as opened:
+            image, kept = to_rgb(opened, photograph), metadata(opened)
+    image = image.copy() if image is photograph else image
+    image.info = kept
+    return image
+
+
+def metadata(image):
+    """Of an image that Pillow opened: EXIF and resolution, for an upright picture in sRGB; as keywords of `save`."""
+    kept = {"icc_profile": SRGB_PROFILE}
+    dpi = image.info.get("dpi")
+    try:
+        if dpi and all(1 <= x <= 65_535 for x in dpi):
+            kept["dpi"] = tuple(map(float, dpi))
+        if exif := kept_exif(image.getexif(), kept.get("dpi")):
+            kept["exif"] = exif
+    except Exception:  # whatever damaged EXIF leads to: the image itself is whole
+        pass
+    return kept
+
+
+def kept_exif(exif, dpi):
+    """Pillow's EXIF as bytes, without what no longer holds; `dpi` (or None) besides, as WebP has no other place."""
+    kept = Image.Exif()
+    if dpi:
+        kept[ExifTags.Base.XResolution], kept[ExifTags.Base.YResolution] = dpi
+        kept[ExifTags.Base.ResolutionUnit] = 2  # inches
+    for tag, value in exif.items():
+        if ExifTags.TAGS.get(tag) in KEPT_EXIF:
+            kept[tag] = value
+    for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        if values := dict(exif.get_ifd(ifd)):
+            kept[ifd] = values
+    if camera := kept.get(ExifTags.IFD.Exif):
+        camera[ExifTags.Base.ColorSpace] = 1  # sRGB
+        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.IFD.Interop):
+            camera.pop(tag, None)  # they may tell of another size and of Adobe RGB
+    data = kept.tobytes() if kept else b""
+    return data if len(data) <= MAX_EXIF else b""
+
+
+def save(image, path, format=None):
+    """Writes a colored photograph with what its `info` says was kept; format "png", "jpg" or "webp", else by suffix.
+
+    Raises UserError when the file cannot be written.
+    """
+    kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
+    with atomic_path(path) as temporary:
+        image.save(temporary, **FORMATS[format or Path(path).suffix.lower().lstrip(".")], **kept)

@@ -7,26 +7,35 @@ are. The datasets run in the worker processes of a `DataLoader`: they only decod
 
 import os
 import sys
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
+from io import BytesIO
 
-from support.cli import UserError, note, printable
+from support.cli import UserError, note, one_line, printable
 
 import numpy as np
 import paddle
 from paddle.io import DistributedBatchSampler
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+with suppress(ImportError):  # HEIC, as telephones write it, where that package is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 # -------------------------------------------------------------------------------------------------
 # Files
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
-    *(".pgm", ".ppm", ".pbm", ".pnm"),
+    *(".pgm", ".ppm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
 )
+READ_BY = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}  # which may not be there
 # Larger images are taken for decompression bombs. A 200-megapixel one needs 0.6 GB decoded.
 MAX_PIXELS = 200_000_000
 Image.MAX_IMAGE_PIXELS = None  # `open_rgb` checks, with an error instead of a warning
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about damage that does not hinder reading
 
 
 class InvalidImageError(ValueError):
@@ -105,7 +114,7 @@ COLORING = "coloring.json"  # beside colored images: what test.py made them with
 
 
 def read_rgb(path):
-    """The image at `path` as uint8 [H, W, 3], upright (EXIF), alpha blended over white.
+    """The image at `path` as uint8 [H, W, 3]: sRGB (ICC profile), upright (EXIF), alpha blended over white.
 
     Raises InvalidImageError, which names the file and the reason.
     """
@@ -114,7 +123,7 @@ def read_rgb(path):
 
 def image_size(path):
     """Width and height of the image at `path`, upright, from its header alone. Raises InvalidImageError."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
@@ -124,26 +133,27 @@ def open_rgb(path, least_side=None):
     `least_side`: the JPEG decoder may shrink the image by 2, 4 or 8 while both sides stay at least
     that long, which is faster than decoding all and resizing afterwards.
     """
-    with _opened(path) as image:
-        if least_side:
-            image.draft(None, (least_side, least_side))
-        image.load()
-        if _orientation(image) != 1:  # `exif_transpose` would copy the others too
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+    with open_image(path, least_side) as image:
+        return to_rgb(image, path)
 
 
 def _orientation(image):
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever damaged EXIF leads to: the image itself may be whole
+        return 1
+    return orientation if orientation in TURNS else 1
 
 
 @contextmanager
-def _opened(path):
-    """The file as a Pillow image whose samples are not read yet; whatever goes wrong is an InvalidImageError."""
+def open_image(path, least_side=None):
+    """As a Pillow image whose samples are not read yet; whatever goes wrong in the block is an InvalidImageError."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
+            if least_side:
+                image.draft(None, (least_side, least_side))
             yield image
     except Exception as error:  # decoders meet bad bytes with whatever they like: OSError, IndexError, struct.error, …
         raise InvalidImageError(path, _reason(path, error)) from error
@@ -153,8 +163,44 @@ def _reason(path, error):
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, UnidentifiedImageError):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in READ_BY and suffix not in Image.registered_extensions():
+            return f"reading {suffix} needs {READ_BY[suffix]}"
         return "empty file" if os.path.getsize(path) == 0 else "not an image, or damaged at its beginning"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+TURNS = {  # from EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image, name="image"):
+    """What Pillow opened as a Pillow image in sRGB, upright, alpha blended over white.
+
+    A color profile that cannot be used costs a line with the image's name; it is then taken for sRGB.
+    """
+    image.load()
+    if turn := TURNS.get(_orientation(image)):
+        image = image.transpose(turn)
+    rgb = _to_rgb(image)
+    if not (profile := image.info.get("icc_profile")):
+        return rgb
+    samples = image if image.mode == "CMYK" else rgb
+    if profile[16:20] == b"GRAY" and image.mode[0] in "1LIF":
+        samples = rgb.getchannel(0)
+    try:
+        transform = _to_srgb(profile, samples.mode)
+        return ImageCms.applyTransform(samples, transform) if transform else rgb
+    except ImageCms.PyCMSError as error:
+        note(f"{printable(name)}: its color profile cannot be used, taken for sRGB ({one_line(str(error))})")
+        return rgb
 
 
 def _to_rgb(image):
@@ -172,6 +218,30 @@ def _to_rgb(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _srgb_profile():
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = b"\x07\xd0\0\1\0\1" + bytes(6)  # its date, else the current one: the same image, the same file
+    return bytes(profile)
+
+
+SRGB_PROFILE = _srgb_profile()
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile, mode):
+    """The transform of samples of that mode to sRGB from an ICC profile; None if that is sRGB itself, to 2 levels."""
+    transform = ImageCms.buildTransform(
+        *map(BytesIO, (profile, SRGB_PROFILE)),
+        *(mode, "RGB"),
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    swatches = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)).convert(mode)
+    change = np.int16(ImageCms.applyTransform(swatches, transform)) - np.int16(swatches.convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None
 
 
 def crop_resized(image, load_size, crop_size, across=0.5, down=0.5):

@@ -12,6 +12,7 @@ checkpoint of one's own it is colored with the small one that comes with the pro
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import deque
@@ -32,20 +33,19 @@ from support.cli import (
     printable,
 )
 from support.cpu import available_cores, use_all_cores
-from support.files import atomic_path, provenance, sha256, write_json
+from support.files import provenance, sha256, write_json
 from support.sheets import Sheets, fit
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from colorizer import Colorizer, join, network_size
-from dataset import COLORING, InvalidImageError, crop_resized, image_size, named_images, open_rgb
+from colorizer import FORMATS, LARGEST_SIDE, Colorizer, join, network_size, read_photograph, save
+from dataset import COLORING, InvalidImageError, crop_resized, image_size, named_images
 from pretrained import best_load_size, find_weights
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded ahead of the network, and again waiting to be written
-PNG_COMPRESSION = 3  # of 0 to 9; the files are some 5% larger than with 6 and written twice as fast
 COLUMNS = ("gray", "colored", "original")  # of a contact sheet
 
 
@@ -57,9 +57,10 @@ class Photograph:
     target: Path
     size: tuple  # of the result: width, height
     network_size: tuple  # of what the network sees
-    rgb: np.ndarray = None  # uint8 [H, W, 3] of the photograph, then of the result
+    rgb: np.ndarray = None  # uint8 [H, W, 3] of the photograph
     small: np.ndarray = None  # uint8 [h, w, 3], what the network sees
     colored: np.ndarray = None  # uint8 [H, W, 3]
+    info: dict = None  # metadata that the result keeps
     failure: str = None  # why there is no result
 
     @property
@@ -73,7 +74,8 @@ class Photograph:
 
 def plan(args):
     """The photographs to color, those that the network sees at one size together."""
-    targets = {path: Path(args.result_path) / f"{name}.png" for name, path in named_images(args.image_dir).items()}
+    names = named_images(args.image_dir)
+    targets = {path: Path(args.result_path) / f"{name}.{args.format}" for name, path in names.items()}
     paths = without_results(sorted(targets), args)[: args.max_samples]
     for path in paths:
         if os.path.realpath(targets[path]) == os.path.realpath(path):
@@ -101,6 +103,9 @@ def prepare(path, args, targets):
         width, height = image_size(path)
     except InvalidImageError as error:
         return Photograph(path, targets[path], (0, 0), (0, 0), failure=str(error))
+    if not args.crop_size and max(width, height) > LARGEST_SIDE.get(args.format, math.inf):
+        failure = f"{printable(path)}: {width}x{height} is too large for {args.format}"
+        return Photograph(path, targets[path], (0, 0), (0, 0), failure=failure)
     if args.crop_size:
         square = (args.crop_size, args.crop_size)
         return Photograph(path, targets[path], square, square)
@@ -115,11 +120,11 @@ def load(photograph, args):
     if photograph.failure:
         return photograph
     try:
+        image = read_photograph(photograph.path, args.load_size if args.crop_size else None)
+        photograph.info = image.info
         if args.crop_size:
-            image = open_rgb(photograph.path, least_side=args.load_size)
             photograph.rgb = photograph.small = crop_resized(image, args.load_size, args.crop_size)
         else:
-            image = open_rgb(photograph.path)
             photograph.small = np.asarray(image.resize(photograph.network_size, Image.Resampling.BILINEAR))
             photograph.rgb = np.asarray(image)
     except InvalidImageError as error:
@@ -170,10 +175,11 @@ def color(photographs, colorizer, temperature, batch_size):
         yield from batch
 
 
-def write(photograph):
+def write(photograph, format):
     if not photograph.failure:
-        with atomic_path(photograph.target) as temporary:
-            Image.fromarray(photograph.colored).save(temporary, format="PNG", compress_level=PNG_COMPRESSION)
+        image = Image.fromarray(photograph.colored)
+        image.info = photograph.info
+        save(image, photograph.target, format)
     return photograph
 
 
@@ -232,6 +238,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to write")
     add = group.add_argument
     add("--result_path", default="./result", help="folder of the results, laid out as the photographs are")
+    add("--format", choices=FORMATS, default="png", help="of the results")
     add_bool_flag(
         group, "--compare", False, "also write contact sheets (gray, colored, original) to <result_path>_compare"
     )
@@ -268,7 +275,8 @@ def main(args):
     with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
         loaded = ahead(readers, partial(load, args=args), photographs)
         colored = color(loaded, colorizer, args.temperature, args.batch_size)
-        for photograph in tqdm(ahead(writers, write, colored), total=len(photographs), unit="image", disable=None):
+        written = ahead(writers, partial(write, format=args.format), colored)
+        for photograph in tqdm(written, total=len(photographs), unit="image", disable=None):
             if photograph.failure:
                 note(f"skipped {photograph.failure}")
                 skipped += 1
