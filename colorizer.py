@@ -14,6 +14,7 @@ from support import inference
 from support.cli import note
 from support.cpu import computes_bf16
 from support.files import atomic_path, sha256
+from support.gpu import autocast
 
 import numpy as np
 import paddle
@@ -113,7 +114,7 @@ def eager_predictor(network, precision):
     ab_bins = load_ab_bins()
 
     def predict(lightness, temperature):
-        with paddle.amp.auto_cast(enable=precision == "bf16", dtype="bfloat16"):
+        with paddle.amp.auto_cast(**autocast(precision)):
             logits = network(lightness)
         return logits if temperature is None else annealed_mean(logits, ab_bins, temperature)
 

@@ -34,6 +34,7 @@ from support.cli import (
 )
 from support.cpu import available_cores, use_all_cores
 from support.files import provenance, sha256, write_json
+from support.gpu import check_gpu
 from support.sheets import Sheets, fit
 
 import numpy as np
@@ -259,6 +260,7 @@ def check_args(args):
 
 def main(args):
     # Setup
+    check_gpu()
     check_args(args)
     use_all_cores()
 

@@ -24,12 +24,13 @@ import warnings
 from support.checkpoints import Run, load_weights
 from support.cli import HelpFormatter, UserError, add_bool_flag, check_at_least, check_crop, note, printable
 from support.cpu import convolve_in_parts, cores_each, keep_freed_memory, parts_of_a_batch, use_all_cores
-from support.gpu import mixed_precision, on_gpu
+from support.gpu import check_gpu, mixed_precision, on_gpu, search_kernels, to_device
 from support.logs import Log, Meter
 from support.processes import (
     StopRequest,
     all_reduce,
     begin_worker,
+    check_synchronized,
     first_decides,
     from_workers,
     is_first,
@@ -166,7 +167,7 @@ def validation_data(args):
 
 
 @paddle.no_grad()
-def validate(network, loader, ab_bins, args, stop):
+def validate(network, loader, ab_bins, args, autocast, stop):
     """Cross-entropy and KL in nats per position, raw AuC, and a picture; over the validation images of all processes.
 
     The figures need no rebalancing, so that they compare between variants. None when asked to stop meanwhile.
@@ -182,10 +183,12 @@ def validate(network, loader, ab_bins, args, stop):
         readable = np.flatnonzero(broken.numpy() == 0)
         if not len(readable):
             continue
-        rgb = paddle.gather(rgb, paddle.to_tensor(readable))
+        rgb = paddle.gather(to_device(rgb), paddle.to_tensor(readable))
         lightness, ab = targets(rgb)
         indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)
-        logits = network(lightness - 50)
+        with paddle.amp.auto_cast(**autocast):
+            logits = network(lightness - 50)
+        logits = logits.astype("float32")
         nats = soft_cross_entropy(logits, indices, weights).mean(axis=[1, 2])
         kl = nats - entropy(weights).mean(axis=[1, 2])
         sums += [float(nats.sum()), float(kl.sum()), len(rgb)]
@@ -300,12 +303,13 @@ def main(args):
     # Setup
     if dist.ParallelEnv().world_size > 1:
         dist.init_parallel_env()
+    check_gpu()
     check_args(args, dist.get_world_size())
     parts = 1 if on_gpu() else parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
     use_all_cores(cores_each() // parts)
     paddle.seed(args.seed)
     if on_gpu():
-        paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})  # worth its search: the shapes never change
+        search_kernels()
     else:
         keep_freed_memory()
 
@@ -358,7 +362,7 @@ def main(args):
             loader.dataset.epoch = run.epoch
             meter.begin_epoch()
             for rgb, broken in meter.timed(from_workers(loader)):
-                loss, figures = objective(model, rgb, ab_bins, bin_weights, args, autocast)
+                loss, figures = objective(model, to_device(rgb), ab_bins, bin_weights, args, autocast)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -369,6 +373,8 @@ def main(args):
                 run.step += 1
                 run.batch += 1
                 progress.update()
+                if args.sync_bn and meter.steps == 1:
+                    check_synchronized(network)
                 if run.step % args.loss_step == 0:
                     means = meter.read(args.max_broken)
                     figures = {"step": run.step, "epoch": run.epoch, **means, "lr": schedule.get_lr()}
@@ -382,7 +388,7 @@ def main(args):
 
             # Validation, and the epoch's end
             if not stop.agreed() and val_loader:
-                figures, picture = validate(network, val_loader, ab_bins, args, stop) or ({}, None)
+                figures, picture = validate(network, val_loader, ab_bins, args, autocast, stop) or ({}, None)
                 set_training(network, args)
                 if figures:  # not stopped meanwhile
                     figures = {"step": run.step, **figures}

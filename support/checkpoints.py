@@ -8,7 +8,7 @@ from pathlib import Path
 from support.cli import UserError, note, one_line, printable
 from support.files import atomic_path, remove_temporaries
 from support.pickles import read_pickle, widen_bfloat16
-from support.processes import is_first, share_statistics
+from support.processes import all_reduce, is_first, share_statistics
 
 import numpy as np
 import paddle
@@ -165,8 +165,11 @@ class Run:
         files leaves no weights beside another step's moments.
         """
         share_statistics(self.network)
-        if not is_first():
-            return
+        if is_first():
+            self._write(names)
+        all_reduce(np.zeros(1))  # wait: a launcher that sees the others end gives the first process 3 seconds
+
+    def _write(self, names):
         weights = self.network.state_dict()
         if not all(bool(paddle.isfinite(tensor).all()) for tensor in weights.values()):
             raise UserError("the weights are not finite, so they are not saved: try a lower --lr, or --continue_train")

@@ -112,7 +112,7 @@ class Meter:
     def add(self, figures, broken):
         """`figures`: of a step, a tensor [len(names)]; `broken`: int64 [N], files that failed, for each image."""
         self.sums = self.sums + figures
-        self.broken = self.broken + broken.sum()
+        self.broken += int(broken.numpy().sum())  # in the host's memory, also on a GPU: pinned
         self.steps += 1
         self.images += len(broken)
         self.seen += len(broken)
@@ -129,7 +129,7 @@ class Meter:
 
     def check(self, max_broken):
         """Raises UserError for a loss that is not finite and for too many broken images, over all processes."""
-        local = [*np.asarray(self.sums + paddle.zeros([len(self.names)])), float(self.broken), self.seen]
+        local = [*np.asarray(self.sums + paddle.zeros([len(self.names)])), self.broken, self.seen]
         *sums, broken, seen = all_reduce(np.array(local, np.float64)).tolist()
         tried = seen + broken  # a broken image is replaced by another one
         if not math.isfinite(sums[0]):

@@ -8,17 +8,20 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 from support.checkpoints import load_checkpoint
 from support.cli import UserError
 from support.files import atomic_path
-from support.gpu import mixed_precision
+from support.gpu import HALF, autocast, check_gpu, mixed_precision, to_device
+from support.processes import check_synchronized
 
 import numpy as np
 import paddle
 import pytest
 from processes import TESTS, flags, gone, run, started, steps_done, wait_for
+from small_network import SmallNetwork
 
 import train
 from dataset import ColorizationDataset
@@ -203,15 +206,28 @@ READERS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__ind
 
 
 def test_a_step_waits_for_nothing(run_training, monkeypatch):
-    """Between two lines of the log no value is read from the device: each time it would have to run dry first."""
-    reads = []
+    """Between two lines of the log no value is read from the device: each time it would have to run dry first.
+
+    What a loader yields is in the host's memory, pinned, on a GPU too: it may be read, but an operator that is given
+    it copies it and waits. So it must go through `to_device`.
+    """
+    reads, batches, copies = [], [], []
+    monkeypatch.setattr(train, "from_workers", lambda x, f=train.from_workers: (batches.append(y) or y for y in f(x)))
+    monkeypatch.setattr(train, "to_device", lambda x: copies.append(x.clone()) or copies[-1])
+
+    def objective(model, rgb, *more, original=train.objective):
+        assert rgb is copies[-1]
+        return original(model, rgb, *more)
+
+    monkeypatch.setattr(train, "objective", objective)
     for name in READERS:
         original = getattr(paddle.Tensor, name, None)
         if original is None:
             continue
 
         def read(self, *x, original=original, name=name, **y):
-            reads.append(name)
+            if not any(self is x for batch in batches for x in batch):
+                reads.append(name)
             return original(self, *x, **y)
 
         monkeypatch.setattr(paddle.Tensor, name, read)
@@ -228,24 +244,94 @@ def test_a_step_waits_for_nothing(run_training, monkeypatch):
 # Mixed precision
 
 
+def pretend_gpu(monkeypatch, *capability):
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda: "NVIDIA X")
+
+
 @pytest.mark.parametrize(
-    ("choice", "has_bf16", "expected"),
+    ("choice", "capability", "expected"),
     [
-        ("auto", True, (True, "bfloat16", False)),
-        ("auto", False, (True, "float16", True)),
-        ("fp16", True, (True, "float16", True)),
-        ("bf16", False, (True, "bfloat16", False)),
-        ("off", True, (False, "float16", False)),
+        ("auto", (8, 0), (True, "bfloat16", False)),
+        ("auto", (7, 5), (True, "float16", True)),
+        ("auto", (6, 1), (False, "float16", False)),
+        ("fp16", (9, 0), (True, "float16", True)),
+        ("bf16", (7, 0), (False, "float16", False)),
+        ("off", (8, 9), (False, "float16", False)),
     ],
 )
-def test_mixed_precision_on_a_gpu(monkeypatch, choice, has_bf16, expected):
+def test_mixed_precision_on_a_gpu(monkeypatch, choice, capability, expected):
     """Which kind is chosen; there is no GPU here to try it on."""
     scalers = []
-    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
-    monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda: has_bf16)
+    pretend_gpu(monkeypatch, *capability)
     monkeypatch.setattr(paddle.amp, "GradScaler", lambda **settings: scalers.append(settings))
     autocast, _ = mixed_precision(choice)
     assert (autocast["enable"], autocast["dtype"], scalers[0]["enable"]) == expected
+
+
+def test_what_autocast_is_told_does_not_contradict_paddles_lists():
+    """Of these operators the ones that are in neither list would be computed in float32."""
+    from paddle.amp.amp_lists import black_list, white_list
+
+    for dtype in ("float16", "bfloat16"):
+        assert not HALF & black_list()[dtype]["O1"] and "conv2d" in white_list()[dtype]["O1"]
+    with paddle.amp.auto_cast(**autocast("float32")):
+        assert paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2])).dtype == paddle.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "usable"),
+    [
+        ((6, 1), (61, 70, 75, 80, 86), True),
+        ((6, 0), (61, 70, 75, 80, 86), False),
+        ((8, 9), (61, 70, 75, 80, 86), True),  # Ada runs code for 8.6
+        ((9, 0), (61, 70, 75, 80, 86), False),
+        ((12, 0), ["80", "86", "90", "120"], True),
+        ((12, 0), [], True),  # unknown: Paddle's own word will have to do
+    ],
+)
+def test_a_gpu_that_this_paddle_has_no_code_for_is_named(monkeypatch, capability, archs, usable):
+    pretend_gpu(monkeypatch, *capability)
+    monkeypatch.setattr(paddle.version, "cuda_archs", lambda: archs, raising=False)
+    with (
+        nullcontext() if usable else pytest.raises(UserError, match=r"NVIDIA X .*no code for it.*requirements-gpu.txt")
+    ):
+        check_gpu()
+
+
+def test_a_gpu_beside_a_paddle_for_cpus_costs_a_line(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_gpu()
+    assert "is built for CPUs: on the CPU; for the GPU: requirements-gpu.txt" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
+    check_gpu()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_copy_to_the_gpu_does_not_wait(monkeypatch):
+    class Pinned:
+        def cuda(self, blocking=True):
+            return "there", blocking
+
+    pretend_gpu(monkeypatch, 8, 0)
+    assert to_device(Pinned()) == ("there", False)
+
+
+@pytest.mark.parametrize("other", [1.0, 1.2])
+def test_batch_norm_that_is_not_synchronized_stops_the_run(monkeypatch, other):
+    """`other`: another process's statistics, as a factor to this one's."""
+
+    def maximum(values, _):
+        return np.maximum(values, values * other)
+
+    monkeypatch.setattr("support.processes.all_reduce", maximum)
+    network = SmallNetwork()
+    network(25 * paddle.randn([2, 1, 32, 32]))
+    with nullcontext() if other == 1 else pytest.raises(UserError, match="not synchronized"):
+        check_synchronized(network)
 
 
 def test_paddle_has_no_mixed_precision_on_the_cpu():
