@@ -16,11 +16,11 @@ from support.cli import UserError
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 import pytest
 import skimage.color
 import skimage.data
 import skimage.transform
+from caffe_files import STAGES, caffe_network, class8_ab, field, run_by_opencv, write_caffe
 from paddle import nn
 
 import pretrained
@@ -30,7 +30,6 @@ from resources import convert_weights, make_small
 from utils import annealed_mean, load_ab_bins
 
 SIDE = 64
-STAGES = ((2, 64, 2, 1), (2, 128, 2, 1), (3, 256, 2, 1), (3, 512, 1, 1), (3, 512, 1, 2), (3, 512, 1, 2), (3, 512, 1, 1))
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
 needs_safetensors = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="safetensors is missing")
 
@@ -295,74 +294,7 @@ def test_a_checkpoint_does_not_load_into_the_other_variant(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# The authors' Caffe release: the file is written here byte by byte, as protobuf's documentation has it
-
-
-def varint(number):
-    low, rest = number & 127, number >> 7
-    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
-
-
-def field(number, payload):
-    """Length-delimited: a message, a string or a packed array."""
-    return varint(number << 3 | 2) + varint(len(payload)) + payload
-
-
-def blob(array, old_shape=False, double=False):
-    shape = field(7, field(1, b"".join(map(varint, array.shape))))
-    if old_shape:
-        sizes = (1,) * (4 - array.ndim) + array.shape
-        shape = b"".join(varint(number << 3) + varint(size) for number, size in enumerate(sizes, start=1))
-    return shape + (field(8, array.astype("<f8").tobytes()) if double else field(5, array.astype("<f4").tobytes()))
-
-
-def write_caffe(path, layers, old=False, **options):
-    """`layers`: {name: arrays}. `old` is the form of layers before 2015."""
-    layer_number, name_number, blob_number = (2, 4, 6) if old else (100, 1, 7)
-    net = field(1, b"a network") + field(3, b"data_l")
-    for name, arrays in layers.items():
-        kind = varint(5 << 3) + varint(4) if old else field(2, b"Convolution")
-        blobs = b"".join(field(blob_number, blob(array, old_shape=old, **options)) for array in arrays)
-        net += field(layer_number, field(name_number, name.encode()) + kind + blobs)
-    path.write_bytes(net)
-    return path
-
-
-FACTOR = 999.98
-
-
-def caffe_network(x):
-    """Layers with random weights and the statistics that they have on x, L - 50; returns them and the logits."""
-    random = np.random.default_rng(0)
-    layers = {"data_ab_ss": [np.ones((2, 1, 1, 1))]}  # a layer that only training needs
-
-    def convolve(name, x, out, size, transposed=False, **options):
-        shape = (x.shape[1], out, size, size) if transposed else (out, x.shape[1], size, size)
-        gain = 4 if transposed else 1
-        fan_in = x.shape[1] * size * size / gain
-        weight = random.normal(0, (2 / fan_in) ** 0.5, shape).astype(np.float32)
-        bias = random.normal(0, 0.1, out).astype(np.float32)
-        layers[name] = [weight, bias]
-        function = F.conv2d_transpose if transposed else F.conv2d
-        return function(x, paddle.to_tensor(weight), paddle.to_tensor(bias), **options)
-
-    x = paddle.to_tensor(x / 30)
-    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
-        for i in range(1, convs + 1):
-            name = f"conv{number}_{i}" if (number, i) != (1, 1) else "bw_conv1_1"
-            options = {"stride": stride if i == convs else 1, "padding": dilation, "dilation": dilation}
-            x = F.relu(convolve(name, x, channels, 3, **options))
-        mean, variance = x.mean(axis=[0, 2, 3]), x.var(axis=[0, 2, 3], unbiased=False)
-        layers[f"conv{number}_{convs}norm"] = [
-            *(FACTOR * mean.numpy(), FACTOR * variance.numpy(), np.array([FACTOR], np.float32)),
-        ]
-        x = (x - mean.reshape([1, -1, 1, 1])) / (variance.reshape([1, -1, 1, 1]) + 1e-5).sqrt()
-    x = F.relu(convolve("conv8_1", x, 256, 4, transposed=True, stride=2, padding=1))
-    x = F.relu(convolve("conv8_3", F.relu(convolve("conv8_2", x, 256, 3, padding=1)), 256, 3, padding=1))
-    logits = convolve("conv8_313", x, 313, 1)
-    layers["bw_conv1_1"][0] /= 30  # instead of the input
-    layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as it comes; programs fill it in
-    return layers, logits.numpy()
+# The authors' Caffe release
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +313,14 @@ def test_caffe_file_of_before_2015_in_double_precision(caffe, lightness, tmp_pat
     layers, logits = caffe
     path = write_caffe(tmp_path / "release.caffemodel", layers, old=True, double=True)
     assert_agree(read_and_run(path, lightness), logits)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("cv2"), reason="OpenCV is not installed")
+def test_caffe_release_gives_the_colors_that_opencv_gives(caffe, lightness, tmp_path):
+    """OpenCV reads Caffe's files by code of its own, and most people run this network with it."""
+    path = write_caffe(tmp_path / "release.caffemodel", {**caffe[0], **class8_ab()})
+    theirs = np.concatenate([run_by_opencv(path, SIDE, SIDE)(x[None] - 50) for x in lightness])
+    np.testing.assert_allclose(ab_map(read_and_run(path, lightness)), theirs, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""Coloring beside OpenCV's DNN module, with which most people run this network: the same weights, in turn; ratios.
+
+    pip install "opencv-python-headless<5"                        (for this benchmark alone)
+    python tests/benchmarks/against_opencv.py [float32] [bf16] [--rounds 7]
+
+Random weights are written as a Caffe file, which OpenCV reads by itself, and `pretrained.py` for this project.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.checkpoints import save_checkpoint
+from support.cpu import use_all_cores
+
+import numpy as np
+import paddle
+import skimage.data
+from caffe_files import caffe_network, class8_ab, run_by_opencv, write_caffe
+from PIL import Image
+
+from colorizer import make_predictor
+from dataset import rgb_to_lightness
+from pretrained import read_network
+from utils import TEMPERATURE
+
+
+def photograph(side):
+    rgb = np.asarray(Image.fromarray(skimage.data.coffee()).resize((side, side)))
+    return rgb_to_lightness(paddle.to_tensor(rgb.transpose(2, 0, 1)[None])) - 50
+
+
+def seconds(run):
+    run()  # untimed: what was idle meanwhile is cold
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main():
+    import cv2
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("precisions", nargs="*", default=["float32", "bf16"], help="float32, bf16")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    threads = use_all_cores()
+    cv2.setNumThreads(threads)
+    folder = Path(tempfile.mkdtemp())
+    layers, _ = caffe_network(photograph(64).numpy())
+    layers["conv8_313"] = [x / 10 for x in layers["conv8_313"]]  # logits of about a trained network's size
+    caffemodel = write_caffe(folder / "network.caffemodel", {**layers, **class8_ab()})
+    save_checkpoint(read_network(caffemodel)[0].state_dict(), folder / "epoch_0_model.pdparams")
+    x = photograph(224)
+    theirs = run_by_opencv(caffemodel, 224, 224)
+    expected = theirs(x.numpy())
+    for precision in args.precisions:
+        predict, _ = make_predictor(folder / "epoch_0_model.pdparams", precision)
+        difference = np.abs(predict(x, TEMPERATURE).numpy() - expected)
+        ours_and_theirs = (partial(predict, x, TEMPERATURE), partial(theirs, x.numpy()))
+        times = [tuple(map(seconds, ours_and_theirs)) for _ in range(args.rounds)]
+        ratios = [a / b for a, b in times]
+        ours, opencvs = (statistics.median(t) for t in zip(*times))
+        print(f"{precision:8s} 224x224, {threads} threads: Paddle {ours:.3f} s, OpenCV {opencvs:.3f} s, ", end="")
+        print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); ", end="")
+        print(f"ab differs by {difference.mean():.4f} on average, {difference.max():.4f} at most", flush=True)
+
+
+if __name__ == "__main__":
+    main()
