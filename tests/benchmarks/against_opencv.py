@@ -53,11 +53,11 @@ def main():
     threads = use_all_cores()
     cv2.setNumThreads(threads)
     folder = Path(tempfile.mkdtemp())
-    layers, _ = caffe_network(photograph(64).numpy())
+    x = photograph(224)
+    layers, _ = caffe_network(x.numpy())
     layers["conv8_313"] = [x / 10 for x in layers["conv8_313"]]  # logits of about a trained network's size
     caffemodel = write_caffe(folder / "network.caffemodel", {**layers, **class8_ab()})
     save_checkpoint(read_network(caffemodel)[0].state_dict(), folder / "epoch_0_model.pdparams")
-    x = photograph(224)
     theirs = run_by_opencv(caffemodel, 224, 224)
     expected = theirs(x.numpy())
     for precision in args.precisions:
