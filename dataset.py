@@ -8,11 +8,12 @@ are. The datasets run in the worker processes of a `DataLoader`: they only decod
 import os
 import sys
 import warnings
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from io import BytesIO
 
-from support.cli import UserError, note, one_line, printable
+from support.cli import UserError, note, note_some, one_line, printable
 
 import numpy as np
 import paddle
@@ -30,6 +31,7 @@ with suppress(ImportError):  # HEIC, as telephones write it, where that package 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
     *(".pgm", ".ppm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
+    *(".jp2", ".j2k", ".jpf", ".jpx"),
 )
 READ_BY = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}  # which may not be there
 # Larger images are taken for decompression bombs. A 200-megapixel one needs 0.6 GB decoded.
@@ -52,25 +54,72 @@ class InvalidImageError(ValueError):
 def list_images(root):
     """Sorted paths of the images below `root`: nested folders, a flat folder, or one file.
 
-    Images are known by their suffix; hidden files and folders are passed over. Raises UserError
-    when `root` does not exist or holds no image.
+    Images are known by their suffix. Hidden files and folders are passed over in silence; with a line each what else
+    is left out: folders that cannot be read or hold test.py's results, links to a folder that is visited anyway, and
+    all other files together. Raises UserError when `root` does not exist or holds no image.
     """
     root = os.fspath(root)
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
-        raise UserError(f"{printable(root)}: no such file or folder")
-    paths = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        paths += [
-            os.path.join(folder, name)
-            for name in files
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
+        raise UserError(f"{printable(root)}: {'no file and no folder' if os.path.exists(root) else NOTHING_THERE}")
+    paths, left_out, others = [], {}, Counter()
+    folders, links, visited = [root], [], set()
+    while folders or links:
+        # Links last, so that what a folder is called does not depend on the links to it.
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                found = list(entries)
+        except OSError as error:
+            if folder == root:
+                raise UserError(f"{printable(root)}: cannot be read: {error.strerror.lower()}") from error
+            left_out.setdefault(f"left out, {error.strerror.lower()}", []).append(folder)
+            continue
+        if (status.st_dev, status.st_ino) in visited:
+            left_out.setdefault("passed over, a link to a folder that is visited anyway", []).append(folder)
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        if folder != root and any(entry.name == COLORING for entry in found):
+            left_out.setdefault(f"passed over, results of test.py ({COLORING})", []).append(folder)
+            continue
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            kind = _kind(entry)
+            if kind == FOLDER:
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif kind == FILE and entry.name.lower().endswith(IMAGE_SUFFIXES):
+                paths.append(entry.path)
+            elif entry.name != COLORING:
+                others[kind or os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+        links.sort()
+    for problem, names in left_out.items():
+        note_some(problem, sorted(names))
+    if others:
+        kinds = ", ".join(f"{count} {one_line(kind)}" for kind, count in others.most_common(5))
+        more = ", …" if len(others) > 5 else ""
+        note(f"{printable(root)}: {sum(others.values())} other files passed over ({kinds}{more})")
     if not paths:
         raise UserError(f"{printable(root)}: no images here ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(paths)
+
+
+FOLDER, FILE, SPECIAL = "folder", "", "pipe, socket or device"
+NOTHING_THERE = "no such file or folder"
+
+
+def _kind(entry):
+    """What a directory's entry is, without looking at the file where the directory knows."""
+    try:
+        if entry.is_file():
+            return FILE
+        if entry.is_dir():
+            return FOLDER
+        return SPECIAL if os.path.exists(entry.path) else FILE
+    except OSError:  # a link to itself, or into a folder that is closed
+        return FILE  # so that reading it says what is wrong
 
 
 def relative_path(path, root):
@@ -78,17 +127,25 @@ def relative_path(path, root):
     return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root))
 
 
-def named_images(root):
-    """The images below `root` by their relative path without suffix, {name: path}, sorted.
+def named_images(*roots):
+    """The images below `roots` by their relative path without suffix, {name: path}, sorted.
 
-    Where two differ in the suffix alone, the later one keeps it, as in test.py's results (photo.png, photo.tif.png).
+    Of several folders and files the path is that from the folder which holds all of them. Where two differ in the
+    suffix alone, the later one keeps it, as in test.py's results (photo.png, photo.tif.png).
     """
+    top = roots[0]
+    if len(roots) > 1:
+        top = os.path.commonpath([os.path.dirname(os.path.abspath(root)) for root in roots])
+    paths = {os.path.abspath(path): path for root in roots for path in list_images(root)}
     images = {}
-    for path in list_images(root):
-        name = relative_path(path, root)
+    for path in sorted(paths.values()):
+        name = relative_path(path, top)
         stem = os.path.splitext(name)[0]
         images[name if stem in images else stem] = path
     return images
+
+
+COLORING = "coloring.json"  # beside colored images: what test.py made them with
 
 
 def pair_images(true_dir, colored_dir):
@@ -110,9 +167,6 @@ def pair_images(true_dir, colored_dir):
     return pairs, {problem: names for problem, names in left_out.items() if names}
 
 
-COLORING = "coloring.json"  # beside colored images: what test.py made them with
-
-
 def read_rgb(path):
     """The image at `path` as uint8 [H, W, 3]: sRGB (ICC profile), upright (EXIF), alpha blended over white.
 
@@ -125,6 +179,13 @@ def image_size(path):
     """Width and height of the image at `path`, upright, from its header alone. Raises InvalidImageError."""
     with open_image(path) as image:
         return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
+def has_more_frames(path):
+    """Whether further frames or pages follow the one that is read. Raises InvalidImageError."""
+    with open_image(path) as image:
+        # What phones keep behind a photograph (MPO), a map of depth or brightness, is no other picture.
+        return getattr(image, "is_animated", False) and image.format != "MPO"
 
 
 def open_rgb(path, least_side=None):
@@ -166,7 +227,11 @@ def _reason(path, error):
         suffix = os.path.splitext(path)[1].lower()
         if suffix in READ_BY and suffix not in Image.registered_extensions():
             return f"reading {suffix} needs {READ_BY[suffix]}"
-        return "empty file" if os.path.getsize(path) == 0 else "not an image, or damaged at its beginning"
+        if os.path.getsize(path) == 0:
+            return "empty file"
+        with open(path, "rb") as file:
+            tiff = file.read(4) in (b"II*\0", b"MM\0*")
+        return "a TIFF of a kind that cannot be read" if tiff else "not an image, or damaged at its beginning"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -186,7 +251,7 @@ def to_rgb(image, name="image"):
 
     A color profile that cannot be used costs a line with the image's name; it is then taken for sRGB.
     """
-    image.load()
+    image = _loaded(image)
     if turn := TURNS.get(_orientation(image)):
         image = image.transpose(turn)
     rgb = _to_rgb(image)
@@ -201,6 +266,26 @@ def to_rgb(image, name="image"):
     except ImageCms.PyCMSError as error:
         note(f"{printable(name)}: its color profile cannot be used, taken for sRGB ({one_line(str(error))})")
         return rgb
+
+
+def _loaded(image):
+    """The image with its samples read; also a JPEG that lacks nothing but its end marker, two bytes."""
+    try:
+        image.load()
+        return image
+    except OSError:
+        if image.format not in ("JPEG", "MPO") or not image.filename:
+            raise
+        # Bytes that follow the last sample are skipped; were samples missing, they would be taken for such.
+        with open(image.filename, "rb") as file:
+            there = file.read()
+        fillings = (b"\0", b"\x55", b"\xaa", b"\x33")
+        candidates = [Image.open(BytesIO(there + filling * 64 + b"\xff\xd9")) for filling in fillings]
+        for candidate in candidates:
+            candidate.draft(None, image.size)
+        if there.endswith(b"\xff") or len({candidate.tobytes() for candidate in candidates}) > 1:
+            raise
+        return candidates[0]
 
 
 def _to_rgb(image):

@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from functools import partial
 
-from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, note, printable
+from support.cli import AT_THE_END, EXIT_SKIPPED, HelpFormatter, UserError, check_flags, note, printable, run_script
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
 from support.processes import parallel_map
@@ -93,17 +93,21 @@ def write_script(invalid, path, image_dir, move_to):
     with atomic_text(path) as file:
         file.write(SCRIPT_HEAD + (MOVE_FUNCTION if move_to else REMOVE_FUNCTION))
         for name, _, _ in invalid:
-            words = ["move" if move_to else "remove", os.path.abspath(name)]
+            words = ["move" if move_to else "remove", system_path(name)]
             if move_to:
-                words.append(os.path.join(os.path.abspath(move_to), relative_path(name, image_dir)))
+                words.append(os.path.join(os.path.realpath(move_to), relative_path(name, image_dir)))
             file.write(shlex.join(words) + "\n")
         file.write('exit "$failed"\n')
 
 
+def system_path(path):
+    """The absolute path of a file, its folder as the system resolves it (`link/..` too), itself perhaps a link."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def check_args(args):
-    if not 0 <= args.tolerance <= 255:
-        raise UserError(f"--tolerance {args.tolerance}: must be from 0 to 255")
-    check_at_least(args, num_workers=0)
+    check_flags(args, tolerance=(0, 255))
     if args.move_to:
         inside, outside = os.path.realpath(args.move_to), os.path.realpath(args.image_dir)
         if os.path.commonpath([inside, outside]) == outside:
@@ -166,4 +170,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args, AT_THE_END))

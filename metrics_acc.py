@@ -23,14 +23,25 @@ import sys
 from pathlib import Path
 
 from support.checkpoints import load_weights
-from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, check_crop, note_some, printable
+from support.cli import (
+    AT_THE_END,
+    EXIT_SKIPPED,
+    HelpFormatter,
+    UserError,
+    check_crop,
+    check_flags,
+    note_some,
+    printable,
+    progress,
+    run_script,
+)
 from support.cpu import available_cores, use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
+from support.processes import begin_worker, from_workers
 
 import numpy as np
 import paddle
 from paddle.vision import models
-from tqdm import tqdm
 
 from dataset import (
     COLORING,
@@ -59,24 +70,28 @@ def class_number(text, numbers):
     """The class that a label names, by WordNet id or number; None if there is none. numbers: {WordNet id: number}."""
     if text in numbers:
         return numbers[text]
-    return int(text) if text.isascii() and text.isdigit() and int(text) < len(numbers) else None
+    if not re.fullmatch(r"0*[0-9]{1,9}", text):  # Python refuses numbers of thousands of digits
+        return None
+    return int(text) if int(text) < len(numbers) else None
 
 
 def read_labels(path, numbers):
-    """The lines "name label" of a file as {name without suffix: number of the class}."""
+    """The lines "name label" of a file as {name without suffix: number of the class}; a comma or tab may part them."""
     labels = {}
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be read: {error.strerror.lower()}") from error
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        labels[without_suffix(name.strip())] = number = class_number(label, numbers)
+        name, label = re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line.strip()).groups()
+        number = class_number(label, numbers)
         if not name or number is None:
-            raise UserError(f"{printable(path)}, line {i}: not a name and a class: {printable(line)}")
+            raise UserError(f"{printable(path)}, line {i}: not a name and a class: {printable(line)[:200]}")
+        if labels.setdefault(without_suffix(name), number) != number:
+            raise UserError(f"{printable(path)}, line {i}: {printable(name)} has another class in a line before")
     return labels
 
 
@@ -184,16 +199,17 @@ def classify(network, paths, labels, versions, args):
     labels int64 [N]; versions: {name: function of uint8 [N, 3, H, W]} -> {name: bool [N, 2]}, bool [N].
     """
     dataset = ClassificationDataset(paths, args.load_size, args.crop_size)
-    loader = paddle.io.DataLoader(dataset, batch_size=args.batch_size, num_workers=args.num_workers)
+    loader = paddle.io.DataLoader(
+        dataset, batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
+    )
     hits, readable = {name: [] for name in versions}, []
-    with tqdm(desc=", ".join(versions), total=len(paths), unit="image", disable=None) as progress:
-        for rgb, could_be_read in loader:
-            label = labels[len(readable) :][: len(rgb), None]
-            readable += could_be_read.numpy().tolist()
-            for name, version in versions.items():
-                right = top_classes(network, version(rgb)).numpy() == label  #                     [N, 5]
-                hits[name] += [[row[:top].any() for top in TOP] for row in right]
-            progress.update(len(rgb))
+    batches = progress(from_workers(loader), len(paths), ", ".join(versions), count=lambda batch: len(batch[0]))
+    for rgb, could_be_read in batches:
+        label = labels[len(readable) :][: len(rgb), None]
+        readable += could_be_read.numpy().tolist()
+        for name, version in versions.items():
+            right = top_classes(network, version(rgb)).numpy() == label  #                         [N, 5]
+            hits[name] += [[row[:top].any() for top in TOP] for row in right]
     return {name: np.array(values, bool) for name, values in hits.items()}, np.array(readable, bool)
 
 
@@ -276,7 +292,7 @@ def find_images(args):
 
 
 def main(args):
-    check_at_least(args, num_workers=0, batch_size=1, load_size=1, crop_size=1)
+    check_flags(args)
     check_crop(args)
     if args.controls_only and not args.imgs_dir:
         raise UserError("--controls_only needs --imgs_dir")
@@ -334,4 +350,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args, AT_THE_END))

@@ -30,7 +30,18 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 
-from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, check_crop, note, note_some, printable
+from support.cli import (
+    AT_THE_END,
+    EXIT_SKIPPED,
+    HelpFormatter,
+    UserError,
+    check_crop,
+    check_flags,
+    note,
+    note_some,
+    printable,
+    run_script,
+)
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
 from support.processes import parallel_map
@@ -271,7 +282,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    check_at_least(args, num_workers=0, load_size=1, crop_size=1)
+    check_flags(args)
     check_crop(args)
     if args.gray and args.load_size and not args.crop_size:
         raise UserError("--load_size without --crop_size changes nothing for --gray")
@@ -344,4 +355,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args, AT_THE_END))

@@ -60,9 +60,10 @@ def find_weights(model_path, name=None):
     no such file.
     """
     name = name or default_name(Path(model_path))
-    if Path(name).is_file():
-        return Path(name)
     folder = Path(model_path)
+    for path in (Path(name), folder / name):
+        if path.is_file():
+            return path
     for suffix in SUFFIXES:
         if (path := folder / f"epoch_{name}_model{suffix}").exists():
             return path

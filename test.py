@@ -1,6 +1,8 @@
-"""Colors photographs with a checkpoint: a folder, nested or flat, or one file.
+"""Colors photographs with a checkpoint: files and folders, nested or flat.
 
     python test.py photo.jpg                                                writes result/photo.png
+    python test.py photo.jpg --output colored.png                           writes colored.png
+    python test.py a.jpg b.jpg holiday                                      writes result/a.png, …, result/holiday/…
     python test.py --image_dir DIR --load_model 7                           writes result/<same path>.png
     python test.py --image_dir DIR --load_size 256 --crop_size 224          squares, as papers evaluate
 
@@ -12,11 +14,13 @@ checkpoint of one's own it is colored with the small one that comes with the pro
 """
 
 import argparse
+import errno
 import math
 import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -27,26 +31,28 @@ from support.cli import (
     HelpFormatter,
     UserError,
     add_bool_flag,
-    check_at_least,
     check_crop,
+    check_flags,
     note,
     printable,
+    progress,
+    run_script,
 )
 from support.cpu import available_cores, use_all_cores
-from support.files import provenance, sha256, write_json
+from support.files import make_folder, provenance, read_json, remove_temporaries, sha256, write_json
 from support.gpu import check_gpu
 from support.sheets import Sheets, fit
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from colorizer import FORMATS, LARGEST_SIDE, Colorizer, join, network_size, read_photograph, save
-from dataset import COLORING, InvalidImageError, crop_resized, image_size, named_images
+from dataset import COLORING, InvalidImageError, crop_resized, has_more_frames, image_size, named_images
 from pretrained import best_load_size, find_weights
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded ahead of the network, and again waiting to be written
+NEARLY_BLACK = 17  # of 255: 12 bits in 16 stay below, unless scaled
 COLUMNS = ("gray", "colored", "original")  # of a contact sheet
 
 
@@ -75,33 +81,41 @@ class Photograph:
 
 def plan(args):
     """The photographs to color, those that the network sees at one size together."""
-    names = named_images(args.image_dir)
-    targets = {path: Path(args.result_path) / f"{name}.{args.format}" for name, path in names.items()}
-    paths = without_results(sorted(targets), args)[: args.max_samples]
-    for path in paths:
-        if os.path.realpath(targets[path]) == os.path.realpath(path):
-            raise UserError(f"{printable(path)}: the result would overwrite it; choose another --result_path")
+    named = named_images(*args.images)
+    if args.output and len(named) > 1:
+        raise UserError(f"--output names one file, but there are {len(named)} photographs: use --result_path FOLDER")
+    folder = Path(args.result_path)
+    targets = {path: Path(args.output or folder / f"{name}.{args.format}") for name, path in named.items()}
+    check_apart(targets, args)
+    paths = sorted(targets)[: args.max_samples]
     if args.skip_existing:
         paths = [path for path in paths if not targets[path].exists()]
-    with ThreadPoolExecutor(args.num_workers) as pool:
+    with background_threads(args.num_workers) as pool:
         photographs = list(pool.map(partial(prepare, args=args, targets=targets), paths))
     return sorted(photographs, key=lambda x: x.network_size)
 
 
-def without_results(paths, args):
-    """Leaves out what lies in the result folder, should that be inside the folder of photographs."""
-    result = os.path.join(os.path.realpath(args.result_path), "")
-    sheets = result.rstrip(os.sep) + "_compare" + os.sep
-    root = os.path.join(os.path.realpath(args.image_dir), "")
-    if not (result.startswith(root) and result != root):
-        return paths
-    return [path for path in paths if not os.path.realpath(path).startswith((result, sheets))]
+def check_apart(targets, args):
+    """Raises UserError where results would lie among photographs: the next run would take them for such."""
+    result = os.path.realpath(args.result_path)
+    if not args.output:
+        for folder in {os.path.dirname(path) for path in targets}:
+            if os.path.commonpath([os.path.realpath(folder), result]) == result:
+                raise UserError(
+                    f"{printable(args.result_path)}: results would lie among the photographs, or overwrite them; "
+                    "choose another --result_path, or for one photograph --output FILE"
+                )
+    for path, target in targets.items():
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise UserError(f"{printable(path)}: the result would overwrite it; choose another name")
 
 
 def prepare(path, args, targets):
     """Reads a photograph's size and from it says what the network will see."""
     try:
         width, height = image_size(path)
+        if has_more_frames(path):
+            note(f"{printable(path)}: only the first of its frames or pages is colored")
     except InvalidImageError as error:
         return Photograph(path, targets[path], (0, 0), (0, 0), failure=str(error))
     if not args.crop_size and max(width, height) > LARGEST_SIDE.get(args.format, math.inf):
@@ -128,15 +142,22 @@ def load(photograph, args):
         else:
             photograph.small = np.asarray(image.resize(photograph.network_size, Image.Resampling.BILINEAR))
             photograph.rgb = np.asarray(image)
+        if photograph.small.max() < NEARLY_BLACK:
+            note(f"{printable(photograph.path)}: nearly black; were 8 or 12 bits stored in more, without scaling?")
     except InvalidImageError as error:
         photograph.failure = str(error)
     return photograph
 
 
+@contextmanager
 def background_threads(count):
     """Threads that leave the cores to the network's: one of these that has to wait makes all of them wait."""
     polite = partial(os.nice, 10) if sys.platform == "linux" else None  # of a single thread, on Linux alone
-    return ThreadPoolExecutor(count, initializer=polite)
+    pool = ThreadPoolExecutor(count, initializer=polite)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # of a run that is stopped; else there are none
 
 
 def ahead(pool, function, photographs, pixels=PIXELS_AHEAD):
@@ -180,7 +201,12 @@ def write(photograph, format):
     if not photograph.failure:
         image = Image.fromarray(photograph.colored)
         image.info = photograph.info
-        save(image, photograph.target, format)
+        try:
+            save(image, photograph.target, format)
+        except UserError as error:
+            if error.__cause__.errno != errno.ENAMETOOLONG:  # the only one that is this photograph's own
+                raise
+            photograph.failure = str(error)
     return photograph
 
 
@@ -191,6 +217,45 @@ def thumbnails(photograph):
 
 
 # -------------------------------------------------------------------------------------------------
+# What is said of the results
+
+
+def describe(colorizer, args):
+    """How the results come about, for the coloring.json beside them, which the metrics put into theirs."""
+    return {
+        "checkpoint": printable(colorizer.checkpoint),
+        "sha256": sha256(colorizer.checkpoint),
+        "precision": colorizer.precision,
+        "temperature": args.temperature,
+        "load_size": args.load_size,
+        "crop_size": args.crop_size,
+        **provenance(),
+    }
+
+
+def check_alike(made_by, folder):
+    """Raises UserError where the folder's results were made otherwise: those that are added would be taken for such."""
+    before = read_json(folder / COLORING) or {}
+    for name in ("sha256", "temperature", "load_size", "crop_size"):
+        if name in before and before[name] != made_by[name]:
+            raise UserError(
+                f"{printable(folder / COLORING)}: the results there have the {name} {before[name]}, not "
+                f"{made_by[name]}: choose another --result_path, or leave --skip_existing out"
+            )
+
+
+def announced(photographs, made_by, folders):
+    """The photographs; ahead of the first with a result the folders' coloring.json: it is there however this ends."""
+    written = False
+    for photograph in photographs:
+        if not photograph.failure and not written:
+            for folder in folders:
+                write_json(made_by, folder / COLORING)
+            written = True
+        yield photograph
+
+
+# -------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -198,8 +263,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Colors photographs with a checkpoint.", formatter_class=HelpFormatter)
     group = parser.add_argument_group("what to color")
     add = group.add_argument
-    add("image", nargs="?", help="a photograph or a folder; short for --image_dir")
-    add("--image_dir", help="folder of photographs, nested or flat, or one file")
+    add("images", nargs="*", metavar="IMAGE", help="photographs and folders, nested or flat")
+    add("--image_dir", help="a folder of photographs, or one file; the same as without --image_dir")
     add("--max_samples", type=int, help="color only so many, the first by name (default: all)")
 
     group = parser.add_argument_group("how")
@@ -239,23 +304,30 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to write")
     add = group.add_argument
     add("--result_path", default="./result", help="folder of the results, laid out as the photographs are")
-    add("--format", choices=FORMATS, default="png", help="of the results")
+    add("--output", metavar="FILE", help="the result of a single photograph, instead of --result_path")
+    add("--format", choices=FORMATS, help="of the results (default: that of --output, else png)")
     add_bool_flag(
         group, "--compare", False, "also write contact sheets (gray, colored, original) to <result_path>_compare"
     )
     add_bool_flag(group, "--skip_existing", False, "leave out what already has a result, to go on after a stop")
     args = parser.parse_args(argv)
-    args.image_dir = args.image_dir or args.image
-    if not args.image_dir:
+    if args.image_dir is not None:
+        args.images.append(args.image_dir)
+    args.images = list(dict.fromkeys(args.images))
+    if not args.images:
         parser.error("name a photograph or a folder")
     return args
 
 
 def check_args(args):
-    check_at_least(args, load_size=1, crop_size=1, batch_size=1, num_workers=1, max_samples=1)
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0")
+    check_flags(args, num_workers=(1, 1024), temperature=(1e-3, 1e6))
     check_crop(args, multiple=8)
+    suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
+    args.format = args.format or suffix or "png"
+    if args.output and (suffix != args.format or suffix not in FORMATS):
+        raise UserError(
+            f"--output {printable(args.output)}: its suffix is to be that of the format: {', '.join(FORMATS)}"
+        )
 
 
 def main(args):
@@ -269,42 +341,46 @@ def main(args):
     args.load_size = args.load_size or best_load_size(checkpoint)
     check_crop(args)
     photographs = plan(args)
+    result = Path(args.output).parent if args.output else Path(args.result_path)
+    for folder in {photograph.target.parent for photograph in photographs}:
+        remove_temporaries(folder)
+    make_folder(result)
+    if not photographs:
+        print(f"{printable(args.output or args.result_path)}: 0 images colored, all have a result")
+        return 0
     colorizer = Colorizer(checkpoint, precision=args.precision)
-    sheets = Sheets(f"{args.result_path.rstrip(os.sep)}_compare", COLUMNS) if args.compare else None
+    made_by = describe(colorizer, args)
+    if args.skip_existing and not args.output:
+        check_alike(made_by, result)
+    compare = Path(f"{os.path.splitext(args.output)[0] if args.output else args.result_path.rstrip(os.sep)}_compare")
+    sheets = {}
+    folders = [folder for folder, given in ((result, not args.output), (compare, args.compare)) if given]
 
     # Load, color and write, each while the others work
     done = skipped = 0
     with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
         loaded = ahead(readers, partial(load, args=args), photographs)
-        colored = color(loaded, colorizer, args.temperature, args.batch_size)
+        colored = announced(color(loaded, colorizer, args.temperature, args.batch_size), made_by, folders)
         written = ahead(writers, partial(write, format=args.format), colored)
-        for photograph in tqdm(written, total=len(photographs), unit="image", disable=None):
+        for photograph in progress(written, len(photographs)):
             if photograph.failure:
                 note(f"skipped {photograph.failure}")
                 skipped += 1
                 continue
-            if sheets:
-                name = photograph.target.relative_to(args.result_path).with_suffix("")
-                sheets.add(printable(name), thumbnails(photograph))
+            if args.compare:
+                name = photograph.target.relative_to(result).with_suffix("")
+                folder = compare / name.parts[0] if len(args.images) > 1 and len(name.parts) > 1 else compare
+                sheets.setdefault(folder, Sheets(folder, COLUMNS)).add(printable(name), thumbnails(photograph))
             photograph.rgb = photograph.small = photograph.colored = None
             done += 1
-    settings = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
-    made_by = {
-        "checkpoint": printable(colorizer.checkpoint),
-        "sha256": sha256(colorizer.checkpoint),
-        "precision": colorizer.precision,
-        **settings,
-        **provenance(),
-    }
-    write_json(made_by, Path(args.result_path) / COLORING)  # which the metrics put into their results
-    if sheets:
-        sheets.flush()
-        print(f"{printable(sheets.folder)}: {sheets.written} contact sheets (gray, colored, original)")
+    for folder, of_folder in sheets.items():
+        of_folder.flush()
+        print(f"{printable(folder)}: {of_folder.written} contact sheets (gray, colored, original)")
     left_out = f", {skipped} skipped" if skipped else ""
     made_with = f"with {printable(colorizer.checkpoint)} in {colorizer.precision}"
-    print(f"{printable(args.result_path)}: {done} images colored {made_with}{left_out}")
+    print(f"{printable(args.output or args.result_path)}: {done} images colored {made_with}{left_out}")
     return EXIT_SKIPPED if skipped else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args, after_stop="to go on: the same command with --skip_existing"))

@@ -21,8 +21,17 @@ import re
 import sys
 import warnings
 
-from support.checkpoints import Run, load_weights
-from support.cli import HelpFormatter, UserError, add_bool_flag, check_at_least, check_crop, note, printable
+from support.checkpoints import Run, claim, load_weights
+from support.cli import (
+    HelpFormatter,
+    UserError,
+    add_bool_flag,
+    check_crop,
+    check_flags,
+    note,
+    printable,
+    run_script,
+)
 from support.cpu import convolve_in_parts, cores_each, keep_freed_memory, parts_of_a_batch, use_all_cores
 from support.gpu import check_gpu, mixed_precision, on_gpu, search_kernels, to_device
 from support.logs import Log, Meter
@@ -267,6 +276,7 @@ def parse_args(argv=None):
         "project (default: random)",
     )
     add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
+    add_bool_flag(group, "--overwrite", False, "begin anew where --model_path or --log_path hold an earlier run")
     add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
     add("--save_latest", type=int, default=2000, help="steps between saves of epoch_latest_model.pdparams")
     add("--save_freq", type=int, default=1, help="epochs between saves of epoch_{N}_model.pdparams")
@@ -277,22 +287,30 @@ def parse_args(argv=None):
 
 def check_args(args, processes):
     """Turns contradictions among the flags into one clear line before any work is done."""
-    check_at_least(args, load_size=1, crop_size=1, batch_size=1, num_epochs=1, save_latest=1, save_freq=1, loss_step=1)
-    for name in ("lr", "sigma"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    positive = ("num_epochs", "max_steps", "lr_steps", "save_latest", "save_freq", "loss_step")
+    check_flags(
+        args,
+        **dict.fromkeys(positive, (1, None)),
+        **dict.fromkeys(("gamma", "max_broken"), (0, 1)),
+        **dict.fromkeys(("beta1", "beta2"), (0, 0.999999)),
+        lr=(1e-38, 1e38),
+        weight_decay=(0, 1e38),
+        NN=(1, 313),
+        keep=(0, None),
+    )
     check_crop(args, multiple=8)
     if args.batch_size % processes:
         raise UserError(f"--batch_size {args.batch_size}: cannot be shared out evenly among {processes} processes")
-    for name in ("num_workers", "keep", "max_broken", "weight_decay"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if args.freeze_bn and args.sync_bn:
         raise UserError("--freeze_bn and --sync_bn exclude each other")
     if args.continue_train and args.init_from:
         raise UserError("--continue_train and --init_from exclude each other")
+    if args.continue_train and args.overwrite:
+        raise UserError("--continue_train and --overwrite exclude each other")
     if not re.fullmatch(r"latest|\d+", args.which_epoch):
         raise UserError(f"--which_epoch {args.which_epoch}: is neither latest nor a number")
+    if args.which_epoch != "latest" and not args.continue_train:
+        raise UserError(f"--which_epoch {args.which_epoch}: says where --continue_train goes on, which is not given")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -305,6 +323,7 @@ def main(args):
         dist.init_parallel_env()
     check_gpu()
     check_args(args, dist.get_world_size())
+    claim(args.model_path, args.log_path, replace=args.continue_train or args.overwrite)
     parts = 1 if on_gpu() else parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
     use_all_cores(cores_each() // parts)
     paddle.seed(args.seed)
@@ -375,7 +394,7 @@ def main(args):
                 progress.update()
                 if args.sync_bn and meter.steps == 1:
                     check_synchronized(network)
-                if run.step % args.loss_step == 0:
+                if run.step % args.loss_step == 0 or run.step == last_step:
                     means = meter.read(args.max_broken)
                     figures = {"step": run.step, "epoch": run.epoch, **means, "lr": schedule.get_lr()}
                     log.write(LINE.format(**figures), figures)
@@ -418,4 +437,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args))

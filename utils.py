@@ -30,9 +30,12 @@ def load_prior(path=None):
     """
     path = path or RESOURCES / "prior_probs.npy"
     try:
-        prior = np.load(path, allow_pickle=False).astype(np.float64)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{printable(path)}: cannot be read as a prior ({error})") from error
+        with open(path, "rb") as file:
+            prior = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read as a prior: {error.strerror.lower()}") from error
+    except (ValueError, EOFError, TypeError) as error:
+        raise UserError(f"{printable(path)}: cannot be read as a prior: no .npy file of numbers") from error
     if prior.shape != (bins := len(load_ab_bins()),):
         raise UserError(f"{printable(path)}: a prior has the shape ({bins},), this has {prior.shape}")
     if not (np.isfinite(prior).all() and (prior >= 0).all() and prior.sum() > 0):

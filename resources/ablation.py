@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_at_least, printable
+from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_flags, printable, run_script
 from support.cpu import available_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
 from support.logs import read_log
@@ -260,7 +260,7 @@ def parse_args(argv=None):
 
 def main(args):
     # Setup; what can be wrong is found before the work
-    check_at_least(args, bootstrap=1, panel=1, num_workers=0)
+    check_flags(args, bootstrap=(1, None), panel=(1, None))
     output, true = Path(args.save_path), named_images(args.val_dir)
     results = {os.path.basename(os.path.abspath(folder)): Path(folder) for folder in args.results}
     if len({*results, GRAY, TRUE}) < len(args.results) + 2:
@@ -323,4 +323,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args))

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.checkpoints import save_checkpoint, save_safetensors
-from support.cli import HelpFormatter, UserError, printable
+from support.cli import HelpFormatter, UserError, check_flags, printable, run_script
 
 import pretrained
 
@@ -43,10 +43,7 @@ def parse_args(argv=None):
         help="temperature that the source's head has taken into its weights, so that its own softmax has none; "
         "1: it has not (default: 0.38 for the authors' PyTorch release, 1 for the others)",
     )
-    args = parser.parse_args(argv)
-    if args.head_temperature is not None and not 0 < args.head_temperature < float("inf"):
-        parser.error(f"argument --head_temperature: must be over 0, not {args.head_temperature}")
-    return args
+    return parser.parse_args(argv)
 
 
 def destination_path(source, destination, kind):
@@ -67,6 +64,8 @@ def destination_path(source, destination, kind):
 
 
 def main(args):
+    check_flags(args, head_temperature=(1e-3, 1e3))
+
     # Read the source, whatever it is
     network, kind = pretrained.read_network(args.source, args.head_temperature)
 
@@ -91,4 +90,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(run_script(main, parse_args))

@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import HelpFormatter
+from support.cli import HelpFormatter, check_flags, run_script
 from support.files import atomic_path
 
 import test
@@ -40,6 +40,7 @@ def save_photographs(folder):
 
 
 def main(args):
+    check_flags(args, steps=(1, None))
     output = Path(args.output)
     photographs = save_photographs(output / "photographs")
 
@@ -49,7 +50,7 @@ def main(args):
     # A higher learning rate than the paper's and no validation: there are only minutes.
     speed = ["--lr", "3e-4", "--num_workers", "0", "--loss_step", "25", "--save_freq", "1000000"]
     length = ["--max_steps", str(args.steps), "--num_epochs", str(args.steps)]
-    log = ["--log_path", str(output / "log")]
+    log = ["--log_path", str(output / "log"), "--overwrite"]
     train.main(train.parse_args(["--image_dir", str(photographs), *folders, *log, *size, *speed, *length]))
 
     print("2. test: color them again from their lightness alone")
@@ -62,4 +63,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args))

@@ -15,12 +15,22 @@ from pathlib import Path
 import numpy as np
 import paddle
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, note
+from support.cli import (
+    AT_THE_END,
+    EXIT_SKIPPED,
+    HelpFormatter,
+    UserError,
+    check_flags,
+    note,
+    printable,
+    progress,
+    run_script,
+)
 from support.cpu import use_all_cores
-from support.files import atomic_path
+from support.files import atomic_path, make_folder
+from support.processes import begin_worker, from_workers
 
 from dataset import AB_LIMIT, InvalidImageError, list_images, open_rgb, rgb_to_lab
 from utils import is_gray, load_ab_bins
@@ -81,30 +91,31 @@ def parse_args(argv=None):
 
 
 def main(args):
+    check_flags(args)
     use_all_cores()
     paths = list_images(args.image_dir)
+    make_folder(Path(args.output).parent)
     loader = paddle.io.DataLoader(
-        SquareDataset(paths), batch_size=args.batch_size, num_workers=args.num_workers, use_shared_memory=True
+        SquareDataset(paths), batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
     )
     counts, used, gray, broken = 0, 0, 0, 0
-    with tqdm(total=len(paths), unit="image", disable=None) as progress:
-        for rgb, readable in loader:
-            ab = rgb_to_lab(rgb)[:, 1:]
-            readable, gray_images = readable.numpy(), is_gray(ab).numpy()
-            color = readable & ~gray_images
-            counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
-            used += int(color.sum())
-            gray += int((readable & gray_images).sum())
-            broken += int((~readable).sum())
-            progress.update(len(readable))
+    for rgb, readable in progress(from_workers(loader), len(paths), "counting", count=lambda batch: len(batch[0])):
+        ab = rgb_to_lab(rgb)[:, 1:]
+        readable, gray_images = readable.numpy(), is_gray(ab).numpy()
+        color = readable & ~gray_images
+        counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
+        used += int(color.sum())
+        gray += int((readable & gray_images).sum())
+        broken += int((~readable).sum())
+    left_out = f"{gray} gray, {broken} broken"
     if not used:
-        raise UserError(f"{args.image_dir}: no color image among {len(paths)} files ({gray} gray, {broken} broken)")
+        raise UserError(f"{printable(args.image_dir)}: no color image among {len(paths)} files ({left_out})")
     prior = encode_counts(counts, load_ab_bins().numpy().astype(np.float64), args.sigma)
     with atomic_path(args.output) as temporary, open(temporary, "wb") as file:
         np.save(file, prior)
-    print(f"{args.output}: from {used} color images; left out: {gray} gray, {broken} broken")
+    print(f"{printable(args.output)}: from {used} color images; left out: {left_out}")
     return EXIT_SKIPPED if broken else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args, AT_THE_END))

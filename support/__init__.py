@@ -3,4 +3,21 @@
 Imported ahead of Paddle by every one of them.
 """
 
+import os
+import signal
+import sys
 import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
+
+
+def _leave(number, _):
+    os.write(2, b"\nstopped before it began\n")
+    os._exit(128 + number)
+
+
+# Importing Paddle takes seconds, in which Ctrl-C would meet a traceback; `cli.run_script` takes over from here.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+if os.path.dirname(_script) in (_root, os.path.join(_root, "resources")):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:  # as in the background of a shell's script
+            signal.signal(_number, _leave)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from support.cli import UserError, note, one_line, printable
-from support.files import atomic_path, remove_temporaries
+from support.files import atomic_path, make_folder
 from support.pickles import read_pickle, widen_bfloat16
 from support.processes import all_reduce, is_first, share_statistics
 
@@ -141,6 +141,27 @@ def save_safetensors(state, path, metadata=None):
 # A run, saved and resumed
 
 
+def claim(model_path, log_path, replace):
+    """Makes the folders that a run will write to. Raises UserError where they cannot be, or hold an earlier run.
+
+    `replace`: that may be there.
+    """
+    if not is_first():
+        return
+    for folder in (model_path, log_path):
+        make_folder(folder)
+    theirs = [path for path in Path(model_path).iterdir() if re.fullmatch(WRITTEN, path.name)]
+    log = Path(log_path) / "train.jsonl"
+    if not replace and (theirs or (log.exists() and log.stat().st_size)):
+        raise UserError(
+            f"{printable(model_path if theirs else log)}: an earlier run's; go on with it by --continue_train, "
+            "replace it by --overwrite, or choose another --model_path and --log_path"
+        )
+
+
+WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"
+
+
 class Run:
     """Network, optimizer, scaler and how far they are: what a checkpoint holds.
 
@@ -155,8 +176,6 @@ class Run:
         self.flags, self.keep = flags, keep
         self.epoch = self.batch = self.step = 0
         self.best_kl = math.inf
-        if is_first():
-            remove_temporaries(self.folder)
 
     def save(self, *names):
         """Writes `epoch_{name}_model.pdparams`, and beside it all that is needed to go on.

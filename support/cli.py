@@ -1,12 +1,17 @@
-"""The command line: mistakes in one line, notes, flags."""
+"""The command line: flags and their ranges, notes, how a script ends."""
 
 import argparse
 import os
+import signal
 import sys
+from contextlib import suppress
 
 from tqdm import tqdm
 
 EXIT_SKIPPED = 3  # the work was done, but for files that had to be left out
+
+# -------------------------------------------------------------------------------------------------
+# Messages
 
 
 class UserError(SystemExit):
@@ -36,6 +41,86 @@ def note(message):
     tqdm.write(message, file=sys.stderr)
 
 
+# -------------------------------------------------------------------------------------------------
+# How a script ends
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT (Ctrl-C), SIGTERM or SIGHUP: raised in the main thread, so that `finally` cleans up."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
+if hasattr(signal, "SIGHUP"):
+    SIGNALS[signal.SIGHUP] = "as its terminal was closed"
+
+
+def run_script(main, parse_args, after_stop=""):
+    """Runs a script. Returns its exit code; however it ends, one line says why, how far it came and how to go on.
+
+    after_stop: what to add to that line when it was stopped. Errors that nobody foresaw keep their traceback.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as after `nohup`
+            signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of any bytes, whatever the terminal knows
+    try:
+        code = main(parse_args())
+        sys.stdout.flush()
+        return code
+    except Stopped as stop:
+        note(f"stopped {SIGNALS[stop.number]}{reached()}" + (after_stop and f"; {after_stop}"))
+        return 128 + stop.number
+    except MemoryError:
+        note(f"not enough memory{reached()}: try a smaller --batch_size or --load_size, or fewer --num_workers")
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        name = f"{printable(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        note(f"{name}{(error.strerror or one_line(str(error))).lower()}{reached()}")
+    return 1
+
+
+def _stop(number, _):
+    for other in SIGNALS:
+        with suppress(OSError, ValueError):  # a second Ctrl-C leaves at once; what stops services sends several others
+            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+    raise Stopped(number)
+
+
+_progress = {}
+
+
+def progress(items, total, title=None, unit="image", count=None):
+    """The items behind a progress bar; how far they are is what the last line says of a script that did not end well.
+
+    count: of an item, how many of the total it is (default: one).
+    """
+    _progress.update(done=0, total=total, unit=unit)
+    with tqdm(desc=title, total=total, unit=unit, disable=None) as bar:
+        for item in items:
+            yield item
+            step = count(item) if count else 1
+            _progress["done"] += step
+            bar.update(step)
+    _progress.clear()
+
+
+def reached():
+    return " after {done} of {total} {unit}s".format(**_progress) if _progress else ""
+
+
+# What `run_script` adds for a script that writes nothing before its end
+AT_THE_END = "what it finds is written at its end alone"
+
+# -------------------------------------------------------------------------------------------------
+# Flags
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds to each flag's help its default, where there is one."""
 
@@ -48,7 +133,7 @@ def parse_bool(text):
         return True
     if text.lower() in ("false", "no", "0"):
         return False
-    raise ValueError(text)
+    raise argparse.ArgumentTypeError(f"neither true nor false: {text!r}")
 
 
 def add_bool_flag(parser, name, default, help):
@@ -59,11 +144,32 @@ def add_bool_flag(parser, name, default, help):
     parser.add_argument(f"--no-{destination}", **negation, help=f"{name} False")
 
 
-def check_at_least(args, **least):
-    """Raises UserError for a flag that is given and smaller than it may be."""
-    for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {value}")
+RANGES = {  # of flags that several scripts have: least, most, both included; None: no limit
+    **dict.fromkeys(("load_size", "crop_size"), (1, 4096)),
+    **dict.fromkeys(("batch_size", "max_samples"), (1, None)),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "sigma": (1e-3, 1e3),
+}
+
+
+def check_flags(args, **ranges):
+    """Raises UserError for a flag outside its range, of `ranges` or else of RANGES.
+
+    One that is not given (None) is not looked at, NaN lies outside, and of several numbers each is. No flag at all may
+    be an empty text, which is what a variable that is not set leaves of a file's name.
+    """
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if "" in values:
+            raise UserError(f"--{name} '': is empty (a variable that is not set?)")
+    for name, (least, most) in {**RANGES, **ranges}.items():
+        value = getattr(args, name, None)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if not number >= least:
+                raise UserError(f"--{name} {number}: must be at least {least}")
+            if most is not None and number > most:
+                raise UserError(f"--{name} {number}: must be at most {most}")
 
 
 def check_crop(args, multiple=1):

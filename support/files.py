@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
+import zlib
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,30 +24,40 @@ import PIL
 def atomic_path(path):
     """A temporary path beside `path`; what was written there takes its place when the block ends without an error.
 
-    Raises UserError when the folder cannot be written to or the disk is full.
+    A file, or a folder that the block makes. Raises UserError when it cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see `remove_temporaries`
+    # See `remove_temporaries`. The checksum stands for the part of a long name that would be too long with more to it.
+    checksum = zlib.crc32(os.fsencode(path.name))
+    temporary = path.with_name(f".{path.name[:40]}.{checksum:08x}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing behind it
+        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())  # else a power cut could leave the new name with nothing behind it
+        if temporary.is_dir():
+            _remove(path)  # a folder replaces no other that holds something
         os.replace(temporary, path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"{printable(path)}: cannot be written: {reason}") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def remove_temporaries(folder):
     """Removes what processes that were killed while they wrote left in `folder`."""
     for path in Path(folder).glob(".*.tmp"):
         if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _runs(int(match[1])):
-            with suppress(OSError):
-                path.unlink()
+            _remove(path)
 
 
 def _runs(process):
@@ -59,7 +71,10 @@ def _runs(process):
 
 
 def make_folder(path):
-    """Makes the folder that results go to, before the work for them is done. Raises UserError when it cannot be."""
+    """Makes the folder that results go to, before the work for them is done, and removes what a kill left there.
+
+    Raises UserError when it cannot be made or written to.
+    """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
@@ -68,6 +83,7 @@ def make_folder(path):
         writable, reason = False, error.strerror.lower()
     if not writable:
         raise UserError(f"{printable(path)}: cannot be written to: {reason}")
+    remove_temporaries(path)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from support.cli import UserError
 from support.cpu import available_cores
+from support.files import atomic_path, remove_temporaries
 
 import numpy as np
 import paddle
@@ -22,18 +24,23 @@ def exported(make_layer, inputs, folder, stamp):
     layer = make_layer()
     layer.eval()
     fold_batch_norm(layer)
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError:  # a folder that is only to be read
-        folder = temporary = Path(tempfile.mkdtemp())
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program = paddle.jit.to_static(layer, input_spec=inputs, full_graph=True)
-    paddle.jit.save(program, str(temporary / "program"))
-    (temporary / "stamp").write_text(stamp)
-    if temporary != folder:
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+    remove_temporaries(folder.parent)
+    try:
+        _save(program, stamp, folder)
+    except UserError:  # a folder that is only to be read, or full
+        elsewhere = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
+        folder = Path(elsewhere) / folder.name
+        _save(program, stamp, folder)
     return folder
+
+
+def _save(program, stamp, folder):
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        paddle.jit.save(program, str(temporary / "program"))
+        (temporary / "stamp").write_text(stamp)
 
 
 class Affine(nn.Layer):

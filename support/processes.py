@@ -9,12 +9,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
-from support.cli import UserError
+from support.cli import UserError, progress
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from tqdm import tqdm
 
 ASK_SECONDS = 1  # between two questions among the processes whether to stop: after Ctrl-C a launcher may give them 4
 
@@ -150,7 +149,7 @@ def parallel_map(function, items, num_workers, title, setup=None):
     `setup`: a function and its arguments, called once in each process. The place for what is too large to be sent
     with every item; where processes are forked (Linux) it is not even copied.
     """
-    bar = partial(tqdm, desc=title, total=len(items), unit="image", disable=None)
+    bar = partial(progress, total=len(items), title=title)
     num_workers = min(num_workers, len(items))
     if num_workers == 0:
         if setup:
@@ -158,16 +157,18 @@ def parallel_map(function, items, num_workers, title, setup=None):
         yield from bar(map(function, items))
         return
     # Not multiprocessing.Pool: that one waits forever for a worker that was killed.
-    with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(setup,)) as pool:
-        try:
-            yield from bar(pool.map(function, items, chunksize=8))
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, perhaps for lack of memory: try fewer --num_workers"
-            ) from error
+    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(setup,))
+    try:
+        yield from bar(pool.map(function, items, chunksize=8))
+    except BrokenProcessPool as error:
+        time.sleep(0.5)  # a signal that was sent to all of the processes reaches this one, too, and says more
+        raise UserError("a worker process was killed, perhaps for lack of memory: try fewer --num_workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(setup):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, one traceback is enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which may end this one so, without its parent's words
     if setup:
         setup[0](*setup[1:])

@@ -74,7 +74,9 @@ def run_training(tmp_path, squares):
     def run(*flags, folder="run", image_dir=squares):
         short = "--load_size 40 --crop_size 32 --batch_size 4 --max_steps 2 --loss_step 1 --num_workers 0"
         where = ["--model_path", str(tmp_path / folder / "model"), "--log_path", str(tmp_path / folder / "log")]
-        code = train.main(train.parse_args(["--image_dir", str(image_dir), *where, *short.split(), *map(str, flags)]))
+        anew = [] if "--continue_train" in flags else ["--overwrite"]
+        flags = [*where, *short.split(), *anew, *map(str, flags)]
+        code = train.main(train.parse_args(["--image_dir", str(image_dir), *flags]))
         assert code == 0
         return [json.loads(line) for line in (tmp_path / folder / "log" / "train.jsonl").read_text().splitlines()]
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+from support.cli import run_script  # noqa: E402
+
 import train  # noqa: E402
 
 if __name__ == "__main__":
     from small_network import SmallNetwork  # not earlier: what train.py imports first matters
 
     train.CIC = SmallNetwork
-    sys.exit(train.main(train.parse_args()))
+    sys.exit(run_script(train.main, train.parse_args))
