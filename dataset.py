@@ -279,8 +279,9 @@ def _loaded(image):
         # Bytes that follow the last sample are skipped; were samples missing, they would be taken for such.
         with open(image.filename, "rb") as file:
             there = file.read()
-        fillings = (b"\0", b"\x55", b"\xaa", b"\x33")
-        candidates = [Image.open(BytesIO(there + filling * 64 + b"\xff\xd9")) for filling in fillings]
+        restarts = b"".join(b"\xff%c\x55\x55\x55" % marker for marker in range(0xD0, 0xD8))
+        fillings = (b"\0" * 64, b"\x55" * 64, b"\xaa" * 64, restarts)
+        candidates = [Image.open(BytesIO(there + filling + b"\xff\xd9")) for filling in fillings]
         for candidate in candidates:
             candidate.draft(None, image.size)
         if there.endswith(b"\xff") or len({candidate.tobytes() for candidate in candidates}) > 1:

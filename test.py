@@ -325,9 +325,7 @@ def check_args(args):
     suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
     args.format = args.format or suffix or "png"
     if args.output and (suffix != args.format or suffix not in FORMATS):
-        raise UserError(
-            f"--output {printable(args.output)}: its suffix is to be that of the format: {', '.join(FORMATS)}"
-        )
+        raise UserError(f"--output {printable(args.output)}: must end in its format's name: {', '.join(FORMATS)}")
 
 
 def main(args):
