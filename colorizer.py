@@ -21,7 +21,7 @@ import paddle
 from PIL import ExifTags, Image
 
 import model
-from dataset import SRGB_PROFILE, lab_to_rgb, open_image, rgb_to_lightness, to_rgb, to_uint8
+from dataset import SRGB_PROFILE, lab_to_photograph, open_image, photograph_lightness, rgb_to_lightness, to_rgb
 from pretrained import best_load_size, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
@@ -159,10 +159,9 @@ def join(rgb, ab):
     height, width = rgb.shape[:2]
     colored = np.empty_like(rgb)
     for top in range(0, height, rows := max(1, STRIP_PIXELS // width)):
-        strip = paddle.to_tensor(rgb[top : top + rows]).transpose([2, 0, 1]).unsqueeze(0)
+        strip = rgb[top : top + rows]
         strip_ab = upsample_ab(ab, height, width, top, rows).unsqueeze(0)
-        lab = paddle.concat([rgb_to_lightness(strip), strip_ab], axis=1)
-        colored[top : top + rows] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
+        colored[top : top + rows] = lab_to_photograph(paddle.concat([photograph_lightness(strip), strip_ab], axis=1))
     return colored
 
 

@@ -366,18 +366,51 @@ def rgb_to_lightness(rgb):
 
 def lab_to_rgb(lab):
     """float32 [N, 3, H, W] Lab -> float32 [N, 3, H, W] sRGB in [0, 1]; out-of-gamut values are clipped."""
-    lightness, a, b = lab.unbind(axis=1)
-    fy = (lightness + 16) / 116
-    f = (fy + a / 500, fy, fy - b / 200)
-    xyz = [white * _inverse_lab_curve(channel) for channel, white in zip(f, WHITE)]
-    rgb = paddle.stack(_mix(XYZ_TO_RGB, xyz), axis=1).clip(0, 1)
-    root = paddle.exp(paddle.log(rgb.clip(min=0.0031308)) / 2.4)
-    return paddle.where(rgb > 0.0031308, 1.055 * root - 0.055, 12.92 * rgb)
+    return _transfer(_lab_to_linear(lab))
 
 
 def to_uint8(rgb):
     """float in [0, 1] -> uint8, rounded."""
     return (rgb * 255 + 0.5).astype("uint8")
+
+
+def photograph_lightness(rgb):
+    """`rgb_to_lightness` of one photograph: uint8 array [H, W, 3] -> float32 tensor [1, 1, H, W].
+
+    NumPy looks tables up in a tenth of the time that Paddle takes on the CPU.
+    """
+    table = _linear_table().numpy()
+    y = sum(np.float32(share) * table.take(rgb[..., channel]) for channel, share in enumerate(RGB_TO_XYZ[1]))
+    return (116 * _lab_curve(paddle.to_tensor(y)) - 16).unsqueeze([0, 1])
+
+
+def lab_to_photograph(lab):
+    """`to_uint8(lab_to_rgb(lab))` of one photograph, likewise: [1, 3, H, W] -> uint8 array [H, W, 3].
+
+    The table has so many steps that one sample in a hundred comes out one higher or lower.
+    """
+    steps = (_lab_to_linear(lab) * (2**16 - 1) + 0.5).astype("int32")
+    return _srgb_table().take(steps[0].transpose([1, 2, 0]).numpy())
+
+
+def _lab_to_linear(lab):
+    """Lab -> linear RGB [N, 3, H, W], clipped to [0, 1]."""
+    lightness, a, b = lab.unbind(axis=1)
+    fy = (lightness + 16) / 116
+    f = (fy + a / 500, fy, fy - b / 200)
+    xyz = [white * _inverse_lab_curve(channel) for channel, white in zip(f, WHITE)]
+    return paddle.stack(_mix(XYZ_TO_RGB, xyz), axis=1).clip(0, 1)
+
+
+def _transfer(rgb):
+    root = paddle.exp(paddle.log(rgb.clip(min=0.0031308)) / 2.4)
+    return paddle.where(rgb > 0.0031308, 1.055 * root - 0.055, 12.92 * rgb)
+
+
+@cache
+def _srgb_table():
+    """Linear light in 2^16 steps -> sRGB, uint8."""
+    return to_uint8(_transfer(paddle.arange(2**16, dtype="float32") / (2**16 - 1))).numpy()
 
 
 def _linear(rgb):

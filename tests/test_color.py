@@ -5,7 +5,7 @@ import paddle
 import pytest
 from skimage import color, data
 
-from dataset import lab_to_rgb, rgb_to_lab, rgb_to_lightness, to_uint8
+from dataset import lab_to_photograph, lab_to_rgb, photograph_lightness, rgb_to_lab, rgb_to_lightness, to_uint8
 
 
 def channels_first(image):
@@ -57,3 +57,15 @@ def test_every_8_bit_color_survives_the_round_trip():
 def test_lightness_alone_is_the_first_channel_of_lab():
     rgb = paddle.to_tensor(np.ascontiguousarray(data.coffee()[None, ::4, ::4].transpose(0, 3, 1, 2)))
     assert np.array_equal(rgb_to_lightness(rgb).numpy()[:, 0], rgb_to_lab(rgb).numpy()[:, 0])
+
+
+def test_one_photographs_conversions_by_table_are_the_others(grid):
+    photograph = grid.reshape(52, 52 * 52, 3)
+    tensor = paddle.to_tensor(photograph.transpose(2, 0, 1)[None])
+    lightness = photograph_lightness(photograph)
+    assert np.abs(lightness.numpy() - rgb_to_lightness(tensor).numpy()).max() < 1e-3
+    lab = rgb_to_lab(tensor)
+    lab = paddle.concat([lab[:, :1], 1.3 * lab[:, 1:] + 5], axis=1)  # some of it out of gamut
+    exact = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
+    difference = np.abs(lab_to_photograph(lab).astype(int) - exact)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01

@@ -102,16 +102,20 @@ def paddle_side(job, threads, batch, size):
     return run
 
 
-def serve(pipe, side, *arguments):
-    """In a process of its own: does the job whenever asked and answers with the seconds it took."""
-    run = side(*arguments)
+def serve(pipe, side, job, threads, *arguments):
+    """In a process of its own: does the job whenever asked and answers with the seconds it took.
+
+    With one thread they are the processor's, which hardly depend on what else the machine is doing.
+    """
+    run = side(job, threads, *arguments)
+    clock = time.process_time if threads == 1 else time.perf_counter
     run()
     pipe.send("ready")
     while pipe.recv():
         run()  # untimed: what was idle meanwhile is cold
-        start = time.perf_counter()
+        start = clock()
         run()
-        pipe.send(time.perf_counter() - start)
+        pipe.send(clock() - start)
 
 
 def compare(job, threads, batch, size, rounds):

@@ -52,7 +52,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--image_dir")
     parser.add_argument("--max_samples", type=int)
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megapixels", type=int, help="color one photograph of this size and report memory")
     args = parser.parse_args()
@@ -70,22 +70,25 @@ def main():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     flags = ["--image_dir", args.image_dir, "--model_path", str(folder), "--result_path", str(folder / "result")]
     flags += ["--precision", args.precision] + (["--max_samples", str(args.max_samples)] if args.max_samples else [])
-    make, seconds = colorizer.make_predictor, []
-    colorizer.make_predictor = lambda *settings: timed(make(*settings), seconds)
-    predict = make(folder / "epoch_19_model.pdparams", args.precision)
+    make, seconds, alone = colorizer.make_predictor, [], []
+    predict, precision = make(folder / "epoch_19_model.pdparams", args.precision)
+    colorizer.make_predictor = lambda *_: (timed(predict, seconds), precision)
     paths = list_images(args.image_dir)[: args.max_samples]
     for _ in range(args.rounds if not args.megapixels else 1):
         seconds.clear()
+        alone.clear()
         start = time.perf_counter()
         test.main(test.parse_args(flags))
         wall = time.perf_counter() - start
         start = time.perf_counter()
         if not args.megapixels:
-            plain_loop(paths, predict, folder)
+            plain_loop(paths, timed(predict, alone), folder)
         loop = time.perf_counter() - start
         share, speeds = sum(seconds) / wall, (len(paths) / wall, len(paths) / max(loop, 1e-9))
-        print(f"{len(paths)} photographs, {args.precision}: network {share:.0%} of the time; ", end="")
-        print(f"{speeds[0]:.2f} a second, plain loop {speeds[1]:.2f}", flush=True)
+        print(f"{len(paths)} photographs, {precision}: network {share:.0%} of the time; ", end="")
+        print(f"{speeds[0]:.2f} a second, plain loop {speeds[1]:.2f}; ", end="")
+        own = max(sum(alone), 1e-9)  # one photograph at a time, and nothing beside it
+        print(f"{wall / own:.2f} and {loop / own:.2f} of the network's own time", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"resident memory: {before:.0f} MB before coloring, {peak:.0f} MB at the peak")
 

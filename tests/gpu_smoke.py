@@ -1,0 +1,66 @@
+"""The measuring half of gpu_smoke.sh: prints what it compares, and ends with 1 when that is not as it should be."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support  # noqa: F401  ahead of Paddle
+
+import numpy as np
+import paddle
+import skimage.data
+from PIL import Image
+
+
+def say(text):
+    print(f"   {text}", file=sys.stderr, flush=True)
+
+
+def lines(run):
+    return [json.loads(line) for line in (Path(run) / "train.jsonl").read_text().splitlines()]
+
+
+def machine(work):
+    """Writes the photographs and prints the number of GPUs."""
+    for name in ("originals", "photographs"):
+        (Path(work) / name).mkdir()
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        path = Path(work) / "originals" / f"{name}.png"
+        Image.fromarray(getattr(skimage.data, name)()).save(path)
+        for i in range(10):
+            os.link(path, Path(work) / "photographs" / f"{name}{i}.png")
+    gpus = paddle.device.cuda.device_count() if paddle.get_device().startswith("gpu") else 0
+    kinds = [".".join(map(str, paddle.device.cuda.get_device_capability(i))) for i in range(gpus)]
+    say(f"Paddle {paddle.__version__} on {paddle.get_device()}, CUDA {paddle.version.cuda()}; capabilities {kinds}")
+    print(gpus)
+    return True
+
+
+def falls(run):
+    losses = [line["loss"] for line in lines(run)]
+    say(f"loss {losses[0]:.0f} in the first step, {np.mean(losses[-4:]):.0f} over the last 4 of {len(losses)}")
+    return len(losses) == 20 and np.mean(losses[-4:]) < 0.9 * losses[0]
+
+
+def same(first, second, tolerance):
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(lines(first), lines(second))][:4]
+    worst = max(abs(a - b) / a for a, b in pairs)
+    say(f"losses of {len(pairs)} steps differ by {worst:.2%} at most; {float(tolerance):.0%} would pass")
+    return len(pairs) == 4 and worst < float(tolerance)
+
+
+def pictures(first, second, tolerance):
+    differences = [
+        np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(Path(second) / path.name))).mean()
+        for path in Path(first).glob("*.png")
+    ]
+    say(f"{len(differences)} pictures differ by {max(differences):.3f} of 255 on average; {tolerance} would pass")
+    return len(differences) == 4 and max(differences) < float(tolerance)
+
+
+if __name__ == "__main__":
+    check, *arguments = sys.argv[1:]
+    if not {f.__name__: f for f in (machine, falls, same, pictures)}[check](*arguments):
+        sys.exit(f"   FAILED: {check}")
