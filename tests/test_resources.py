@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 from skimage import color
 
-from resources import estimate_prior, make_pts_in_hull
+from resources import demo, estimate_prior, make_pts_in_hull
 from utils import load_ab_bins, load_prior
 
 
@@ -94,3 +94,12 @@ def test_the_scripts_of_resources_run_from_anywhere(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and "--image_dir" in done.stdout
+
+
+def test_the_demo_takes_the_photographs_that_the_installed_packages_bring_along(tmp_path, monkeypatch):
+    number = demo.copy_photographs(tmp_path / "installed")
+    names = {path.name for path in (tmp_path / "installed").iterdir()}
+    assert len(names) == number
+    assert names >= {"astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "grace_hopper.jpg"}
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", {"skimage": demo.PHOTOGRAPHS["skimage"], "nobody_has_this": ("a.png",)})
+    assert demo.copy_photographs(tmp_path / "four") == 4
