@@ -93,14 +93,14 @@ def list_images(root):
             elif kind == FILE and entry.name.lower().endswith(IMAGE_SUFFIXES):
                 paths.append(entry.path)
             elif entry.name != COLORING:
-                others[kind or os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+                others[kind or os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
         links.sort()
     for problem, names in left_out.items():
         note_some(problem, sorted(names))
     if others:
         kinds = ", ".join(f"{count} {one_line(kind)}" for kind, count in others.most_common(5))
         more = ", …" if len(others) > 5 else ""
-        note(f"{printable(root)}: {sum(others.values())} other files passed over ({kinds}{more})")
+        note(f"{printable(root)}: other files passed over: {kinds}{more}")
     if not paths:
         raise UserError(f"{printable(root)}: no images here ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(paths)
@@ -274,7 +274,8 @@ def _loaded(image):
         image.load()
         return image
     except OSError:
-        if image.format not in ("JPEG", "MPO") or not image.filename:
+        # A progressive one could as well lack whole scans, and be coarse.
+        if image.format not in ("JPEG", "MPO") or "progressive" in image.info or not image.filename:
             raise
         # Bytes that follow the last sample are skipped; were samples missing, they would be taken for such.
         with open(image.filename, "rb") as file:

@@ -1,0 +1,486 @@
+"""Hurried and hostile use: flags out of range, runs that are stopped, folders full of surprises, results in the way."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from support import cli
+from support.checkpoints import save_checkpoint
+from support.cli import UserError, progress, run_script
+from support.files import atomic_path, make_folder
+
+import numpy as np
+import pytest
+from conftest import SmallNetwork
+from PIL import Image
+from processes import started, wait_for
+
+import dataset
+import get_invalid_images
+import metrics_acc
+import test
+import train
+from dataset import InvalidImageError, list_images, named_images, open_rgb, read_rgb
+from pretrained import find_weights
+from resources import convert_weights, estimate_prior
+from utils import load_prior
+
+ROOT = Path(train.__file__).parent
+SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "resources").glob("*.py")]
+SCRIPTS = [path for path in SCRIPTS if "def parse_args" in path.read_text(encoding="utf-8")]
+
+
+@pytest.fixture
+def color(tmp_path, small_network):
+    """Colors with a small network. Returns the exit code."""
+    save_checkpoint(SmallNetwork().state_dict(), tmp_path / "model" / "epoch_19_model.pdparams")
+
+    def color(*flags):
+        where = ["--model_path", str(tmp_path / "model"), "--load_size", "32", "--precision", "float32"]
+        return test.main(test.parse_args([*where, *map(str, flags)]))
+
+    return color
+
+
+def found(folder, pattern="*.png"):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(pattern))
+
+
+# Flags
+
+
+TRAIN = [(train, "--image_dir x", flags) for flags in (
+    *("--max_steps 0", "--max_steps -1", "--beta1 1.5", "--beta2 nan", "--seed -1", "--sigma 1e-30", "--sigma nan"),
+    *("--lr 0", "--lr nan", "--lr inf", "--gamma nan", "--load_size 20000", "--lr_steps 5 -5", "--prior="),
+)]  # fmt: skip
+PRIOR = [(estimate_prior, "--image_dir x", flags) for flags in (
+    *("--sigma nan", "--sigma 0", "--sigma -3", "--batch_size 0", "--num_workers -1"),
+)]  # fmt: skip
+COLOR = [(test, "x.jpg", flags) for flags in (
+    *("--temperature 1e-39", "--temperature nan", "--load_size 20000", "--num_workers 0", "--result_path="),
+)]  # fmt: skip
+OTHERS = [
+    (get_invalid_images, "--image_dir x", "--move_to="),
+    (metrics_acc, "--results_dir x", "--weights="),
+    (convert_weights, "x", "--head_temperature nan"),
+]
+
+
+@pytest.mark.parametrize(("script", "needed", "flags"), [*TRAIN, *PRIOR, *COLOR, *OTHERS])
+def test_a_flag_out_of_its_range_is_one_line_that_names_it(stopped, script, needed, flags):
+    message = stopped(script.main, script.parse_args([*needed.split(), *flags.split()]))
+    assert message.startswith(re.split("[ =]", flags)[0]) and re.search("must be at (least|most)|is empty", message)
+
+
+def test_every_number_among_the_flags_has_a_range(monkeypatch):
+    """What nobody gave a range would let NaN and -1 through."""
+    for script in (train, test, get_invalid_images, metrics_acc, estimate_prior):
+        needed = ["x"] if script is test else ["--image_dir", "x"] if script is not metrics_acc else []
+        args, checked = script.parse_args(needed), set()
+        record = lambda args, checked=checked, **ranges: checked.update({*cli.RANGES, *ranges})  # noqa: E731
+        for module in (script, cli):
+            monkeypatch.setattr(module, "check_flags", record)
+        with pytest.raises((SystemExit, ValueError, TypeError)):
+            script.main(args)
+        numbers = {name for name, x in vars(args).items() if isinstance(x, (int, float)) and not isinstance(x, bool)}
+        assert numbers <= checked, script.__name__
+
+
+def test_a_truth_value_that_is_none_is_named(capsys):
+    with pytest.raises(SystemExit):
+        test.parse_args(["x.jpg", "--compare", "maybe"])
+    assert "neither true nor false: 'maybe'" in capsys.readouterr().err
+
+
+# How a script ends
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in cli.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ended(main, capsys, after_stop=""):
+    code = run_script(lambda _: main(), lambda: None, after_stop)
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    return code, said
+
+
+@pytest.mark.parametrize(("number", "code", "why"), [("INT", 130, "by Ctrl-C"), ("TERM", 143, "by SIGTERM")])
+def test_a_stopped_script_says_how_far_it_came(handlers, capsys, number, code, why):
+    def main():
+        for i in progress(iter(range(9)), 9):
+            if i == 4:
+                os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
+
+    assert ended(main, capsys, "go on so") == (code, f"stopped {why} after 4 of 9 images; go on so")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(MemoryError(), "not enough memory"), (OSError(24, "Too many open files", "a.png"), "a.png: too many open files")],
+)
+def test_lack_of_memory_and_errors_of_files_are_one_line(handlers, capsys, error, line):
+    def main():
+        raise error
+
+    code, said = ended(main, capsys)
+    assert code == 1 and said.startswith(line)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_ends_by_the_same_rule(path):
+    assert re.search(r'__name__ == "__main__":\n    sys\.exit\(run_script\(main, parse_args', path.read_text("utf-8"))
+
+
+COLOR_SMALL = """
+import sys
+sys.path[:0] = {paths}
+import test, pretrained
+from support.cli import run_script
+from small_network import SmallNetwork
+pretrained.CIC = SmallNetwork
+sys.exit(run_script(test.main, test.parse_args, "to go on: --skip_existing"))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_coloring_that_is_stopped_leaves_whole_results_and_goes_on(tmp_path, color, photographs, number, code):
+    (tmp_path / "many").mkdir()
+    for i in range(600):
+        (tmp_path / "many" / f"{i}.png").symlink_to(photographs / "coffee.png")
+    (script := tmp_path / "color_small.py").write_text(
+        COLOR_SMALL.format(paths=[str(ROOT), str(Path(__file__).parent)]), "utf-8"
+    )
+    result = tmp_path / "result"
+    flags = [str(x) for x in (tmp_path / "many", "--model_path", tmp_path / "model", "--result_path", result)]
+    with started(tmp_path / "run", *flags, "--load_size", "32", script=script) as process:
+        wait_for(lambda: len(list(result.glob("*.png"))) > 9, process)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == code
+    lines = (tmp_path / "run" / "err").read_text().strip().splitlines()
+    assert re.fullmatch(r"stopped by .* after \d+ of 600 images; to go on: --skip_existing", lines[-1])
+    assert "Traceback" not in "".join(lines) and (result / "coloring.json").exists()
+    assert not list(result.glob(".*"))
+    for path in result.glob("*.png"):
+        Image.open(path).load()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_stopped_while_it_starts(tmp_path, number):
+    with started(tmp_path, "--image_dir", "x", script=ROOT / "get_invalid_images.py") as process:
+        wait_for(lambda: "libpaddle" in Path(f"/proc/{process.pid}/maps").read_text(), process)  # amid its imports
+        os.kill(process.pid, number)
+        assert process.wait(60) in (128 + number, 1)
+    assert "Traceback (most recent" not in (tmp_path / "err").read_text()
+
+
+def test_a_closed_pipe_is_no_error():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import run_script\n"
+    code += "sys.exit(run_script(lambda _: print('x' * 10**6), lambda: None))"
+    done = subprocess.run(f"{sys.executable} -W ignore -c \"$CODE\" | head -c 1", shell=True, capture_output=True,
+                          env={**os.environ, "CODE": code})  # fmt: skip
+    assert done.stdout == b"x" and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+def test_what_a_kill_left_is_removed_by_the_next_run(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (folder := tmp_path / f".a.exported.00000000.{gone.pid}.tmp").mkdir()
+    (folder / "program").touch()
+    (own := tmp_path / f".b.png.00000000.{os.getpid()}.tmp").touch()
+    make_folder(tmp_path)
+    assert not folder.exists() and own.exists()
+
+
+def test_a_folder_is_written_whole_with_the_mode_of_umask(tmp_path):
+    for content in ("one", "two"):
+        with atomic_path(tmp_path / "made") as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(content)
+    assert (tmp_path / "made" / "file").read_text() == "two"
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "made") as temporary:
+        temporary.mkdir()
+        raise KeyboardInterrupt
+    assert found(tmp_path, "*") == ["made", "made/file", "usual"]
+
+
+def test_the_longest_names_are_written(tmp_path):
+    for path in (tmp_path / ("x" * 251 + ".png"), tmp_path / ("猫" * 83 + ".png")):
+        with atomic_path(path) as temporary:
+            temporary.write_text("")
+        assert path.exists()
+
+
+# The walk over folders
+
+
+@pytest.fixture
+def photo(photographs):
+    def photo(path, name="coffee"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photographs / f"{name}.png", path)
+
+    return photo
+
+
+def test_each_folder_is_visited_once_under_its_own_name(tmp_path, photo, capsys):
+    photo(tmp_path / "z" / "a.png")
+    for name in ("up", "up2"):
+        (tmp_path / "z" / name).symlink_to("..")  # with two of them the ways multiply without end
+    (tmp_path / "a").symlink_to("z")
+    assert [os.path.relpath(path, tmp_path) for path in list_images(tmp_path)] == ["z/a.png"]
+    assert capsys.readouterr().err.count("a link to a folder that is visited anyway") == 3
+
+
+def test_links_to_folders_elsewhere_are_followed(tmp_path, photo):
+    photo(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to("../elsewhere")
+    assert [os.path.relpath(path, tmp_path) for path in list_images(tmp_path / "in")] == ["in/link/a.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, photo, monkeypatch, capsys, stopped):
+    for name in ("open/a.png", "closed/b.png"):
+        photo(tmp_path / name)
+    scandir = os.scandir
+
+    def guarded(folder):
+        if "closed" in str(folder):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(dataset.os, "scandir", guarded)  # permissions do not bind root, which may run this test
+    assert len(list_images(tmp_path)) == 1
+    assert "closed: left out, permission denied" in capsys.readouterr().err
+    assert "cannot be read: permission denied" in stopped(list_images, tmp_path / "closed")
+
+
+def test_pipes_and_sockets_are_not_opened(tmp_path, photo, capsys, stopped):
+    photo(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "x.jpg")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.path.relpath(tmp_path / "y.jpg"))
+        assert len(list_images(tmp_path)) == 1
+    assert "other files passed over: 2 pipe, socket or device" in capsys.readouterr().err
+    assert "no file and no folder" in stopped(list_images, tmp_path / "x.jpg")
+
+
+def test_other_files_are_counted_in_one_line(tmp_path, photo, capsys):
+    photo(tmp_path / "a.png")
+    for name in ("b.JP2", "b.avif", "b.heic", "b.md", "c.md", "none", ".hidden"):
+        (tmp_path / name).touch()
+    assert [os.path.basename(path) for path in list_images(tmp_path)] == ["a.png", "b.JP2", "b.avif", "b.heic"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("other files passed over: 2 .md, 1 without suffix")
+
+
+def test_jpeg_2000_is_read(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "a.jp2", irreversible=False)
+    assert np.array_equal(read_rgb(tmp_path / "a.jp2"), rgb)
+
+
+@pytest.mark.parametrize("settings", [{}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpeg_without_its_last_two_bytes_is_whole_and_with_fewer_is_not(tmp_path, photographs, settings):
+    Image.open(photographs / "coffee.png").save(path := tmp_path / "a.jpg", quality=92, **settings)
+    whole, expected = path.read_bytes(), read_rgb(path)
+    path.write_bytes(whole[:-2])
+    assert np.array_equal(read_rgb(path), expected)
+    assert min(open_rgb(path, least_side=40).size) == 48  # shrunk by the decoder as well
+    for cut in (*range(3, 60), *range(60, len(whole) - 1000, 97)):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(InvalidImageError, match="truncated"):
+            read_rgb(path)
+
+
+def test_a_tiff_that_pillow_cannot_read_is_no_damage(tmp_path):
+    (tmp_path / "float.tif").write_bytes(b"II*\0\x08\0\0\0" + bytes(40))
+    with pytest.raises(InvalidImageError, match="a TIFF of a kind that cannot be read"):
+        read_rgb(tmp_path / "float.tif")
+
+
+# Results and photographs
+
+
+def test_several_files_and_folders_keep_their_names(tmp_path, color, photo):
+    for name in ("one.png", "two.png", "beach/a.png", "hills/a.png"):
+        photo(tmp_path / name)
+    names = [tmp_path / name for name in ("one.png", "two.png", "beach")]
+    result = tmp_path / "result"
+    assert color(*names, "--image_dir", tmp_path / "hills", "--compare", "--result_path", result) == 0
+    assert found(result) == ["beach/a.png", "hills/a.png", "one.png", "two.png"]
+    sheets = tmp_path / "result_compare"
+    assert found(sheets) == ["beach/sheet_001.png", "hills/sheet_001.png", "sheet_001.png"]
+    assert list(named_images(tmp_path / "one.png", tmp_path / "one.png")) == ["one"]
+
+
+def test_one_photograph_to_a_named_file(tmp_path, color, photo, stopped):
+    photo(tmp_path / "a.png")
+    assert color(tmp_path / "a.png", "--output", tmp_path / "new" / "b.jpg") == 0
+    assert found(tmp_path / "new", "*") == ["b.jpg"] and Image.open(tmp_path / "new" / "b.jpg").format == "JPEG"
+    photo(tmp_path / "c.png")
+    for flags, line in [
+        ((tmp_path / "a.png", tmp_path / "c.png", "--output", tmp_path / "b.png"), "--output names one file"),
+        ((tmp_path / "a.png", "--output", tmp_path / "a.png"), "would overwrite it"),
+        ((tmp_path / "a.png", "--output", tmp_path / "b.xyz"), "must end in"),
+        ((tmp_path / "a.png", "--output", tmp_path / "b.png", "--format", "jpg"), "must end in"),
+    ]:
+        assert line in stopped(lambda flags: color(*flags), flags)
+
+
+def test_results_never_lie_among_the_photographs(tmp_path, color, photo, stopped):
+    """As they would, a second run would color them again, to x.png.png."""
+    photo(tmp_path / "same" / "x.png")
+    photo(tmp_path / "same" / "y" / "x.png")
+    for images, result in (("same", "same"), ("same/y", "same"), ("same", "same/y"), ("same/x.png", "same")):
+        message = stopped(lambda x: color(tmp_path / x[0], "--result_path", tmp_path / x[1]), (images, result))
+        assert "results would lie among the photographs" in message
+    assert found(tmp_path / "same") == ["x.png", "y/x.png"]
+
+
+def test_earlier_results_and_their_sheets_are_not_colored(tmp_path, color, photo, capsys):
+    photo(tmp_path / "x.png")
+    for result in ("out1", "out2"):
+        assert color(tmp_path, "--compare", "--result_path", tmp_path / result) == 0
+        assert found(tmp_path / result) == ["x.png"]
+    assert "out1: passed over, results of test.py (coloring.json)" in capsys.readouterr().err
+
+
+def test_what_coloring_json_says_stays_true(tmp_path, color, photo, stopped, capsys):
+    photo(tmp_path / "in" / "a.png")
+    where = (tmp_path / "in", "--result_path", tmp_path / "result", "--skip_existing")
+    assert color(*where) == 0
+    before = (tmp_path / "result" / "coloring.json").read_text()
+    assert color(*where, "--temperature", 0.9) == 0  # nothing to do
+    assert "0 images colored" in capsys.readouterr().out
+    photo(tmp_path / "in" / "b.png")
+    assert "have the temperature 0.38, not 0.9" in stopped(lambda _: color(*where, "--temperature", 0.9), None)
+    assert (tmp_path / "result" / "coloring.json").read_text() == before
+    assert color(*where) == 0 and found(tmp_path / "result") == ["a.png", "b.png"]
+
+
+def test_no_result_no_coloring_json(tmp_path, color):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"x")
+    assert color(tmp_path / "in", "--result_path", tmp_path / "result") == 3
+    assert not found(tmp_path / "result", "*")
+
+
+def test_a_name_too_long_for_a_result_costs_a_line(tmp_path, color, photo, capsys):
+    photo(tmp_path / "in" / "a.png")
+    for suffix in ("gif", "ppm"):  # the second result would be x….ppm.png
+        photo(tmp_path / "in" / ("x" * 251 + f".{suffix}"))
+    assert color(tmp_path / "in", "--result_path", tmp_path / "result") == 3
+    assert len(found(tmp_path / "result")) == 2 and "file name too long" in capsys.readouterr().err
+
+
+def test_samples_that_use_little_of_their_range_and_further_frames_are_said(tmp_path, color, photographs, capsys):
+    gray = Image.open(photographs / "coffee.png").convert("L")
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.asarray(gray).astype(np.uint16) << 4).save(tmp_path / "in" / "twelve.tif")
+    Image.fromarray(np.asarray(gray).astype(np.int32)).save(tmp_path / "in" / "int32.tif")
+    gray.save(tmp_path / "in" / "frames.gif", save_all=True, append_images=[gray.rotate(90), gray.rotate(180)])
+    gray.save(tmp_path / "in" / "usual.png")
+    assert color(tmp_path / "in", "--result_path", tmp_path / "result") == 0
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert len(lines) == 3 and "frames.gif: only the first" in lines[0]
+    assert "int32.tif: nearly black" in lines[1] and "twelve.tif: nearly black" in lines[2]
+
+
+def test_the_script_that_removes_names_files_as_the_system_finds_them(tmp_path):
+    """cur/link/.. is the folder above the one that the link leads to, not cur."""
+    (tmp_path / "cur").mkdir()
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "cur" / "link").symlink_to("../real/deep")
+    for folder in ("cur", "real"):
+        (tmp_path / folder / "x.jpg").write_bytes(b"")
+    flags = ["--image_dir", str(tmp_path / "cur" / "link" / ".."), "--output", str(tmp_path), "--num_workers", "0"]
+    get_invalid_images.main(get_invalid_images.parse_args(flags))
+    subprocess.run(["bash", tmp_path / "remove_invalid.sh"], check=True)
+    assert (tmp_path / "cur" / "x.jpg").exists() and not (tmp_path / "real" / "x.jpg").exists()
+
+
+def test_a_checkpoint_may_be_named_as_its_file(tmp_path):
+    (tmp_path / "epoch_latest_model.pdparams").touch()
+    assert find_weights(tmp_path, "epoch_latest_model.pdparams") == tmp_path / "epoch_latest_model.pdparams"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("p.txt", "no .npy file"), ("p.npz", "no .npy file"), (".", "is a directory")]
+)
+def test_a_prior_of_another_format(tmp_path, stopped, name, line):
+    (tmp_path / "p.txt").write_text("hello")
+    np.savez(tmp_path / "p.npz", a=np.ones(313))
+    message = stopped(load_prior, tmp_path / name)
+    assert line in message and "pickle" not in message and "Errno" not in message
+
+
+# Training
+
+
+def test_an_earlier_run_is_not_replaced_unasked(tmp_path, squares, stopped, small_network):
+    def run(*flags, model="model", log="log"):
+        short = "--load_size 40 --crop_size 32 --batch_size 4 --max_steps 1 --num_workers 0"
+        where = ["--model_path", str(tmp_path / model), "--log_path", str(tmp_path / log)]
+        return train.main(train.parse_args(["--image_dir", str(squares), *where, *short.split(), *flags]))
+
+    assert run() == 0
+    line = (tmp_path / "log" / "train.jsonl").read_text()  # though it is shorter than --loss_step
+    assert '"step": 1' in line
+    for settings in ({}, {"model": "other"}, {"log": "other"}):
+        message = stopped(lambda x: run(**x), settings)
+        assert "--continue_train" in message and "--overwrite" in message
+    assert "says where --continue_train goes on" in stopped(lambda _: run("--which_epoch", "0"), None)
+    assert (tmp_path / "log" / "train.jsonl").read_text() == line
+    assert run("--overwrite") == 0 and run("--continue_train") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_ahead_of_the_work(tmp_path, stopped):
+    (tmp_path / "file").touch()
+    flags = [
+        "--image_dir",
+        "missing",
+        "--log_path",
+        str(tmp_path / "log"),
+        "--model_path",
+        str(tmp_path / "file" / "m"),
+    ]
+    assert "file/m: cannot be written to" in stopped(train.main, train.parse_args(flags))
+
+
+# Labels
+
+
+@pytest.mark.parametrize("text", ["\ufeffa.png 5\n", "a.png\t5\n", "a.png,5\n", "a.png, 5\n", "a.png 5\na.jpg 5\n"])
+def test_labels_as_others_write_them(tmp_path, text):
+    (tmp_path / "labels.txt").write_text(text, "utf-8")
+    assert metrics_acc.find_labels(["a"], ".", tmp_path / "labels.txt") == [5]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("a 5\na 6\n", "line 2: a has another class"), ("a " + "9" * 5000, "not a name")]
+)
+def test_labels_that_cannot_be_meant(tmp_path, text, line):
+    (tmp_path / "labels.txt").write_text(text, "utf-8")
+    with pytest.raises(UserError, match=line) as stop:
+        metrics_acc.find_labels(["a"], ".", tmp_path / "labels.txt")
+    assert len(str(stop.value)) < 500
+
+
+def test_names_of_any_bytes_in_the_last_line(tmp_path, squares, capsys, handlers):
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.npy")
+    flags = ["--image_dir", str(squares), "--num_workers", "0", "--output", output]
+    assert run_script(estimate_prior.main, lambda: estimate_prior.parse_args(flags)) == 0
+    assert "p\\xff.npy: from 4 color images" in capsys.readouterr().out
