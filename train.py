@@ -10,7 +10,7 @@ which), 2 unknown flags, 130 stopped by Ctrl-C, 143 by SIGTERM.
 The defaults are the paper's (its final model: 450,000 steps of 40 images). The results table's variants:
 full --gamma 0.5 · non-rebalance --rebalance False · rebalance --gamma 0.
 
-Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_step steps:
+Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_step steps and at the last:
 
     epoch 0  step    100  loss 12345.6  nats 3.456  kl 2.345  lr 3.16e-05  images/s 12.3  waiting 1%
 """
