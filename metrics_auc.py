@@ -75,8 +75,6 @@ AREAS = np.array([auc(one) for one in np.eye(ERRORS)])  # what a pixel adds to t
 # -------------------------------------------------------------------------------------------------
 # What is known of every color, prepared once
 
-STEP, REACH = 10, 11  # the ab bins lie on a grid of 10, from -110 to 110
-
 
 @cache
 def tables():
@@ -86,7 +84,7 @@ def tables():
     int32 [2^24], is the number of the nearest bin * 256 + the level of the gray (ab = 0) that is as light. 192 MB, made
     in 2 seconds; worker processes that are forked afterwards share them.
     """
-    points, ab_bins = np.arange(-REACH, REACH + 1) * STEP, load_ab_bins().numpy()
+    points, ab_bins = np.arange(-110, 111, 10), load_ab_bins().numpy()  # the bins lie on this grid
     grid = np.stack(np.meshgrid(points, points, indexing="ij"), axis=-1)[:, :, None]  #     [23, 23, 1, 2]
     nearest = ((grid - ab_bins) ** 2).sum(axis=3).argmin(axis=2).astype(np.int32)  #        [23, 23]
     between_grays = rgb_to_lightness(paddle.arange(0.5, 255).expand([1, 3, 1, 255]) / 255).numpy().ravel()
@@ -97,7 +95,7 @@ def tables():
         lightness, *a_and_b = rgb_to_lab(paddle.to_tensor(rgb)).numpy().swapaxes(0, 1)
         ab.real[reds], ab.imag[reds] = a_and_b
         # For an sRGB color the nearest point of the grid is a bin, and so the nearest bin: rounding finds it.
-        bins = nearest[tuple(np.rint(x / STEP).astype(np.intp) + REACH for x in a_and_b)]
+        bins = nearest[tuple(np.rint(x / 10).astype(np.intp) + 11 for x in a_and_b)]
         bins_and_grays[reds] = bins * 256 + np.searchsorted(between_grays, lightness)
     return ab.ravel(), bins_and_grays.ravel()
 
@@ -156,7 +154,7 @@ def compare(paths, load_size=None, crop_size=None):
         "images": 1,
         "pixels": len(true_ab),
         "areas": np.float32([*(x @ AREAS for x in counts), counts[0].sum(axis=1)]),  #             [3, 313]
-        "chroma": (np.abs(colored_ab).sum(dtype=np.float64), 0, true_chroma.sum(dtype=np.float64)),
+        "chroma": (np.abs(colored_ab).sum(), 0, true_chroma.sum()),
         "colorfulness": (colorfulness(colored), 0, colorfulness(true)),
         "psnr": [x or 0 for x in noise],
         "copies": [x is None for x in noise],
@@ -287,7 +285,6 @@ def main(args):
     if args.gray and args.load_size and not args.crop_size:
         raise UserError("--load_size without --crop_size changes nothing for --gray")
     use_all_cores()
-    keep_freed_memory()
     prior_path = args.prior or RESOURCES / "prior_probs.npy"
     bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy().astype(np.float64)
 
@@ -302,6 +299,7 @@ def main(args):
 
     # Compare, pair by pair
     tables()  # before the workers, so that these share them
+    keep_freed_memory()
     job = partial(compare, load_size=args.load_size, crop_size=args.crop_size)
     records, totals = [], np.zeros((2, NUM_BINS, ERRORS), np.int64)  # of the colored images and of gray
     results = parallel_map(job, [paths for _, *paths in pairs], args.num_workers, "comparing", (tables,))

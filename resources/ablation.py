@@ -127,9 +127,8 @@ def figures(names, measured, recognized, times, bin_weights):
     """
     found = {}
     for row, images in measured.items():
-        versions = metrics_auc.figures(metrics_auc.pool(images, times), bin_weights)
-        found[row] = versions["colored"]
-    found.update({GRAY: versions["gray"], TRUE: versions["true"]})  # the same, whichever row they are from
+        found[row], *controls = metrics_auc.figures(metrics_auc.pool(images, times), bin_weights).values()
+    found[GRAY], found[TRUE] = controls  # the same, whichever row they are from
     for row, lines in recognized.items():
         version = row if row in (GRAY, TRUE) else "colored"
         for top in ("top1", "top5"):
@@ -152,10 +151,9 @@ def differences(found):
     for quantity, rows in PATTERN.items():
         rows = [row for row in rows if quantity in found.get(row, ())]
         for more, less in zip(rows, rows[1:]):
-            line = {"quantity": quantity, "of": more, "minus": less}
-            line.update(estimate(found[more][quantity] - found[less][quantity]))
-            line["verdict"] = "holds" if line["low"] > 0 else "does not" if line["high"] < 0 else "undecided"
-            lines.append(line)
+            of = estimate(found[more][quantity] - found[less][quantity])
+            verdict = "holds" if of["low"] > 0 else "does not" if of["high"] < 0 else "undecided"
+            lines.append({"quantity": quantity, "of": more, "minus": less, **of, "verdict": verdict})
     return lines
 
 
@@ -262,11 +260,10 @@ def main(args):
     # Setup; what can be wrong is found before the work
     check_flags(args, bootstrap=(1, None), panel=(1, None))
     output, true = Path(args.save_path), named_images(args.val_dir)
-    results = {os.path.basename(os.path.abspath(folder)): Path(folder) for folder in args.results}
+    results = {printable(os.path.basename(os.path.abspath(folder))): Path(folder) for folder in args.results}
     if len({*results, GRAY, TRUE}) < len(args.results) + 2:
         raise UserError(f"--results: the rows go by the folders' names: each its own, and neither {GRAY} nor {TRUE}")
-    ordered = [row for row in ROWS if row in results] + [row for row in results if row not in ROWS]
-    results = {row: results[row] for row in ordered}
+    results = {row: results[row] for row in sorted(results, key=[*ROWS, *results].index)}
     bin_weights = rebalancing_weights(load_prior(args.prior), lam=0).numpy().astype(np.float64)
     make_folder(output)
 
@@ -285,18 +282,17 @@ def main(args):
     estimates = {row: {x: estimate(values) for x, values in of.items()} for row, of in found.items()}
     logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in results} if args.runs else {}
     for row, lines in logs.items():
-        for value in [line["val_kl"] for line in lines if "val_kl" in line][-1:]:
-            estimates[row]["kl"] = {"value": value}
+        estimates[row].update([("kl", {"value": line["val_kl"]}) for line in lines if "val_kl" in line])  # the last one
 
     # Write and tell
-    of_first = read_json(output / ordered[0] / "auc.json")
+    first = next(iter(results))
+    of_first = read_json(output / first / "auc.json")
     left_out = [printable(name) for name in true if name not in set(names)]
     summary = {
         "results": estimates,
         "differences": differences(found),
         "images": len(names),
         "true_images": of_first["true_images"],
-        "colored_images": {row: printable(folder.resolve()) for row, folder in results.items()},
         "coloring": {row: read_json(folder / COLORING) for row, folder in results.items()},
         "bootstrap": args.bootstrap,
         "seed": args.seed,
@@ -309,8 +305,8 @@ def main(args):
     with atomic_text(output / "ablation.md") as file:
         file.write(markdown(summary))
     curves = {row: np.genfromtxt(output / row / "auc.txt", skip_footer=1)[:, 2:].T for row in results}
-    by_name = {ROWS.get(row, row): six[:3] for row, six in curves.items()}
-    metrics_auc.plot({**by_name, metrics_auc.GRAY: curves[ordered[0]][3:]}, output / "ablation_auc.png")
+    curves = {**{ROWS.get(row, row): six[:3] for row, six in curves.items()}, ROWS[GRAY]: curves[first][3:]}
+    metrics_auc.plot(curves, output / "ablation_auc.png")
     shown = np.random.default_rng(args.seed).permutation(len(names))[: args.panel]
     save_sheet([names[i] for i in shown], args.val_dir, results, output / "ablation_sheet.jpg")
     if logs:
