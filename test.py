@@ -160,11 +160,14 @@ def background_threads(count):
         pool.shutdown(cancel_futures=True)  # of a run that is stopped; else there are none
 
 
-def ahead(pool, function, photographs, pixels=PIXELS_AHEAD):
-    """`function` of each photograph, in order, done by the pool's threads so many pixels ahead of the reader."""
+def ahead(pool, function, photographs, pixels=PIXELS_AHEAD, at_once=False):
+    """`function` of each photograph, in order, done by the pool's threads so many pixels ahead of the reader.
+
+    `at_once`: what is done is handed on, so that it counts, instead of waiting until as much is on its way.
+    """
     pending, waiting = deque(), 0
     for photograph in photographs:
-        while pending and waiting + photograph.pixels > pixels:
+        while pending and (waiting + photograph.pixels > pixels or (at_once and pending[0].done())):
             done = pending.popleft().result()
             waiting -= done.pixels
             yield done
@@ -359,7 +362,7 @@ def main(args):
     with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
         loaded = ahead(readers, partial(load, args=args), photographs)
         colored = announced(color(loaded, colorizer, args.temperature, args.batch_size), made_by, folders)
-        written = ahead(writers, partial(write, format=args.format), colored)
+        written = ahead(writers, partial(write, format=args.format), colored, at_once=True)
         for photograph in progress(written, len(photographs)):
             if photograph.failure:
                 note(f"skipped {photograph.failure}")
