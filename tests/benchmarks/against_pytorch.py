@@ -107,6 +107,7 @@ def serve(pipe, side, job, threads, *arguments):
 
     With one thread they are the processor's, which hardly depend on what else the machine is doing.
     """
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     run = side(job, threads, *arguments)
     clock = time.process_time if threads == 1 else time.perf_counter
     run()
