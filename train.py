@@ -184,9 +184,8 @@ def validate(network, loader, ab_bins, args, autocast, stop):
     share_statistics(network)
     network.eval()
     sums, histogram, panel = np.zeros(3), 0, []
-    for rgb, broken in tqdm(
-        from_workers(loader), "validating", len(loader), unit="batch", leave=False, disable=None if is_first() else True
-    ):
+    bar = {"unit": "batch", "leave": False, "disable": None if is_first() else True}
+    for rgb, broken in tqdm(from_workers(loader, stop), "validating", len(loader), **bar):
         if stop.noticed:
             break
         readable = np.flatnonzero(broken.numpy() == 0)
@@ -380,7 +379,7 @@ def main(args):
             sampler.begin(args.seed, run.epoch, skip=run.batch)
             loader.dataset.epoch = run.epoch
             meter.begin_epoch()
-            for rgb, broken in meter.timed(from_workers(loader)):
+            for rgb, broken in meter.timed(from_workers(loader, stop)):
                 loss, figures = objective(model, to_device(rgb), ab_bins, bin_weights, args, autocast)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)

@@ -6,6 +6,8 @@ Imported ahead of Paddle by every one of them.
 import os
 import signal
 import sys
+import threading
+import warnings
 import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
 
 
@@ -21,3 +23,13 @@ if os.path.dirname(_script) in (_root, os.path.join(_root, "resources")):
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) is not signal.SIG_IGN:  # as in the background of a shell's script
             signal.signal(_number, _leave)
+
+# Paddle greets its user (no ccache, no cuDNN) and talks to itself; errors are raised all the same.
+os.environ.setdefault("GLOG_minloglevel", "2")
+with warnings.catch_warnings():  # what others have to say later is not touched
+    warnings.simplefilter("ignore")
+    import paddle  # noqa: F401
+
+# It has put a handler of its own in place, that dumps its C++ stack.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)

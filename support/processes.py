@@ -15,6 +15,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASK_SECONDS = 1  # between two questions among the processes whether to stop: after Ctrl-C a launcher may give them 4
 
 
@@ -74,7 +75,7 @@ class StopRequest:
         self.noticed = 0  # by this process
         self.signal = 0  # that all processes agreed to obey
         self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
-        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.notice) for number in STOP_SIGNALS}
 
     def notice(self, number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM: a launcher sends it several times
@@ -115,6 +116,10 @@ def begin_worker(_):
     watch over the parent waits for work first, so that a worker would outlive a parent that was killed.
     """
     os.setpgrp()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # forgets one that came before it left; see `from_workers`
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -124,9 +129,17 @@ def leave_with(parent):
     os._exit(1)
 
 
-def from_workers(loader):
-    """What the loader yields. Raises UserError when a process that reads images is gone."""
-    iterator = iter(loader)
+def from_workers(loader, stop):
+    """What the loader yields. Raises UserError when a process that reads images is gone.
+
+    Not when `stop`, a StopRequest, has heard of a signal: that may be what ended it, and there is something to save.
+    """
+    # A worker that has not left the group yet would die of a signal: until then it has none.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # Paddle would raise an error wherever this process is, once for each worker that ends, also amid a save. Without
     # that it notices in some seconds, here.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -135,6 +148,8 @@ def from_workers(loader):
     except SystemError as error:
         for worker in multiprocessing.active_children():  # one may wait for a lock that the dead one held
             worker.kill()
+        if stop.noticed and dist.get_world_size() == 1:  # several have to take the same steps
+            return
         raise UserError(
             "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
             "go on with --continue_train, perhaps with fewer --num_workers"

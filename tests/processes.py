@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -95,3 +96,23 @@ def gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def stopped_at_random(folder, images, signals, seed=0):
+    """Stops runs of very short epochs at any moment from their first step on; each goes on where the last one stopped.
+
+    The signal goes to the whole group of processes, as a terminal sends it. Yields the exit code, the one that it
+    should be, and what the run said.
+    """
+    moment = random.Random(seed)
+    resume = []
+    for _ in range(signals):
+        number = moment.choice((signal.SIGINT, signal.SIGTERM))
+        before = steps_done(folder)
+        more = ["--batch_size", 1, "--num_workers", 2, "--num_epochs", 10**6, *resume]
+        with started(folder, *flags(folder, images, *more)) as process:
+            wait_for(lambda before=before: steps_done(folder) > before, process)
+            time.sleep(moment.random())
+            os.killpg(process.pid, number)
+            yield process.wait(LIMIT), 128 + number, (folder / "err").read_text()
+        resume = ["--continue_train"]

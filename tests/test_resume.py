@@ -1,5 +1,6 @@
 """A run that was stopped in any way goes on as if it had not been."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import recorded
-from processes import flags, gone, log, run, started, steps_done, wait_for
+from processes import flags, gone, log, run, started, steps_done, stopped_at_random, wait_for
 
 import train
 
@@ -146,6 +147,28 @@ def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, squares, number, co
     code, _ = run(tmp_path, *flags(tmp_path, squares, *more, "--continue_train", "--max_steps", done + 3))
     assert code == 0 and run(whole, *flags(whole, squares, *more, "--max_steps", done + 3))[0] == 0
     assert same(state(tmp_path), state(whole)) and figures(tmp_path) == figures(whole)
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_at_a_signal_at_whatever_moment(tmp_path, squares):
+    """The workers of the next epoch may just be starting."""
+    for code, right, said in stopped_at_random(tmp_path, squares, signals=12):
+        assert code == right, said
+        assert "Traceback" not in said and "to go on" in said
+        assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
+
+
+def test_a_worker_that_dies_of_the_same_signal_does_not_keep_the_run_from_saving(tmp_path, squares):
+    with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 2, "--batch_size", 1)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
+        process.send_signal(signal.SIGSTOP)  # no new workers meanwhile
+        for pid in process.family() - {process.pid}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 143
+    assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
 
 
 def test_a_second_ctrl_c_leaves_at_once_but_not_a_second_sigterm(squares):

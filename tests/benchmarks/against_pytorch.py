@@ -134,8 +134,9 @@ def compare(job, threads, batch, size, rounds):
             time.sleep(0.5)  # the other's threads spin for a moment before they sleep
             pipe.send(True)
             seconds.append(pipe.recv())
-    for pipe in pipes:
+    for pipe, process in zip(pipes, processes):
         pipe.send(False)
+        process.join()  # left running, it would be told to stop, which Paddle answers with a stack dump
     ratios = [a / b for a, b in zip(*times)]
     ours, theirs = map(statistics.median, times)
     print(

@@ -1,0 +1,89 @@
+"""The terminal shows the scripts' own lines, and nothing of what Paddle says to itself."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a user of Paddle's GPU build without a GPU is told.
+OWN = {"this Paddle is built for GPUs but finds none that it can use: computing on the CPU"}
+
+
+@pytest.fixture
+def stderr(tmp_path):
+    """Runs Python as a user does who has no ccache. Returns the lines of standard error."""
+
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("cat", "grep", "sh", "uname", "which"):
+        (tools / tool).symlink_to(shutil.which(tool))
+
+    def run(*command, code=0):
+        bare = {key: os.environ[key] for key in ("HOME", "LD_LIBRARY_PATH") if key in os.environ}
+        bare.update(PATH=str(tools), PYTHONPATH=str(ROOT))
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, env=bare, capture_output=True)
+        lines = done.stderr.decode().splitlines()
+        assert done.returncode == code, lines
+        return [line for line in lines if line not in OWN]
+
+    return run
+
+
+def test_training_is_quiet(stderr, squares):
+    sizes = [
+        "--load_size",
+        "32",
+        "--crop_size",
+        "32",
+        "--batch_size",
+        "2",
+        "--num_workers",
+        "1",
+        "--num_epochs",
+        "1",
+        "--max_steps",
+        "1",
+    ]
+    assert stderr(ROOT / "train.py", "--image_dir", squares, "--val_dir", squares, *sizes) == []
+
+
+def test_coloring_is_quiet_also_when_it_exports_the_network(stderr, squares, trained, tmp_path):
+    checkpoint = tmp_path / "network.pdparams"
+    checkpoint.symlink_to(trained)
+    assert stderr(ROOT / "test.py", squares, "--load_model", checkpoint, "--load_size", 32) == []
+
+
+@pytest.mark.parametrize("script", ["metrics_auc.py", "get_invalid_images.py"])
+def test_scripts_that_read_images_are_quiet(stderr, squares, script):
+    flags = ["--imgs_dir", squares, "--gray"] if script == "metrics_auc.py" else ["--image_dir", squares]
+    assert stderr(ROOT / script, *flags, "--num_workers", 1) == []
+
+
+def test_a_mistake_is_the_only_line(stderr, tmp_path):
+    (line,) = stderr(ROOT / "metrics_acc.py", "--results_dir", tmp_path / "nowhere", code=1)
+    assert "nowhere" in line
+
+
+def test_importing_the_drivers_in_resources_is_quiet(stderr):
+    names = ", ".join(f"resources.{path.stem}" for path in sorted((ROOT / "resources").glob("*.py")))
+    assert stderr("-c", f"import {names}") == []
+
+
+def test_warnings_of_the_users_own_making_stay(stderr):
+    lines = stderr("-c", "import support, warnings; warnings.warn('mine'); warnings.warn('too', DeprecationWarning)")
+    assert any("mine" in line for line in lines) and any("too" in line for line in lines)
+
+
+def test_told_to_end_a_script_ends_without_a_stack_dump(stderr):
+    kill = "import os, support, paddle; paddle.ones([2]).sum(); os.kill(os.getpid(), 15)"
+    assert stderr("-c", kill, code=-signal.SIGTERM) == []
+
+
+def test_errors_of_paddle_are_raised_as_ever(stderr):
+    lines = stderr("-c", "import support, paddle; paddle.ones([2]).reshape([3])", code=1)
+    assert any("ValueError" in line or "InvalidArgument" in line for line in lines)
