@@ -1,0 +1,153 @@
+"""Makes images of many formats and modes from the photographs that scikit-image bundles, and damages most of them.
+
+As a script it sends them through `test.py`, `get_invalid_images.py` and `metrics_auc.py`:
+
+    python tests/damaged.py [--count 400] [--seed 0]
+    400 images, 163 of them readable by Pillow: all of these served, exit codes right, no traceback
+"""
+
+import argparse
+import io
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage import data
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMATS = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "ppm": "PPM"}
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
+
+
+def make(folder, count, seed=0):
+    """Writes so many images, every format and mode among them, with names that tell format, mode and damage."""
+    choose = random.Random(seed)
+    photographs = [Image.fromarray(x()[::6, ::6]) for x in (data.astronaut, data.chelsea, data.coffee, data.rocket)]
+    folder.mkdir(parents=True)
+    made = 0
+    while made < count:
+        suffix, mode = choose.choice(sorted(FORMATS)), choose.choice(MODES)
+        whole = encoded(choose.choice(photographs), suffix, mode, choose)
+        if whole is None:
+            continue  # the format does not have the mode
+        damage = choose.choice(DAMAGES)
+        name = f"{made:03d}_{suffix}_{mode.replace(';', '')}_{damage.__name__}.{suffix}"
+        (folder / name).write_bytes(damage(whole, choose))
+        made += 1
+
+
+def encoded(photograph, suffix, mode, choose):
+    image = photograph.convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    options = {
+        "jpg": {"progressive": choose.random() < 0.5},
+        "tif": {"compression": choose.choice(("raw", "tiff_lzw"))},
+    }
+    file = io.BytesIO()
+    try:
+        image.save(file, FORMATS[suffix], **options.get(suffix, {}))
+    except (OSError, ValueError, KeyError):
+        return None
+    return file.getvalue()
+
+
+def unharmed(whole, _):
+    return whole
+
+
+def emptied(*_):
+    return b""
+
+
+def truncated(whole, choose):
+    return whole[: choose.randrange(1, len(whole))]
+
+
+def shortened(whole, choose):
+    return whole[: -choose.randint(1, 20)]
+
+
+def flipped(whole, choose):
+    return changed(whole, choose, range(len(whole)), 10)
+
+
+def flipped_at_the_beginning(whole, choose):
+    return changed(whole, choose, range(2, min(64, len(whole))), 3)
+
+
+def blanked(whole, choose):
+    start = choose.randrange(len(whole))
+    return whole[:start] + bytes(len(whole[start : start + 200])) + whole[start + 200 :]
+
+
+def inserted(whole, choose):
+    start = choose.randrange(len(whole))
+    return whole[:start] + choose.randbytes(choose.randint(1, 50)) + whole[start:]
+
+
+def changed(whole, choose, places, count):
+    result = bytearray(whole)
+    for _ in range(count):
+        result[choose.choice(places)] = choose.randrange(256)
+    return bytes(result)
+
+
+DAMAGES = (unharmed, emptied, truncated, shortened, flipped, flipped_at_the_beginning, blanked, inserted)
+
+
+def readable(folder):
+    """The names of the files that Pillow alone reads to their end."""
+    names = set()
+    for path in sorted(folder.iterdir()):
+        try:
+            with Image.open(path) as image:
+                image.load()
+                image.convert("RGB")
+        except Exception:  # of any kind, as decoders have it
+            continue
+        names.add(path.name)
+    return names
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make(folder / "in", args.count, args.seed)
+        whole = readable(folder / "in")
+
+        def run(script, *flags, code):
+            command = [sys.executable, str(ROOT / script), *map(str, flags)]
+            done = subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, "TQDM_DISABLE": "1"})
+            said = done.stdout.decode() + done.stderr.decode()
+            if done.returncode != code or "Traceback" in said:
+                wrong.append(f"{script}: exit code {done.returncode}\n{said}")
+            return said
+
+        run("test.py", folder / "in", "--load_model", "small", "--load_size", 32, code=3)
+        run("metrics_auc.py", "--imgs_dir", folder / "in", "--results_dir", folder / "result", code=3)
+        run("get_invalid_images.py", "--image_dir", folder / "in", code=0)
+        listed = (folder / "invalid_images.csv").read_text()
+        for name in sorted(whole):
+            if not (folder / "result" / name).with_suffix(".png").exists():
+                wrong.append(f"{name}: readable, but not colored")
+            if f"{name},unreadable" in listed:
+                wrong.append(f"{name}: readable, but listed as unreadable")
+    print("\n".join(wrong))
+    end = "all of these served, exit codes right, no traceback" if not wrong else f"{len(wrong)} things wrong"
+    print(f"{args.count} images, {len(whole)} of them readable by Pillow: {end}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
