@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "pretrained": {"support", "model", "utils"},
     "colorizer": {"support", *METHOD, "pretrained"},
     "hubconf": {"colorizer", "pretrained"},
+    "app": {"support", "dataset", "utils", "pretrained", "colorizer"},
     **dict.fromkeys(SCRIPTS, {"support", *METHOD, "pretrained", "colorizer"}),
 }
 
