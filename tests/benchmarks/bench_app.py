@@ -1,0 +1,105 @@
+"""The page: from its start to the first result, memory over many uploads, and what visitors at once experience.
+
+    python tests/benchmarks/bench_app.py [--load_model NAME] [--uploads 200] [--visitors 20]
+
+Photographs are scikit-image's, turned, cropped and saved as JPEG of two megapixels, each another one.
+"""
+
+import argparse
+import io
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from support.cpu import use_all_cores
+
+import numpy as np
+from PIL import Image
+from skimage import data
+
+from colorizer import Colorizer
+from pretrained import default_name
+from tests.visitor import Visitor
+
+PORT = 7899
+ADDRESS = f"http://127.0.0.1:{PORT}"
+
+
+def photograph(seed):
+    random = np.random.default_rng(seed)
+    image = Image.fromarray(getattr(data, random.choice(["astronaut", "coffee", "chelsea", "rocket"]))())
+    image = image.rotate(random.uniform(-5, 5), Image.Resampling.BICUBIC)
+    left, top, right, bottom = random.uniform((0.02, 0.02, 0.7, 0.7), (0.3, 0.3, 0.98, 0.98)) * (image.size * 2)
+    image = image.crop([round(x) for x in (left, top, right, bottom)])
+    scale = (2e6 / (image.width * image.height)) ** 0.5
+    file = io.BytesIO()
+    image.resize([round(side * scale) for side in image.size]).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def resident(server):
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())[1]) / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_path", default="./model")
+    parser.add_argument("--load_model")
+    parser.add_argument("--uploads", type=int, default=200)
+    parser.add_argument("--visitors", type=int, default=20)
+    args = parser.parse_args()
+    use_all_cores()
+    weights = args.load_model or default_name(Path(args.model_path))
+
+    start = time.perf_counter()
+    flags = ["--port", str(PORT), "--model_path", args.model_path, "--load_model", weights]
+    server = subprocess.Popen([sys.executable, str(ROOT / "app.py"), *flags], stdout=subprocess.PIPE, text=True)
+    try:
+        server.stdout.readline()
+        ready = time.perf_counter() - start
+        visitor = Visitor(ADDRESS)
+        visitor.take("first.jpg", photograph(0))
+        visitor.color()
+        print(f"start: page after {ready:.1f} s, first result after {time.perf_counter() - start:.1f} s")
+
+        seconds = []
+        for i in range(1, args.uploads + 1):
+            start = time.perf_counter()
+            visitor = Visitor(ADDRESS)  # everyone comes but once
+            visitor.take(f"{i}.jpg", photograph(i))
+            visitor.color()
+            seconds.append(time.perf_counter() - start)
+            if i in (10, args.uploads) or i % 50 == 0:
+                print(f"{i} uploads: {resident(server):.0f} MB, median {np.median(seconds):.2f} s an upload", flush=True)
+
+        colorize = Colorizer(weights, args.model_path)
+        expected = [np.asarray(colorize(Image.open(io.BytesIO(photograph(i))))) for i in range(args.visitors)]
+
+        def visit(i):
+            start, visitor = time.perf_counter(), Visitor(ADDRESS)
+            visitor.take(f"{i}.jpg", photograph(i))
+            gray = time.perf_counter() - start
+            visitor.color()
+            colored = time.perf_counter() - start
+            visitor.move(0.1)
+            moved = time.perf_counter() - start - colored
+            mine = np.array_equal(expected[i], Image.open(io.BytesIO(visitor.download())))
+            return gray, colored, moved, time.perf_counter() - start, mine
+
+        with ThreadPoolExecutor(args.visitors) as pool:
+            *times, mine = zip(*pool.map(visit, range(args.visitors)))
+        for name, values in zip(("in gray", "colored", "temperature moved", "downloaded"), times):
+            print(f"{args.visitors} at once, {name}: {min(values):.1f} to {max(values):.1f} s")
+        print(f"{sum(mine)} of {args.visitors} got their own photograph, pixel for pixel; {resident(server):.0f} MB")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()
