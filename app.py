@@ -22,13 +22,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from support.cli import HelpFormatter, UserError, one_line
-from support.cpu import use_all_cores
+from support.cpu import return_freed_memory, use_all_cores
 
 import numpy as np
 import paddle
 import skimage
 
-from colorizer import Colorizer, join
+from colorizer import Colorizer, join, save
 from dataset import InvalidImageError, image_size, open_rgb
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
@@ -108,6 +108,18 @@ def recolor(visit, temperature):
     return visit, gray_and_colored(visit, temperature)
 
 
+def told(handler):
+    """What would end a script is here a sentence for the visitor."""
+
+    def handle(*inputs):
+        try:
+            return handler(*inputs)
+        except UserError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+    return handle
+
+
 def gray_and_colored(visit, temperature):
     (ab,) = annealed_mean(visit.logits, load_ab_bins(), temperature)
     return gray(visit), join(visit.shown, ab)
@@ -123,10 +135,9 @@ def full_size(colorizer, visit, weights, temperature):
         raise gr.Error(FORGOTTEN, print_exception=False)
     with visit.file() as path:
         colored = colorizer(weights)(path, temperature)
-    folder = tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])
-    path = os.path.join(folder, f"{path.stem}_colored.png")
-    colored.save(path, compress_level=3)
-    return path
+    target = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / f"{path.stem}_colored.png"
+    save(colored, target)
+    return str(target)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -212,7 +223,7 @@ def build(names, colorizer):
             weights = gr.Dropdown(
                 choices, value=names[0], label="Weights", info="whose guess", min_width=240, elem_id="weights"
             )
-            save = gr.Button("Download at full size", variant="primary", elem_id="save")
+            button = gr.Button("Download at full size", variant="primary", elem_id="save")
         file = gr.DownloadButton(visible=False)
         known = [f"*{Path(name).name}* {KNOWN_WEIGHTS.get(name, 'are a checkpoint of your own.')}" for name in names]
         gr.Markdown(ABOUT.replace("WEIGHTS", " ".join(map(html.escape, known))))
@@ -222,16 +233,16 @@ def build(names, colorizer):
         quick = {"concurrency_limit": 4, "api_visibility": "private"}
         taken = [visit, picture, upload]
         colored = {"inputs": [visit, weights, temperature], "outputs": [visit, picture]}
-        colors = partial(color, colorizer)
+        colors = told(partial(color, colorizer))
         upload.upload(take, upload, taken, show_progress_on=picture, **quick).then(colors, **colored, **network)
         examples.select(take_example, None, taken, show_progress_on=picture, **quick).then(colors, **colored, **network)
         weights.input(colors, **colored, **network)
         temperature.input(
             recolor, [visit, temperature], [visit, picture], trigger_mode="always_last", show_progress="hidden", **quick
         )
-        save.click(partial(full_size, colorizer), colored["inputs"], file, show_progress_on=save, **network).success(
-            None, file, js=SAVE
-        )
+        whole = told(partial(full_size, colorizer))
+        made = button.click(whole, colored["inputs"], file, show_progress_on=button, **network)
+        made.success(None, file, js=SAVE)
     return page
 
 
@@ -254,19 +265,14 @@ def main(args):
     if gr is None:
         raise UserError("the page needs Gradio and Python 3.10: pip install -r requirements-app.txt")
     use_all_cores()
+    return_freed_memory()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's look at its own page
 
     # The weights, and the network of the first
     first = args.load_model or default_name(Path(args.model_path))
-    names = list(dict.fromkeys([first, *checkpoint_names(Path(args.model_path))]))
-    load = lru_cache(LOADED)(partial(Colorizer, model_path=args.model_path))
-    load(first)
-
-    def colorizer(name):
-        try:
-            return load(name)
-        except UserError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    names = list(dict.fromkeys([first, *checkpoint_names(Path(args.model_path)), "small"]))
+    colorizer = lru_cache(LOADED)(partial(Colorizer, model_path=args.model_path))
+    colorizer(first)
 
     # Serve until told to stop
     with tempfile.TemporaryDirectory() as folder:  # of uploads and of what is shown; each file for a minute or two

@@ -24,7 +24,7 @@ def use_all_cores(threads=None):
     return threads
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
 
 
 def keep_freed_memory():
@@ -34,6 +34,16 @@ def keep_freed_memory():
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            libc.mallopt(parameter, value)
+
+
+def return_freed_memory():
+    """Makes malloc give large blocks back when they are freed, for a program that runs for weeks in many threads.
+
+    glibc would keep for every thread what that has ever used at once.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**20), (M_ARENA_MAX, 2)):
             libc.mallopt(parameter, value)
 
 

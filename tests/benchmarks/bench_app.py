@@ -14,8 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.cpu import use_all_cores
 
 import numpy as np
@@ -26,6 +25,7 @@ from colorizer import Colorizer
 from pretrained import default_name
 from tests.visitor import Visitor
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PORT = 7899
 ADDRESS = f"http://127.0.0.1:{PORT}"
 
@@ -75,10 +75,12 @@ def main():
             visitor.color()
             seconds.append(time.perf_counter() - start)
             if i in (10, args.uploads) or i % 50 == 0:
-                print(f"{i} uploads: {resident(server):.0f} MB, median {np.median(seconds):.2f} s an upload", flush=True)
+                print(
+                    f"{i} uploads: {resident(server):.0f} MB, median {np.median(seconds):.2f} s an upload", flush=True
+                )
 
         colorize = Colorizer(weights, args.model_path)
-        expected = [np.asarray(colorize(Image.open(io.BytesIO(photograph(i))))) for i in range(args.visitors)]
+        expected = [np.asarray(colorize(io.BytesIO(photograph(i)))) for i in range(args.visitors)]
 
         def visit(i):
             start, visitor = time.perf_counter(), Visitor(ADDRESS)
