@@ -12,7 +12,6 @@ import argparse
 import html
 import logging
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from support.cli import HelpFormatter, UserError, one_line
+from support.cli import HelpFormatter, UserError, check_flags, one_line, run_script
 from support.cpu import return_freed_memory, use_all_cores
 
 import numpy as np
@@ -264,6 +263,7 @@ def main(args):
     # Setup
     if gr is None:
         raise UserError("the page needs Gradio and Python 3.10: pip install -r requirements-app.txt")
+    check_flags(args, port=(1, 65535))
     use_all_cores()
     return_freed_memory()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's look at its own page
@@ -280,12 +280,10 @@ def main(args):
         page = build(names, colorizer).queue(max_size=MAX_WAITING)
         serve(page, args.host, args.port)
         print(f"http://{args.host}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
-        page.close(verbose=False)
-    return 0
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
 
 
 def serve(page, host, port):
@@ -302,4 +300,4 @@ def serve(page, host, port):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(run_script(main, parse_args))

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -58,9 +59,11 @@ def page(trained, tmp_path_factory):
     assert address == f"http://127.0.0.1:{port}", (folder / "log").read_text()
     yield address
     server.terminate()
-    assert server.wait(timeout=30) == 0
+    assert server.wait(timeout=30) == 128 + signal.SIGTERM
     assert set(re.findall("^calls (.*)", (folder / "log").read_text(), re.M)) == {"127.0.0.1"}  # to see that it is up
-    assert not list((folder / "tmp").iterdir())  # nothing that was uploaded or shown is left
+    assert not [
+        path for path in (folder / "tmp").rglob("*") if path.is_file()
+    ]  # nothing that was uploaded or shown is left
 
 
 def until(condition, seconds=60):
