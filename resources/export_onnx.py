@@ -3,9 +3,9 @@
     pip install paddle2onnx                                  once; it needs Paddle 3
     python resources/export_onnx.py --load_model small       writes small.onnx
 
-Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and `temperature`, float32 [1]; the output
-is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to color a photograph with it. The last line says what was
-written, and at which short side the network is at its best:
+Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and `temperature`, float32 [1]; the
+output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to color a photograph with it. The last line says
+what was written, and at which short side the network is at its best:
 
     small.onnx: 129 MB, for photographs with a short side of 96 pixels
 """

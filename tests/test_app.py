@@ -61,9 +61,7 @@ def page(trained, tmp_path_factory):
     server.terminate()
     assert server.wait(timeout=30) == 128 + signal.SIGTERM
     assert set(re.findall("^calls (.*)", (folder / "log").read_text(), re.M)) == {"127.0.0.1"}  # to see that it is up
-    assert not [
-        path for path in (folder / "tmp").rglob("*") if path.is_file()
-    ]  # nothing that was uploaded or shown is left
+    assert not [path for path in (folder / "tmp").rglob("*") if path.is_file()]  # uploaded or shown
 
 
 def until(condition, seconds=60):
