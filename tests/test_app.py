@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from visitor import Visitor
 
 import app
@@ -119,8 +119,13 @@ def test_in_a_browser(page, trained, photographs, tmp_path):
 
 
 @pytest.mark.slow
-def test_visitors_at_once_get_their_own_photographs(page, trained, photographs):
-    paths = sorted(photographs.iterdir())
+def test_visitors_at_once_get_their_own_photographs(page, trained, photographs, tmp_path):
+    """With what their camera wrote into them."""
+    paths = [tmp_path / f"{path.stem}.jpg" for path in sorted(photographs.iterdir())]
+    for path in paths:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Artist] = path.stem
+        Image.open(photographs / f"{path.stem}.png").save(path, exif=exif)
     colorize = Colorizer(trained)
 
     def visit(path):
@@ -131,7 +136,9 @@ def test_visitors_at_once_get_their_own_photographs(page, trained, photographs):
 
     with ThreadPoolExecutor(len(paths)) as pool:
         for path, data in zip(paths, pool.map(visit, paths)):
-            assert np.array_equal(Image.open(io.BytesIO(data)), colorize(path, temperature=0.2))
+            downloaded = Image.open(io.BytesIO(data))
+            assert downloaded.getexif()[ExifTags.Base.Artist] == path.stem
+            assert np.array_equal(downloaded, colorize(path, temperature=0.2))
 
 
 @pytest.mark.slow
