@@ -10,6 +10,7 @@ nothing stays: what the page needs of it is in memory until its visitor has been
 
 import argparse
 import html
+import io
 import logging
 import os
 import sys
@@ -26,6 +27,7 @@ from support.cpu import return_freed_memory, use_all_cores
 import numpy as np
 import paddle
 import skimage
+from PIL import Image
 
 from colorizer import Colorizer, join, save
 from dataset import InvalidImageError, image_size, open_rgb
@@ -54,7 +56,8 @@ class Visit:
 
     name: str  # of the photograph's file
     data: bytes  # … what is in it
-    shown: np.ndarray  # uint8 [H, W, 3], the photograph as the page shows it
+    shown: np.ndarray  # uint8 [H, W, 3], the photograph as large as the page shows it
+    gray: bytes  # a JPEG of its lightness
     weights: str = None  # the name of those that gave the logits
     logits: paddle.Tensor = None  # [1, 313, h/4, w/4]
 
@@ -81,8 +84,10 @@ def take(path):
         gr.Warning(html.escape(f"{Path(path).name} cannot be read as a photograph: {error.reason}."))
         return gr.skip(), gr.skip(), None
     image.thumbnail((PREVIEW, PREVIEW))
-    visit = Visit(Path(path).name, Path(path).read_bytes(), np.asarray(image))
-    return visit, (gray(visit), gray(visit)), None
+    shown = np.asarray(image)
+    visit = Visit(Path(path).name, Path(path).read_bytes(), shown, jpeg(join(shown, paddle.zeros([2, 1, 1]))))
+    gray = file_of(visit.gray)
+    return visit, (gray, gray), None
 
 
 def example(name):
@@ -121,11 +126,24 @@ def told(handler):
 
 def gray_and_colored(visit, temperature):
     (ab,) = annealed_mean(visit.logits, load_ab_bins(), temperature)
-    return gray(visit), join(visit.shown, ab)
+    return file_of(visit.gray), file_of(jpeg(join(visit.shown, ab)))
 
 
-def gray(visit):
-    return join(visit.shown, paddle.zeros([2, 1, 1]))
+def jpeg(rgb):
+    with io.BytesIO() as file:
+        Image.fromarray(rgb).save(file, "JPEG", quality=90, subsampling=0)
+        return file.getvalue()
+
+
+def file_of(data):
+    """Where the page finds it, for a minute."""
+    path = temporary_path("picture.jpg")
+    path.write_bytes(data)
+    return str(path)
+
+
+def temporary_path(name):
+    return Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name
 
 
 def full_size(colorizer, visit, weights, temperature):
@@ -134,7 +152,7 @@ def full_size(colorizer, visit, weights, temperature):
         raise gr.Error(FORGOTTEN, print_exception=False)
     with visit.file() as path:
         colored = colorizer(weights)(path, temperature)
-    target = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / f"{path.stem}_colored.png"
+    target = temporary_path(f"{path.stem}_colored.png")
     save(colored, target)
     return str(target)
 
