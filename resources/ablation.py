@@ -21,16 +21,16 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import ImageOps
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_flags, printable, run_script
 from support.cpu import available_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
 from support.logs import read_log
 from support.sheets import contact_sheet
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import ImageOps
 
 import metrics_acc
 import metrics_auc

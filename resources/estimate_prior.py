@@ -12,10 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-import paddle
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import (
     AT_THE_END,
@@ -31,6 +27,10 @@ from support.cli import (
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
 from support.processes import begin_worker, from_workers
+
+import numpy as np
+import paddle
+from PIL import Image
 
 from dataset import AB_LIMIT, InvalidImageError, list_images, open_rgb, rgb_to_lab
 from utils import is_gray, load_ab_bins

@@ -24,12 +24,18 @@ if os.path.dirname(_script) in (_root, os.path.join(_root, "resources")):
         if signal.getsignal(_number) is not signal.SIG_IGN:  # as in the background of a shell's script
             signal.signal(_number, _leave)
 
+# A SIGTERM waits until the handler that Paddle brings along, which dumps its C++ stack, is replaced.
+_waits = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_sigmask")
+if _waits:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
 # Paddle greets its user (no ccache, no cuDNN) and talks to itself; errors are raised all the same.
 os.environ.setdefault("GLOG_minloglevel", "2")
 with warnings.catch_warnings():  # what others have to say later is not touched
     warnings.simplefilter("ignore")
     import paddle  # noqa: F401
 
-# It has put a handler of its own in place, that dumps its C++ stack.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+if _waits:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
