@@ -92,6 +92,7 @@ def default_name(folder):
     """What is meant without --load_model: 19, the last of 20 epochs; else the latest; else the only one; else small."""
     names = checkpoint_names(folder)
     if not names:
+        check_small()  # else a line would promise what the next one takes back
         note(
             f"{printable(folder)} holds no checkpoint: taking small, which comes with the project and was trained for "
             "100 minutes; the authors' network, trained on all of ImageNet: --load_model official"
@@ -109,7 +110,8 @@ def check_small():
     """The path of the weights that come with the project. Raises UserError unless they are as they came."""
     if not SMALL.exists() or sha256(SMALL) != SMALL_SHA256:
         state = "damaged or changed" if SMALL.exists() else "not there"
-        raise UserError(f"{printable(SMALL)}: {state}; to have it as it came: git checkout -- {printable(SMALL)}")
+        git = f"git -C {printable(SMALL.parent)} checkout -- {SMALL.name}"
+        raise UserError(f"{printable(SMALL)}: {state}; to have it as it came: {git}")
     return SMALL
 
 

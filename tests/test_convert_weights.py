@@ -500,11 +500,13 @@ def test_without_a_checkpoint_the_small_weights_are_taken_and_one_line_says_so(t
     assert pretrained.find_weights(tmp_path, "small") == pretrained.SMALL
 
 
-def test_small_weights_that_are_damaged_or_missing_cost_one_line(tmp_path, monkeypatch):
+def test_small_weights_that_are_damaged_or_missing_cost_one_line(tmp_path, monkeypatch, capsys):
     path = tmp_path / "epoch_small_model.safetensors"
     monkeypatch.setattr(pretrained, "SMALL", path)
-    with pytest.raises(UserError, match=f"^{path}: not there; to have it as it came: git checkout -- {path}$"):
+    restore = f"git -C {tmp_path} checkout -- epoch_small_model.safetensors"
+    with pytest.raises(UserError, match=f"^{path}: not there; to have it as it came: {restore}$"):
         pretrained.find_weights(tmp_path / "model")
+    assert not capsys.readouterr().err
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UserError, match=f"^{path}: damaged or changed; to have it as it came"):
         pretrained.find_weights(tmp_path / "model", "small")
