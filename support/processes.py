@@ -129,7 +129,7 @@ def leave_with(parent):
     os._exit(1)
 
 
-def from_workers(loader, stop):
+def from_workers(loader, stop=None):
     """What the loader yields. Raises UserError when a process that reads images is gone.
 
     Not when `stop`, a StopRequest, has heard of a signal: that may be what ended it, and there is something to save.
@@ -148,7 +148,7 @@ def from_workers(loader, stop):
     except SystemError as error:
         for worker in multiprocessing.active_children():  # one may wait for a lock that the dead one held
             worker.kill()
-        if stop.noticed and dist.get_world_size() == 1:  # several have to take the same steps
+        if stop and stop.noticed and dist.get_world_size() == 1:  # several have to take the same steps
             return
         raise UserError(
             "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
