@@ -23,6 +23,7 @@ from pathlib import Path
 
 from support.cli import HelpFormatter, UserError, check_flags, one_line, run_script
 from support.cpu import return_freed_memory, use_all_cores
+from support.images import InvalidImageError, image_size, open_rgb
 
 import numpy as np
 import paddle
@@ -30,7 +31,6 @@ import skimage
 from PIL import Image
 
 from colorizer import Colorizer, join, save
-from dataset import InvalidImageError, image_size, open_rgb
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
 

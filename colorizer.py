@@ -15,13 +15,14 @@ from support.cli import note
 from support.cpu import computes_bf16
 from support.files import atomic_path, sha256
 from support.gpu import autocast
+from support.images import SRGB_PROFILE, open_image, to_rgb
 
 import numpy as np
 import paddle
 from PIL import ExifTags, Image
 
 import model
-from dataset import SRGB_PROFILE, lab_to_photograph, open_image, photograph_lightness, rgb_to_lightness, to_rgb
+from dataset import lab_to_photograph, photograph_lightness, rgb_to_lightness
 from pretrained import best_load_size, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 

@@ -25,11 +25,10 @@ from functools import partial
 from support.cli import AT_THE_END, EXIT_SKIPPED, HelpFormatter, UserError, check_flags, note, printable, run_script
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
+from support.images import InvalidImageError, list_images, read_rgb, relative_path
 from support.processes import parallel_map
 
 from PIL import Image
-
-from dataset import InvalidImageError, list_images, read_rgb, relative_path
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 SINGLE_CHANNEL_MODES = ("1", "L", "LA", "La", "I", "F")  # of Pillow; "I;16" and its kin besides

@@ -37,21 +37,14 @@ from support.cli import (
 )
 from support.cpu import available_cores, use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
+from support.images import COLORING, IMAGE_SUFFIXES, named_images
 from support.processes import begin_worker, from_workers
 
 import numpy as np
 import paddle
 from paddle.vision import models
 
-from dataset import (
-    COLORING,
-    IMAGE_SUFFIXES,
-    ClassificationDataset,
-    lab_to_rgb,
-    named_images,
-    pair_images,
-    rgb_to_lightness,
-)
+from dataset import ClassificationDataset, lab_to_rgb, pair_images, rgb_to_lightness
 from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as Paddle's classifiers were trained

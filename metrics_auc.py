@@ -44,25 +44,23 @@ from support.cli import (
 )
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
-from support.processes import parallel_map
-
-import numpy as np
-import paddle
-from matplotlib.figure import Figure
-
-from dataset import (
+from support.images import (
     COLORING,
     InvalidImageError,
     crop_resized,
     image_size,
     list_images,
     open_rgb,
-    pair_images,
     read_rgb,
     relative_path,
-    rgb_to_lab,
-    rgb_to_lightness,
 )
+from support.processes import parallel_map
+
+import numpy as np
+import paddle
+from matplotlib.figure import Figure
+
+from dataset import pair_images, rgb_to_lab, rgb_to_lightness
 from model import NUM_BINS
 from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, load_prior, rebalancing_weights
 

@@ -41,13 +41,13 @@ from support.cli import (
 from support.cpu import available_cores, use_all_cores
 from support.files import make_folder, provenance, read_json, remove_temporaries, sha256, write_json
 from support.gpu import check_gpu
+from support.images import COLORING, InvalidImageError, crop_resized, has_more_frames, image_size, named_images
 from support.sheets import Sheets, fit
 
 import numpy as np
 from PIL import Image
 
 from colorizer import FORMATS, LARGEST_SIDE, Colorizer, join, network_size, read_photograph, save
-from dataset import COLORING, InvalidImageError, crop_resized, has_more_frames, image_size, named_images
 from pretrained import best_load_size, find_weights
 from utils import TEMPERATURE
 

@@ -34,6 +34,7 @@ from support.cli import (
 )
 from support.cpu import convolve_in_parts, cores_each, keep_freed_memory, parts_of_a_batch, use_all_cores
 from support.gpu import check_gpu, mixed_precision, on_gpu, search_kernels, to_device
+from support.images import list_images
 from support.logs import Log, Meter
 from support.processes import (
     StopRequest,
@@ -53,16 +54,7 @@ import paddle.distributed as dist
 from paddle.io import DataLoader, Subset
 from tqdm import tqdm
 
-from dataset import (
-    ColorizationDataset,
-    EpochSampler,
-    lab_to_rgb,
-    list_images,
-    rgb_to_lab,
-    soft_encode,
-    targets,
-    to_uint8,
-)
+from dataset import ColorizationDataset, EpochSampler, lab_to_rgb, rgb_to_lab, soft_encode, targets, to_uint8
 from model import CIC
 from pretrained import find_weights
 from utils import (

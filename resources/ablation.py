@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_flags, printable, run_script
 from support.cpu import available_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
+from support.images import COLORING, named_images, open_rgb
 from support.logs import read_log
 from support.sheets import contact_sheet
 
@@ -34,7 +35,6 @@ from PIL import ImageOps
 
 import metrics_acc
 import metrics_auc
-from dataset import COLORING, named_images, open_rgb
 from utils import load_prior, rebalancing_weights
 
 GRAY, TRUE = "gray", "true"

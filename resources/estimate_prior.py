@@ -26,13 +26,14 @@ from support.cli import (
 )
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
+from support.images import InvalidImageError, list_images, open_rgb
 from support.processes import begin_worker, from_workers
 
 import numpy as np
 import paddle
 from PIL import Image
 
-from dataset import AB_LIMIT, InvalidImageError, list_images, open_rgb, rgb_to_lab
+from dataset import AB_LIMIT, rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256

@@ -132,7 +132,8 @@ def leave_with(parent):
 def from_workers(loader, stop=None):
     """What the loader yields. Raises UserError when a process that reads images is gone.
 
-    Not when `stop`, a StopRequest, has heard of a signal: that may be what ended it, and there is something to save.
+    Not when `stop`, a training's StopRequest, has heard of a signal: that may be what ended it, and there is something
+    to save.
     """
     # A worker that has not left the group yet would die of a signal: until then it has none.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -150,9 +151,9 @@ def from_workers(loader, stop=None):
             worker.kill()
         if stop and stop.noticed and dist.get_world_size() == 1:  # several have to take the same steps
             return
+        advice = "go on with --continue_train, perhaps with fewer --num_workers" if stop else "try fewer --num_workers"
         raise UserError(
-            "a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); "
-            "go on with --continue_train, perhaps with fewer --num_workers"
+            f"a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); {advice}"
         ) from error
     finally:
         iterator._try_shutdown_all()  # left to Paddle, one that was not read to its end could hang at the exit

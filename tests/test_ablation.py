@@ -4,6 +4,7 @@ import json
 import shutil
 
 from support.cli import EXIT_SKIPPED
+from support.images import crop_resized
 from support.sheets import FOOT, HEAD
 
 import numpy as np
@@ -18,7 +19,6 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import metrics_acc
 import metrics_auc
-from dataset import crop_resized
 from resources import ablation
 from utils import load_ab_bins, load_prior, rebalancing_weights
 

@@ -2,6 +2,7 @@
 
 from support.checkpoints import save_checkpoint
 from support.cli import UserError
+from support.images import InvalidImageError
 
 import numpy as np
 import paddle
@@ -11,7 +12,6 @@ from small_network import SmallNetwork
 
 import colorizer
 import test
-from dataset import InvalidImageError
 from utils import annealed_mean, load_ab_bins
 
 

@@ -2,15 +2,16 @@
 
 import os
 
+from support import images
 from support.cli import UserError
+from support.images import InvalidImageError, crop_resized, image_size, list_images, open_rgb, read_rgb
 
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
 
-import dataset
-from dataset import ColorizationDataset, InvalidImageError, crop_resized, image_size, list_images, open_rgb, read_rgb
+from dataset import ColorizationDataset
 
 COFFEE = data.coffee()[::4, ::4]  # uint8 [100, 150, 3]
 
@@ -117,7 +118,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path):
 
 
 def test_a_decompression_bomb_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
     with pytest.raises(InvalidImageError, match="150x100 is over"):
         read_rgb(saved(tmp_path / "a.png", Image.fromarray(COFFEE)))
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import cli
+from support import cli, images
 from support.checkpoints import save_checkpoint
 from support.cli import UserError, progress, run_script
 from support.files import atomic_path, make_folder
+from support.images import InvalidImageError, list_images, named_images, open_rgb, read_rgb
 
 import numpy as np
 import pytest
@@ -20,12 +21,10 @@ from conftest import SmallNetwork
 from PIL import Image
 from processes import started, wait_for
 
-import dataset
 import get_invalid_images
 import metrics_acc
 import test
 import train
-from dataset import InvalidImageError, list_images, named_images, open_rgb, read_rgb
 from pretrained import find_weights
 from resources import convert_weights, estimate_prior
 from utils import load_prior
@@ -262,7 +261,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, photo, monkeypatch, caps
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
 
-    monkeypatch.setattr(dataset.os, "scandir", guarded)  # permissions do not bind root, which may run this test
+    monkeypatch.setattr(images.os, "scandir", guarded)  # permissions do not bind root, which may run this test
     assert len(list_images(tmp_path)) == 1
     assert "closed: left out, permission denied" in capsys.readouterr().err
     assert "cannot be read: permission denied" in stopped(list_images, tmp_path / "closed")
@@ -345,8 +344,8 @@ def test_results_never_lie_among_the_photographs(tmp_path, color, photo, stopped
     """As they would, a second run would color them again, to x.png.png."""
     photo(tmp_path / "same" / "x.png")
     photo(tmp_path / "same" / "y" / "x.png")
-    for images, result in (("same", "same"), ("same/y", "same"), ("same", "same/y"), ("same/x.png", "same")):
-        message = stopped(lambda x: color(tmp_path / x[0], "--result_path", tmp_path / x[1]), (images, result))
+    for folders, result in (("same", "same"), ("same/y", "same"), ("same", "same/y"), ("same/x.png", "same")):
+        message = stopped(lambda x: color(tmp_path / x[0], "--result_path", tmp_path / x[1]), (folders, result))
         assert "results would lie among the photographs" in message
     assert found(tmp_path / "same") == ["x.png", "y/x.png"]
 

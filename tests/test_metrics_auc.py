@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from support.cli import EXIT_SKIPPED
+from support.images import crop_resized
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from skimage.color import lab2rgb, rgb2lab
 from skimage.metrics import peak_signal_noise_ratio
 
 import metrics_auc
-from dataset import crop_resized
 from utils import auc, error_histogram, load_ab_bins, load_prior, rebalancing_weights
 
 PHOTOS = {"astronaut": data.astronaut(), "coffee": data.coffee(), "chelsea": data.chelsea(), "rocket": data.rocket()}

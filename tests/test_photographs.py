@@ -4,6 +4,7 @@ import struct
 
 from support.checkpoints import save_checkpoint
 from support.cli import EXIT_SKIPPED
+from support.images import SRGB_PROFILE, image_size, list_images, open_rgb, read_rgb
 
 import numpy as np
 import paddle
@@ -13,7 +14,7 @@ from skimage import color, data
 
 import colorizer
 import test
-from dataset import SRGB_PROFILE, image_size, list_images, open_rgb, pair_images, read_rgb
+from dataset import pair_images
 
 D50 = (0.9642, 1.0, 0.8249)
 PRIMARIES = {  # x, y of red, green, blue; white is D65
@@ -118,8 +119,8 @@ def test_profiles_that_are_srgb_change_no_pixel_and_cost_nothing(in_space, color
     Image.open(path).save(own := path.with_name("own.png"), icc_profile=SRGB_PROFILE)
     for file in (path, own):
         assert np.array_equal(read_rgb(file), np.asarray(Image.open(file)))
-    monkeypatch.setattr("dataset.ImageCms.buildTransform", None)
-    monkeypatch.setattr("dataset.ImageCms.applyTransform", None)
+    monkeypatch.setattr("support.images.ImageCms.buildTransform", None)
+    monkeypatch.setattr("support.images.ImageCms.applyTransform", None)
     for file in (path, own):  # whose profiles are known by now
         read_rgb(file)
 
@@ -292,7 +293,7 @@ def check_reading(path, turned):
 
 
 def test_a_format_that_nothing_here_reads_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset.Image.registered_extensions", lambda: {".jpg": "JPEG"})
+    monkeypatch.setattr("support.images.Image.registered_extensions", lambda: {".jpg": "JPEG"})
     (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
     with pytest.raises(ValueError, match="reading .heic needs pillow-heif"):
         read_rgb(tmp_path / "photo.heic")

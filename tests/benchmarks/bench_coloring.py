@@ -22,10 +22,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.checkpoints import save_checkpoint
 from support.cpu import available_cores, use_all_cores
+from support.images import list_images, read_rgb
 
 import colorizer
 import test
-from dataset import list_images, read_rgb, rgb_to_lightness
+from dataset import rgb_to_lightness
 from model import CIC
 from tests.small_network import standardize
 

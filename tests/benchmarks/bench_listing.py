@@ -18,7 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import ColorizationDataset, list_images
+from support.images import list_images
+
+from dataset import ColorizationDataset
 
 
 def resident():

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import support  # noqa: F401  ahead of Paddle
+from support.images import list_images, open_rgb
 
 import numpy as np
 import paddle
@@ -22,7 +23,7 @@ import paddle.nn.functional as F
 from PIL import Image
 
 from colorizer import network_size
-from dataset import list_images, open_rgb, rgb_to_lab, targets
+from dataset import rgb_to_lab, targets
 from utils import upsample_ab
 
 
