@@ -153,7 +153,8 @@ def from_workers(loader, stop=None):
             return
         advice = "go on with --continue_train, perhaps with fewer --num_workers" if stop else "try fewer --num_workers"
         raise UserError(
-            f"a process that reads images was killed or failed (too little memory, or too little in /dev/shm?); {advice}"
+            "a process that reads images was killed or failed "
+            f"(too little memory, or too little in /dev/shm?); {advice}"
         ) from error
     finally:
         iterator._try_shutdown_all()  # left to Paddle, one that was not read to its end could hang at the exit
