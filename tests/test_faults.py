@@ -212,7 +212,8 @@ def test_a_step_waits_for_nothing(run_training, monkeypatch):
     it copies it and waits. So it must go through `to_device`.
     """
     reads, batches, copies = [], [], []
-    monkeypatch.setattr(train, "from_workers", lambda x, f=train.from_workers: (batches.append(y) or y for y in f(x)))
+    read_batches = train.from_workers
+    monkeypatch.setattr(train, "from_workers", lambda *x: (batches.append(y) or y for y in read_batches(*x)))
     monkeypatch.setattr(train, "to_device", lambda x: copies.append(x.clone()) or copies[-1])
 
     def objective(model, rgb, *more, original=train.objective):
