@@ -101,7 +101,8 @@ def test_a_truth_value_that_is_none_is_named(capsys):
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in cli.SIGNALS}
+    """The usual ones, whatever the tests were started with: in a shell's background Ctrl-C is ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in cli.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
