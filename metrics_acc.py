@@ -133,7 +133,7 @@ def load_classifier(arch, weights=None):
         raise UserError(f"--arch {printable(arch)}: not one of {', '.join(known)}")
     create = getattr(models, arch)
     if not weights:
-        network = download(create, arch)
+        network = download_classifier(create, arch)
     else:
         network = create()
         load_weights(network, weights)
@@ -141,7 +141,7 @@ def load_classifier(arch, weights=None):
     return network
 
 
-def download(create, arch):
+def download_classifier(create, arch):
     """The classifier with its published weights, which Paddle downloads once; a failure is told in one line."""
     logger = logging.getLogger("paddle.utils.download")
     level = logger.level

@@ -64,7 +64,7 @@ PATTERN = {  # what the paper tells of: of this quantity, each row has more than
     "chroma": RAREST_FIRST,
     "top1": ("full", GRAY),
 }
-CELL = (160, 120)  # of the sheet, in pixels
+THUMBNAIL = (160, 120)  # of the sheet, in pixels
 
 # -------------------------------------------------------------------------------------------------
 # What is measured, by the metrics' own scripts
@@ -221,11 +221,11 @@ def save_sheet(names, true_dir, results, path):
     """gray | each row's | true, for each photograph of these names; results: {row: folder}."""
     true, colored, rows = named_images(true_dir), [named_images(folder) for folder in results.values()], []
     for name in names:
-        original, *versions = (ImageOps.contain(open_rgb(images[name]), CELL) for images in (true, *colored))
+        original, *versions = (ImageOps.contain(open_rgb(images[name]), THUMBNAIL) for images in (true, *colored))
         rows.append((printable(os.path.basename(name)), (original.convert("L").convert("RGB"), *versions, original)))
     headings = ("gray", *(ROWS.get(row, row).split(" (")[0] for row in results), "true")
     with atomic_path(path) as temporary:
-        contact_sheet(rows, headings, CELL[0]).save(temporary, format="JPEG", quality=85)
+        contact_sheet(rows, headings, THUMBNAIL[0]).save(temporary, format="JPEG", quality=85)
 
 
 # -------------------------------------------------------------------------------------------------

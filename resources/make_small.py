@@ -8,6 +8,7 @@ which leaves fewer patches of rare colors on plain surfaces. Each output channel
 with a scale of its own. And the file says at which short side of a photograph the network is at its best.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -32,8 +33,14 @@ def round_to_8_bits(weight, channels):
     return np.rint(weight / scale).astype(np.int8), scale
 
 
-def main(source):
-    state = load_checkpoint(source)
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", help="the trained weights")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    state = load_checkpoint(args.source)
     state["conv8_313.bias"] = state["conv8_313.bias"] - CALM * np.log(rebalancing_weights(load_prior()).numpy())
     rounded = {}
     for name, array in state.items():
@@ -45,4 +52,4 @@ def main(source):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(parse_args())
