@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.checkpoints import load_checkpoint, save_safetensors
+from support.cli import run_script
 from support.files import sha256
 
 import numpy as np
@@ -52,4 +53,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(run_script(main, parse_args))
