@@ -37,6 +37,7 @@ from support.cli import (
     UserError,
     check_crop,
     check_flags,
+    counted,
     note,
     note_some,
     printable,
@@ -345,7 +346,7 @@ def main(args):
     quality = "  ".join(f"{x} {colored[x]:.2f} (true {true[x]:.2f})" for x in ("chroma", "colorfulness"))
     ratio, of_gray = (of["psnr"] or math.inf for of in (colored, gray))
     print(f"{quality}  PSNR {ratio:.2f} dB (gray {of_gray:.2f})")
-    print(f"{len(records)} images, {pixels} pixels; rebalanced by {printable(prior_path)}")
+    print(f"{counted(len(records), 'image')}, {pixels} pixels; rebalanced by {printable(prior_path)}")
     print(f"written: {printable(base)}.json, .csv, .npz, .txt, .png")
     return EXIT_SKIPPED if left_out else 0
 

@@ -33,6 +33,7 @@ from support.cli import (
     add_bool_flag,
     check_crop,
     check_flags,
+    counted,
     note,
     printable,
     progress,
@@ -324,7 +325,6 @@ def parse_args(argv=None):
 
 def check_args(args):
     check_flags(args, num_workers=(1, 1024), temperature=(1e-3, 1e6))
-    check_crop(args, multiple=8)
     suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
     args.format = args.format or suffix or "png"
     if args.output and (suffix != args.format or suffix not in FORMATS):
@@ -340,7 +340,7 @@ def main(args):
     # What is to be colored, and with what: mistakes show before the network is made
     checkpoint = find_weights(args.model_path, args.load_model)
     args.load_size = args.load_size or best_load_size(checkpoint)
-    check_crop(args)
+    check_crop(args, multiple=8)
     photographs = plan(args)
     result = Path(args.output).parent if args.output else Path(args.result_path)
     for folder in {photograph.target.parent for photograph in photographs}:
@@ -376,10 +376,10 @@ def main(args):
             done += 1
     for folder, of_folder in sheets.items():
         of_folder.flush()
-        print(f"{printable(folder)}: {of_folder.written} contact sheets (gray, colored, original)")
+        print(f"{printable(folder)}: {counted(of_folder.written, 'contact sheet')} (gray, colored, original)")
     left_out = f", {skipped} skipped" if skipped else ""
     made_with = f"with {printable(colorizer.checkpoint)} in {colorizer.precision}"
-    print(f"{printable(args.output or args.result_path)}: {done} images colored {made_with}{left_out}")
+    print(f"{printable(args.output or args.result_path)}: {counted(done, 'image')} colored {made_with}{left_out}")
     return EXIT_SKIPPED if skipped else 0
 
 

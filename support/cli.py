@@ -28,6 +28,11 @@ def one_line(text):
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def counted(number, noun):
+    """E.g. "1 image", "2 images"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def note_some(problem, names, limit=10):
     """A line for each of the first names, one for the others."""
     for name in names[:limit]:

@@ -15,14 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import paddle
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.checkpoints import save_checkpoint
 from support.cpu import available_cores, use_all_cores
 from support.images import list_images, read_rgb
+
+import numpy as np
+import paddle
+from PIL import Image
 
 import colorizer
 import test

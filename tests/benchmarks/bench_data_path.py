@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import paddle
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.cpu import keep_freed_memory, use_all_cores
 from support.images import list_images
+
+import numpy as np
+import paddle
+from PIL import Image
 
 from dataset import ColorizationDataset, rgb_to_lab, rgb_to_lightness, soft_encode, targets
 from utils import load_ab_bins, load_prior, position_weight, rebalancing_weights
