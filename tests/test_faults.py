@@ -191,6 +191,7 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
     assert "images was killed or failed" in message and "Traceback (most recent" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", ["train", "test", "metrics_auc", "metrics_acc", "get_invalid_images", "resources.estimate_prior"]
 )

@@ -213,6 +213,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     """The README's line; a wrong path ends it before the script of an earlier run is executed."""
     save(tmp_path / "images" / "gray.png", GRAY)

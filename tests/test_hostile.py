@@ -153,6 +153,7 @@ sys.exit(run_script(test.main, test.parse_args, "to go on: --skip_existing"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_coloring_that_is_stopped_leaves_whole_results_and_goes_on(tmp_path, color, photographs, number, code):
     (tmp_path / "many").mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+import pytest
 from PIL import Image
 
 import colorizer
@@ -20,6 +21,7 @@ def test_what_there_is_and_how_to_use_it():
         assert "weights" in paddle.hub.help(model=name, **HERE)
 
 
+@pytest.mark.slow
 def test_it_colors_as_elsewhere_beside_other_modules_of_the_same_names(trained, photographs, tmp_path):
     (tmp_path / "utils.py").write_text("theirs = True")
     (tmp_path / "model.py").write_text("theirs = True")

@@ -287,6 +287,7 @@ def test_classifiers_without_published_weights(monkeypatch):
         metrics_acc.load_classifier("vgg11")
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     script = Path(metrics_acc.__file__)
     save(tmp_path / "result" / "no class" / "a.png", PHOTOS["coffee"])

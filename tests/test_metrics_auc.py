@@ -489,6 +489,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     script = Path(metrics_auc.__file__)
     true = save_all(tmp_path / "t", SMALL)

@@ -119,6 +119,7 @@ def test_the_real_network_killed_while_it_writes_goes_on(tmp_path, squares):
     assert not list((tmp_path / "model").glob(".*"))
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_run(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 2, "--batch_size", 1)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
@@ -131,6 +132,7 @@ def test_workers_end_with_a_killed_run(tmp_path, squares):
 # Signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, squares, number, code):
     """Sent to the whole group of processes, workers too, as a terminal or a launcher does."""
@@ -158,6 +160,7 @@ def test_nothing_is_lost_at_a_signal_at_whatever_moment(tmp_path, squares):
         assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_of_the_same_signal_does_not_keep_the_run_from_saving(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 2, "--batch_size", 1)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)

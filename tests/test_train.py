@@ -5,7 +5,7 @@ import json
 import math
 
 from support import checkpoints
-from support.checkpoints import load_checkpoint, save_checkpoint
+from support.checkpoints import load_checkpoint
 from support.sheets import tile
 
 import numpy as np
@@ -325,4 +325,3 @@ def test_four_photographs_are_learned_by_heart(squares, tmp_path, monkeypatch):
     assert train.main(train.parse_args(flags)) == 0
     lines = [json.loads(line) for line in (tmp_path / "log" / "train.jsonl").read_text().splitlines()]
     assert lines[-1]["kl"] < 0.1
-    save_checkpoint(weights(tmp_path, folder="."), tmp_path / "again.pdparams")
