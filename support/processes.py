@@ -18,8 +18,8 @@ import paddle.distributed as dist
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASK_SECONDS = 1  # between two questions among the processes whether to stop: after Ctrl-C a launcher may give them 4
-# Of workers that are gone `from_workers` tells, in one line; Paddle's loader does so as well, to the root logger.
-logging.getLogger().addFilter(lambda record: record.module != "dataloader_iter")
+# Of workers that are gone `from_workers` tells, in one line; Paddle's loader warns of them as well, by the root logger.
+logging.getLogger().addFilter(lambda record: record.module != "dataloader_iter" or record.levelno > logging.WARNING)
 
 
 def is_first():

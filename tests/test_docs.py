@@ -28,7 +28,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_in_chinese_is_in_step():
     english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README_cn.md"))
-    for pattern in (r"^(?:python|pip|visualdl) [^#\n]+", LINK, r"^(##) "):
+    for pattern in (r"^ *(?:python|pip|visualdl) [^#\n]+", LINK, r"^(##) "):
         ours, theirs = ([x.strip() for x in re.findall(pattern, page, re.M)] for page in (english, chinese))
         assert [x for x in ours if x != "README_cn.md"] == [x for x in theirs if x != "README.md"]
 
