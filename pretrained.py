@@ -185,7 +185,14 @@ def load_network(path):
 
 
 def make_network(state, path):
-    network = PortCIC() if EXTRA_RELU in state else CIC()
+    # Drawing 32 million random weights, which the checkpoint's would replace, takes longer than reading those.
+    # (Paddle cannot tell what was set before: a global initializer of a caller's own is gone afterwards.)
+    zeros = nn.initializer.Constant(0.0)
+    nn.initializer.set_global_initializer(zeros, zeros)
+    try:
+        network = PortCIC() if EXTRA_RELU in state else CIC()
+    finally:
+        nn.initializer.set_global_initializer(None)
     set_weights(network, state, path)
     return network
 

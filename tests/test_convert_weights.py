@@ -518,6 +518,15 @@ def test_small_weights_are_the_papers_network_whole_and_small():
     assert pretrained.SMALL.stat().st_size < 33_000_000
 
 
+def test_reading_weights_draws_no_random_numbers():
+    paddle.seed(0)
+    expected = paddle.randn([3]).numpy()
+    paddle.seed(0)
+    pretrained.load_network(pretrained.SMALL)
+    assert np.array_equal(paddle.randn([3]).numpy(), expected)
+    assert (nn.Linear(2, 2).weight.numpy() != 0).all()  # layers that are made later are random as ever
+
+
 def test_a_checkpoint_may_say_at_which_short_side_it_is_at_its_best(tmp_path):
     path = tmp_path / "epoch_1_model.safetensors"
     for metadata, size in (({}, 256), ({"load_size": "128"}, 128)):

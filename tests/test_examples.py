@@ -37,6 +37,7 @@ def difference(folder, example, *path):
     return np.abs(np.subtract(*(np.asarray(image).astype(int) for image in images)))
 
 
+@pytest.mark.slow
 def test_python_and_the_hub_give_the_same_pixels(folder):
     python, hub, _ = EXAMPLES
     assert not difference(folder, python, str(ROOT)).any()

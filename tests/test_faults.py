@@ -381,6 +381,7 @@ def test_a_thousand_steps_in_steady_memory(tmp_path, squares):
         samples = []
         for step in (200, 1200):
             wait_for(lambda step=step: steps_done(tmp_path) >= step, process)
-            samples.append(usage(process))
-    before, after = np.array(samples)
+            # The least of ten looks: a save, which holds a file open, may fall into one.
+            samples.append(np.min([usage(process) for _ in range(10)], axis=0))
+    before, after = samples
     assert len(before) == 3 and (after[:2] < before[:2] + 20).all() and after[2] <= before[2], samples

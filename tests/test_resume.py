@@ -46,14 +46,15 @@ def figures(folder):
 
 
 def killed_at_random(folder, images, steps, kills, *more, seed=0, script=None):
-    """Runs `steps` steps, killed by SIGKILL that often, at any moment from its first step on."""
+    """Runs `steps` steps, killed by SIGKILL that often, at any moment once it has done more than before."""
     moment = random.Random(seed)
     settings = {"script": script} if script else {}
     for _ in range(kills):
         resume = ["--continue_train"] if (folder / "model" / "epoch_latest_state.pdopt").exists() else []
         before = state(folder)["progress"]["step"] if resume else 0
         with started(folder, *flags(folder, images, "--max_steps", 10**6, *more, *resume), **settings) as process:
-            wait_for(lambda before=before: steps_done(folder) > before + moment.randrange(3), process)
+            goal = before + 3 + moment.randrange(3)  # with a save behind it, at every second step
+            wait_for(lambda goal=goal: steps_done(folder) >= goal, process)
             time.sleep(moment.random() * 0.1)
             process.kill()
             process.wait()

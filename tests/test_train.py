@@ -316,12 +316,15 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(run_training, stopped
 
 @pytest.mark.slow
 def test_four_photographs_are_learned_by_heart(squares, tmp_path, monkeypatch):
-    """The real network, 64x64, a few hundred steps: under 0.1 nats per position from the best possible."""
+    """The real network from nothing, 64x64: under 0.1 nats per position from the best possible.
+
+    Not re-weighted, as that figure is not: with the weights it takes three times as many steps.
+    """
     monkeypatch.setattr(train, "CIC", CIC)
     size = "--load_size 64 --crop_size 64 --batch_size 4 --num_workers 0"
-    length = "--max_steps 300 --num_epochs 300 --loss_step 25 --save_freq 1000 --lr 5e-4 --weight_decay 0"
+    length = "--max_steps 110 --num_epochs 110 --loss_step 10 --save_freq 1000 --lr 3e-4 --weight_decay 0"
     where = ["--model_path", str(tmp_path / "model"), "--log_path", str(tmp_path / "log")]
-    flags = ["--image_dir", str(squares), *where, *size.split(), *length.split(), "--lr_steps", "250"]
+    flags = ["--image_dir", str(squares), *where, *size.split(), *length.split(), "--lr_steps", "80", "--no-rebalance"]
     assert train.main(train.parse_args(flags)) == 0
     lines = [json.loads(line) for line in (tmp_path / "log" / "train.jsonl").read_text().splitlines()]
     assert lines[-1]["kl"] < 0.1
