@@ -143,10 +143,10 @@ def test_figures_and_intervals_are_those_of_a_loop_over_pixels(val_dir, results,
         noise.append(peak_signal_noise_ratio(true, colored, data_range=255))
         true_ab, colored_ab = (rgb2lab(rgb)[..., 1:].reshape(-1, 2) for rgb in (true, colored))
         images.append((true_ab, colored_ab, tree.query(true_ab)[1]))
-    found = ablation.figures(names, measured, {"full": lines}, ablation.resamples(8, 40, seed=3), weights)
+    found = ablation.figures(names, measured, {"full": lines}, ablation.resamples(8, 20, seed=3), weights)
 
     random = np.random.default_rng(3)
-    draws = [np.arange(8), *(random.integers(8, size=8) for _ in range(40))]
+    draws = [np.arange(8), *(random.integers(8, size=8) for _ in range(20))]
     quantities = ("auc_raw", "auc_rebalanced", "auc_rebalanced_own", "chroma", "top1", "top5", "psnr")
     for row in ("full", "gray"):
         noise = np.array(noise)

@@ -286,11 +286,12 @@ def test_port_saved_from_data_parallel(port, lightness, tmp_path):
 
 def test_a_checkpoint_does_not_load_into_the_other_variant(tmp_path):
     """Both ways; a silent change of colors is what must not happen."""
-    for network, other in ((CIC, PortCIC), (PortCIC, CIC)):
-        save_checkpoint(network().state_dict(), tmp_path / "epoch_0_model.pdparams")
+    networks, path = [CIC(), PortCIC()], tmp_path / "epoch_0_model.pdparams"
+    for network, other in (networks, reversed(networks)):
+        save_checkpoint(network.state_dict(), path)
         with pytest.raises(UserError, match=f"another network's checkpoint, it (also has|lacks) {EXTRA_RELU}"):
-            load_weights(other(), tmp_path / "epoch_0_model.pdparams")
-        assert type(load_network(tmp_path / "epoch_0_model.pdparams")) is network
+            load_weights(other, path)
+        assert type(load_network(path)) is type(network)
 
 
 # -------------------------------------------------------------------------------------------------

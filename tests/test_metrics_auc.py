@@ -185,7 +185,8 @@ def test_agrees_with_a_loop_over_pixels(tmp_path):
 
 
 def test_float32_changes_the_auc_by_less_than_a_millionth(tmp_path):
-    true, colored = PHOTOS, {name: altered(photo) for name, photo in PHOTOS.items()}
+    true = {name: photo[::2] for name, photo in PHOTOS.items()}
+    colored = {name: altered(photo) for name, photo in true.items()}
     code, summary = run(save_all(tmp_path / "t", true), save_all(tmp_path / "c", colored), tmp_path)
     labs = {name: (rgb2lab(photo), rgb2lab(colored[name])) for name, photo in true.items()}
     assert code == 0
