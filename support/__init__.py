@@ -3,6 +3,7 @@
 Imported ahead of Paddle by every one of them.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -29,11 +30,14 @@ _waits = threading.current_thread() is threading.main_thread() and hasattr(signa
 if _waits:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-# Paddle greets its user (no ccache, no cuDNN) and talks to itself; errors are raised all the same.
+# Paddle greets its user (no ccache, no cuDNN), talks to itself, and makes every library tell what it does, as it turns
+# the root logger up; errors are raised all the same.
 os.environ.setdefault("GLOG_minloglevel", "2")
+_level = logging.getLogger().level
 with warnings.catch_warnings():  # what others have to say later is not touched
     warnings.simplefilter("ignore")
     import paddle  # noqa: F401
+logging.getLogger().setLevel(_level)
 
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)

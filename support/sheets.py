@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = (320, 240)  # width and height in which each picture fits, in pixels
 ROWS = 12  # photographs on a sheet
+EAST_ASIAN = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Microsoft YaHei", "SimHei", "PingFang", "Hiragino Sans")
 MARGIN, HEAD, FOOT = 10, 44, 30  # pixels between pictures, for the headings, and for the name below a row
 
 
@@ -26,7 +27,7 @@ def contact_sheet(rows, columns, cell_width=CELL[0]):
     heights = [max(image.height for image in images) + FOOT for _, images in rows]
     sheet = Image.new("RGB", (width, HEAD + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    heading, caption = font(20), font(14)
+    heading = font(20)
     centers = [MARGIN + column * (cell_width + MARGIN) + cell_width // 2 for column in range(len(columns))]
     for center, text in zip(centers, columns):
         draw.text((center, HEAD // 2), text, "black", heading, anchor="mm")
@@ -35,15 +36,25 @@ def contact_sheet(rows, columns, cell_width=CELL[0]):
         for center, image in zip(centers, images):
             sheet.paste(image, (center - image.width // 2, top))
         top += height
+        caption = font(14, name)
         text = shortened(name, draw, caption, width - 2 * MARGIN)
         draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", caption, anchor="mm")
     return sheet
 
 
-def font(size):
-    """matplotlib's, which has accents, Greek and Cyrillic; Pillow's own has ASCII alone."""
+def font(size, text=""):
+    """matplotlib's, which has accents, Greek and Cyrillic; for text in East Asian letters one of the system's, if any.
+
+    Pillow's own has ASCII alone.
+    """
     import matplotlib  # not with the others: only a sheet needs it
 
+    if any("\u2e80" <= character <= "\uffef" for character in text):
+        from matplotlib.font_manager import fontManager  # looks through the system when it is imported
+
+        for found in fontManager.ttflist:
+            if found.name.startswith(EAST_ASIAN):
+                return ImageFont.truetype(found.fname, size)
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 

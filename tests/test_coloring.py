@@ -247,6 +247,16 @@ def test_a_sheet_names_its_photographs_whatever_their_names():
         )
 
 
+def test_east_asian_names_are_in_one_of_the_systems_fonts(monkeypatch):
+    def family(text):
+        return sheets.font(14, text).getname()[0]
+
+    monkeypatch.setattr(sheets, "EAST_ASIAN", ("DejaVu Serif",))  # stands for one, as matplotlib brings it along
+    assert [family(text) for text in ("旅行/a", "커피", "é/ж")] == ["DejaVu Serif", "DejaVu Serif", "DejaVu Sans"]
+    monkeypatch.setattr(sheets, "EAST_ASIAN", ("none that there is",))
+    assert family("旅行") == "DejaVu Sans"
+
+
 def test_results_inside_the_folder_are_not_colored_again(run, tmp_path, photographs):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def stderr(tmp_path):
-    """Runs Python as a user does who has no ccache. Returns the lines of standard error."""
+    """Runs Python as a user does who has no ccache, for the first time. Returns the lines of standard error."""
 
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -24,8 +24,8 @@ def stderr(tmp_path):
         (tools / tool).symlink_to(shutil.which(tool))
 
     def run(*command, code=0):
-        bare = {key: os.environ[key] for key in ("HOME", "LD_LIBRARY_PATH") if key in os.environ}
-        bare.update(PATH=str(tools), PYTHONPATH=str(ROOT))
+        bare = {"HOME": str(tmp_path), "PATH": str(tools), "PYTHONPATH": str(ROOT)}
+        bare["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
         done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, env=bare, capture_output=True)
         lines = done.stderr.decode().splitlines()
         assert done.returncode == code, lines
