@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 import zlib  # noqa: F401  ahead of Paddle, whose 2.x GPU builds carry a zlib with which Pillow reads no PNG
@@ -29,6 +30,11 @@ if os.path.dirname(_script) in (_root, os.path.join(_root, "resources")):
 _waits = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_sigmask")
 if _waits:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+# VisualDL cannot be imported without a home to write to, as in a container run for another user; matplotlib complains.
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    _home = tempfile.TemporaryDirectory()  # removed at the end
+    os.environ["HOME"] = _home.name
 
 # Paddle greets its user (no ccache, no cuDNN), talks to itself, and makes every library tell what it does, as it turns
 # the root logger up; errors are raised all the same.

@@ -23,8 +23,8 @@ def stderr(tmp_path):
     for tool in ("cat", "grep", "sh", "uname", "which"):
         (tools / tool).symlink_to(shutil.which(tool))
 
-    def run(*command, code=0):
-        bare = {"HOME": str(tmp_path), "PATH": str(tools), "PYTHONPATH": str(ROOT)}
+    def run(*command, code=0, home=tmp_path):
+        bare = {"HOME": str(home), "PATH": str(tools), "PYTHONPATH": str(ROOT)}
         bare["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
         done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, env=bare, capture_output=True)
         lines = done.stderr.decode().splitlines()
@@ -34,9 +34,11 @@ def stderr(tmp_path):
     return run
 
 
-def test_training_is_quiet(stderr, squares):
-    sizes = ["--load_size", "32", "--crop_size", "32", "--batch_size", "2", "--num_workers", "1"]
-    assert stderr(ROOT / "train.py", "--image_dir", squares, "--val_dir", squares, *sizes, "--max_steps", 1) == []
+@pytest.mark.parametrize("home", [".", "/proc/nowhere"])
+def test_training_is_quiet_also_without_a_home(stderr, squares, tmp_path, home):
+    sizes = ["--load_size", "32", "--crop_size", "32", "--batch_size", "2", "--num_workers", "1", "--max_steps", 1]
+    flags = ["--image_dir", squares, "--val_dir", squares, *sizes]
+    assert stderr(ROOT / "train.py", *flags, home=tmp_path / home) == []
 
 
 def test_coloring_is_quiet_also_when_it_exports_the_network(stderr, squares, trained, tmp_path):
