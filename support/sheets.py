@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = (320, 240)  # width and height in which each picture fits, in pixels
 ROWS = 12  # photographs on a sheet
-EAST_ASIAN = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Microsoft YaHei", "SimHei", "PingFang", "Hiragino Sans")
 MARGIN, HEAD, FOOT = 10, 44, 30  # pixels between pictures, for the headings, and for the name below a row
+# Fonts with East Asian letters, by how their names begin
+EAST_ASIAN = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Microsoft YaHei", "SimHei", "PingFang", "Hiragino Sans")
 
 
 def fit(image, cell=CELL):

@@ -14,6 +14,7 @@ from model import CIC
 
 @pytest.fixture(scope="module")
 def network():
+    paddle.seed(0)
     network = CIC()
     network.eval()
     return network

@@ -45,21 +45,19 @@ def figures(folder):
 # Killed
 
 
-def killed_at_random(folder, images, steps, kills, *more, seed=0, script=None):
-    """Runs `steps` steps, killed by SIGKILL that often, at any moment once it has done more than before."""
-    moment = random.Random(seed)
-    settings = {"script": script} if script else {}
+def killed_at_random(folder, images, steps, kills, *more):
+    """Runs `steps` steps, killed by SIGKILL that often: at first once there is a save, then at any moment."""
+    moment, saved = random.Random(0), folder / "model" / "epoch_latest_state.pdopt"
     for _ in range(kills):
-        resume = ["--continue_train"] if (folder / "model" / "epoch_latest_state.pdopt").exists() else []
-        before = state(folder)["progress"]["step"] if resume else 0
-        with started(folder, *flags(folder, images, "--max_steps", 10**6, *more, *resume), **settings) as process:
-            goal = before + 3 + moment.randrange(3)  # with a save behind it, at every second step
-            wait_for(lambda goal=goal: steps_done(folder) >= goal, process)
+        resume = ["--continue_train"] if saved.exists() else []
+        goal = (state(folder)["progress"]["step"] if resume else 0) + 1 + moment.randrange(3)
+        with started(folder, *flags(folder, images, "--max_steps", 10**6, *more, *resume)) as process:
+            wait_for(lambda goal=goal: saved.exists() and steps_done(folder) >= goal, process)
             time.sleep(moment.random() * 0.1)
             process.kill()
             process.wait()
         assert steps_done(folder) < steps, "raise the number of steps"
-    code, err = run(folder, *flags(folder, images, "--max_steps", steps, *more, "--continue_train"), **settings)
+    code, err = run(folder, *flags(folder, images, "--max_steps", steps, *more, "--continue_train"))
     assert code == 0, err
 
 

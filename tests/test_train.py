@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing(run_training, stopped
 def test_four_photographs_are_learned_by_heart(squares, tmp_path, monkeypatch):
     """The real network from nothing, 64x64: under 0.1 nats per position from the best possible.
 
-    Not re-weighted, as that figure is not: with the weights it takes three times as many steps.
+    Not re-weighted, as that figure is not: with the weights it falls more slowly.
     """
     monkeypatch.setattr(train, "CIC", CIC)
     size = "--load_size 64 --crop_size 64 --batch_size 4 --num_workers 0"
