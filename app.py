@@ -8,7 +8,6 @@ It works without a network: fonts and scripts come with Gradio, and nothing is r
 nothing stays: what the page needs of it is in memory until its visitor has been away for a quarter of an hour.
 """
 
-import argparse
 import html
 import io
 import logging
@@ -21,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from support.cli import HelpFormatter, UserError, check_flags, one_line, run_script
+from support.cli import Parser, UserError, run_script, whole
 from support.cpu import return_freed_memory, use_all_cores
 from support.images import InvalidImageError, image_size, open_rgb
 
@@ -267,10 +266,10 @@ def build(names, colorizer):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="A page that colors photographs.", formatter_class=HelpFormatter)
+    parser = Parser(description="A page that colors photographs.")
     add = parser.add_argument_group("where").add_argument
     add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: every one that this machine has")
-    add("--port", type=int, default=7860, help="port to serve at")
+    add("--port", type=whole(1, 65535), default=7860, help="port to serve at")
     add = parser.add_argument_group("weights to choose from").add_argument
     add("--model_path", default="./model", help="folder of the checkpoints")
     add("--load_model", metavar="NAME", help="the one to begin with, as in test.py")
@@ -281,7 +280,6 @@ def main(args):
     # Setup
     if gr is None:
         raise UserError("the page needs Gradio and Python 3.10: pip install -r requirements-app.txt")
-    check_flags(args, port=(1, 65535))
     use_all_cores()
     return_freed_memory()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's look at its own page
@@ -314,7 +312,7 @@ def serve(page, host, port):
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **look, **limits, **without
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"http://{host}:{port}: cannot be served ({one_line(str(error))})") from error
+        raise UserError(f"http://{host}:{port}: cannot be served ({str(error)})") from error
 
 
 if __name__ == "__main__":

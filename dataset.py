@@ -9,7 +9,7 @@ import os
 import sys
 from functools import cache, lru_cache
 
-from support.cli import UserError, note, printable
+from support.cli import UserError, note
 from support.images import InvalidImageError, crop_resized, list_images, named_images, open_rgb, read_rgb  # noqa: F401
 
 import numpy as np
@@ -289,26 +289,3 @@ class EpochSampler(DistributedBatchSampler):
     def __len__(self):
         """Batches in an epoch; the few images that do not fill one wait for the next epoch."""
         return len(self.dataset) // (self.batch_size * self.nranks)
-
-
-# -------------------------------------------------------------------------------------------------
-# Results beside the photographs that they were made from
-
-
-def pair_images(true_dir, colored_dir):
-    """Images of two folders that belong together, by the names of `named_images`.
-
-    Returns a list of (name, path of the true image, path of the colored one) and what is left out, a dict from the
-    problem to the names. Raises UserError when not one pair is left.
-    """
-    true, colored = named_images(true_dir), named_images(colored_dir)
-    left_out = {
-        "no colored image": [name for name in true if name not in colored],
-        "no true image": [name for name in colored if name not in true],
-    }
-    pairs = [(name, true[name], colored[name]) for name in true if name in colored]
-    if not pairs:
-        raise UserError(
-            f"{printable(true_dir)} and {printable(colored_dir)} have no image in common (same path but for the suffix)"
-        )
-    return pairs, {problem: names for problem, names in left_out.items() if names}

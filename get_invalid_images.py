@@ -14,7 +14,6 @@ Prints how many images there are of each, and writes `invalid_images.csv` (path,
 and no others, or, with --move_to, moves them to another folder, their subfolders kept.
 """
 
-import argparse
 import csv
 import os
 import shlex
@@ -22,11 +21,11 @@ import sys
 from collections import Counter
 from functools import partial
 
-from support.cli import AT_THE_END, EXIT_SKIPPED, HelpFormatter, UserError, check_flags, note, printable, run_script
+from support.cli import AT_THE_END, EXIT_SKIPPED, WORKERS, Parser, UserError, note, printable, run_script, whole
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
 from support.images import InvalidImageError, list_images, read_rgb, relative_path
-from support.processes import parallel_map
+from support.workers import parallel_map
 
 from PIL import Image
 
@@ -106,27 +105,23 @@ def system_path(path):
 
 
 def check_args(args):
-    check_flags(args, tolerance=(0, 255))
     if args.move_to:
         inside, outside = os.path.realpath(args.move_to), os.path.realpath(args.image_dir)
         if os.path.commonpath([inside, outside]) == outside:
-            raise UserError(f"--move_to {printable(args.move_to)}: lies within --image_dir, they would be found again")
+            raise UserError(f"--move_to {args.move_to}: lies within --image_dir, they would be found again")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Finds gray and unreadable images and writes a script that removes them.",
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(description="Finds gray and unreadable images and writes a script that removes them.")
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of test photographs, nested or flat")
     add(
         "--tolerance",
-        type=int,
+        type=whole(0, 255),
         default=5,  # a gray image with noise of +-2 levels comes back from a JPEG of quality 95 with up to 5
         help="difference of a pixel's channels, in levels of 255, up to which it counts as gray",
     )
-    add("--num_workers", type=int, default=available_cores(), help="processes that decode; 0: none but this one")
+    add("--num_workers", type=WORKERS, default=available_cores(), help="processes that decode; 0: none but this one")
 
     add = parser.add_argument_group("what is written").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
@@ -148,7 +143,7 @@ def main(args):
         reason, detail = verdict
         if reason is None:
             not_opened += 1
-            note(f"{printable(path)}: {detail}; not looked at, and not listed")
+            note(f"{path}: {detail}; not looked at, and not listed")
         else:
             invalid.append((path, reason, detail))
 

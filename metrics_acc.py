@@ -14,7 +14,6 @@ Prints the table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_
 (which images were recognized) into --save_path.
 """
 
-import argparse
 import csv
 import logging
 import os
@@ -26,25 +25,27 @@ from support.checkpoints import load_weights
 from support.cli import (
     AT_THE_END,
     EXIT_SKIPPED,
-    HelpFormatter,
+    SIDE,
+    WORKERS,
+    Parser,
     UserError,
     check_crop,
-    check_flags,
     note_some,
     printable,
     progress,
     run_script,
+    whole,
 )
 from support.cpu import available_cores, use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
-from support.images import COLORING, IMAGE_SUFFIXES, named_images
-from support.processes import begin_worker, from_workers
+from support.images import COLORING, IMAGE_SUFFIXES, named_images, pair_images
+from support.workers import begin_worker, from_workers
 
 import numpy as np
 import paddle
 from paddle.vision import models
 
-from dataset import ClassificationDataset, lab_to_rgb, pair_images, rgb_to_lightness
+from dataset import ClassificationDataset, lab_to_rgb, rgb_to_lightness
 from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as Paddle's classifiers were trained
@@ -75,16 +76,16 @@ def read_labels(path, numbers):
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {error.strerror.lower()}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror.lower()}") from error
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, label = re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line.strip()).groups()
         number = class_number(label, numbers)
         if not name or number is None:
-            raise UserError(f"{printable(path)}, line {i}: not a name and a class: {printable(line)[:200]}")
+            raise UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
         if labels.setdefault(without_suffix(name), number) != number:
-            raise UserError(f"{printable(path)}, line {i}: {printable(name)} has another class in a line before")
+            raise UserError(f"{path}, line {i}: {name} has another class in a line before")
     return labels
 
 
@@ -98,7 +99,7 @@ def label_by_folder(name, root, numbers):
     folder = os.path.basename(os.path.dirname(name) or os.path.abspath(root))
     if folder not in numbers:
         raise UserError(
-            f"{printable(folder)}: the folder of {printable(name)} is no ImageNet class (a WordNet id such as "
+            f"{folder}: the folder of {name} is no ImageNet class (a WordNet id such as "
             "n01440764); for a flat folder give --labels FILE"
         )
     return numbers[folder]
@@ -110,7 +111,7 @@ def label_by_file(name, labels, path):
     for key in (stem, os.path.basename(stem)):
         if key in labels:
             return labels[key]
-    raise UserError(f"{printable(name)}: has no line in {printable(path)}")
+    raise UserError(f"{name}: has no line in {path}")
 
 
 def find_labels(names, root, path=None):
@@ -130,7 +131,7 @@ def load_classifier(arch, weights=None):
     """A classifier of `paddle.vision.models`, with its published weights or those of a file."""
     known = sorted(name for name in models.__all__ if name.islower())
     if arch not in known:
-        raise UserError(f"--arch {printable(arch)}: not one of {', '.join(known)}")
+        raise UserError(f"--arch {arch}: not one of {', '.join(known)}")
     create = getattr(models, arch)
     if not weights:
         network = download_classifier(create, arch)
@@ -245,10 +246,7 @@ def print_table(hits):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Accuracy of an ImageNet classifier on colored images.",
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(description="Accuracy of an ImageNet classifier on colored images.")
     add = parser.add_argument_group("images").add_argument
     add("--results_dir", default="./result", help="folder of the colored images (test.py)")
     add(
@@ -257,16 +255,16 @@ def parse_args(argv=None):
     )
     add("--controls_only", action="store_true", help="only the controls, without --results_dir")
     add("--labels", metavar="FILE", help="lines of an image's name and its class (default: the class folders' names)")
-    add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
-    add("--crop_size", type=int, default=224, help="side of the center crop that is classified, in pixels")
+    add("--load_size", type=SIDE, default=256, help="the short side is resized to this many pixels")
+    add("--crop_size", type=SIDE, default=224, help="side of the center crop that is classified, in pixels")
 
     add = parser.add_argument_group("classifier").add_argument
     add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models")
     add("--weights", metavar="FILE", help="its weights, .pdparams (default: Paddle's, a download)")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--batch_size", type=int, default=32, help="images classified at a time")
-    add("--num_workers", type=int, default=min(8, available_cores()), help="processes that decode; 0: this one")
+    add("--batch_size", type=whole(), default=32, help="images classified at a time")
+    add("--num_workers", type=WORKERS, default=min(8, available_cores()), help="processes that decode; 0: this one")
     add("--save_path", default="./metrics", help="folder for accuracy.json and two tables")
     return parser.parse_args(argv)
 
@@ -285,7 +283,6 @@ def find_images(args):
 
 
 def main(args):
-    check_flags(args)
     check_crop(args)
     if args.controls_only and not args.imgs_dir:
         raise UserError("--controls_only needs --imgs_dir")

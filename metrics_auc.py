@@ -22,7 +22,6 @@ for resources/ablation.py), auc.txt (the counts behind the curve) and auc.png (t
 the names begin with gray_.
 """
 
-import argparse
 import csv
 import math
 import os
@@ -33,10 +32,11 @@ from pathlib import Path
 from support.cli import (
     AT_THE_END,
     EXIT_SKIPPED,
-    HelpFormatter,
+    SIDE,
+    WORKERS,
+    Parser,
     UserError,
     check_crop,
-    check_flags,
     counted,
     note,
     note_some,
@@ -52,16 +52,17 @@ from support.images import (
     image_size,
     list_images,
     open_rgb,
+    pair_images,
     read_rgb,
     relative_path,
 )
-from support.processes import parallel_map
+from support.workers import parallel_map
 
 import numpy as np
 import paddle
 from matplotlib.figure import Figure
 
-from dataset import pair_images, rgb_to_lab, rgb_to_lightness
+from dataset import rgb_to_lab, rgb_to_lightness
 from model import NUM_BINS
 from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, load_prior, rebalancing_weights
 
@@ -261,25 +262,24 @@ def plot(results, path):
 
 def parse_args(argv=None):
     description = "Area under the curve of ab errors of colored images, raw and rebalanced."
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description=description)
     add = parser.add_argument_group("images").add_argument
     add("--imgs_dir", required=True, help="folder of the true images, nested or flat")
     add("--results_dir", default="./result", help="folder of the colored images, laid out the same (test.py)")
     add("--gray", action="store_true", help="evaluate gray (ab = 0) instead of --results_dir")
-    add("--crop_size", type=int, help="compare center squares of so many pixels (default: the results', if squares)")
-    add("--load_size", type=int, help="short side before that crop, as given to test.py (default: the crop's)")
+    add("--crop_size", type=SIDE, help="compare center squares of so many pixels (default: the results', if squares)")
+    add("--load_size", type=SIDE, help="short side before that crop, as given to test.py (default: the crop's)")
 
     add = parser.add_argument_group("metric").add_argument
     add("--prior", help="file of 313 probabilities that tells how rare a color is (default: the shipped prior)")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--num_workers", type=int, default=available_cores(), help="processes that compare; 0: none but this one")
+    add("--num_workers", type=WORKERS, default=available_cores(), help="processes that compare; 0: none but this one")
     add("--save_path", default="./metrics", help="folder for auc.json, .csv, .npz, .txt and .png")
     return parser.parse_args(argv)
 
 
 def main(args):
-    check_flags(args)
     check_crop(args)
     if args.gray and args.load_size and not args.crop_size:
         raise UserError("--load_size without --crop_size changes nothing for --gray")
@@ -310,7 +310,7 @@ def main(args):
         totals += result[0]
         records.append({"names": name, **result[1]})
     if not records:
-        raise UserError(f"{printable(args.imgs_dir)}: none of its {len(pairs)} images could be compared")
+        raise UserError(f"{args.imgs_dir}: none of its {len(pairs)} images could be compared")
     images = {key: np.array([record[key] for record in records]) for key in records[0]}
     pooled = figures(pool(images, np.ones((1, len(records)))), bin_weights).values()
     colored, gray, true = ({x: None if np.isnan(v) else float(v) for x, (v,) in of.items()} for of in pooled)

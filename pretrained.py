@@ -74,14 +74,14 @@ def find_weights(model_path, name=None):
     if name == "norebal":
         raise UserError(
             f"norebal: the authors released it for Caffe alone: download {NOREBAL_URL}, then "
-            f"python resources/convert_weights.py {NOREBAL_URL.split('/')[-1]} {printable(folder)}"
+            f"python resources/convert_weights.py {NOREBAL_URL.split('/')[-1]} {folder}"
         )
     if os.sep in name or Path(name).suffix in SUFFIXES:
-        raise UserError(f"{printable(name)}: no such checkpoint")
+        raise UserError(f"{name}: no such checkpoint")
     names = checkpoint_names(folder)
     none = "there is none in that folder (train.py makes them; small comes with the project, official are the authors')"
     there = f"there are: --load_model {one_line(', '.join(names))}" if names else none
-    raise UserError(f"{printable(folder / f'epoch_{name}_model.pdparams')}: no such checkpoint; {there}")
+    raise UserError(f"{folder / f'epoch_{name}_model.pdparams'}: no such checkpoint; {there}")
 
 
 def checkpoint_names(folder):
@@ -94,7 +94,7 @@ def default_name(folder):
     if not names:
         check_small()  # else a line would promise what the next one takes back
         note(
-            f"{printable(folder)} holds no checkpoint: taking small, which comes with the project and was trained for "
+            f"{folder} holds no checkpoint: taking small, which comes with the project and was trained for "
             "100 minutes; the authors' network, trained on all of ImageNet: --load_model official"
         )
         return "small"
@@ -102,7 +102,7 @@ def default_name(folder):
     preferred = [name for name in (DEFAULT_NAME, "latest", *numbers[-1:]) if name in names]
     name = preferred[0] if preferred else names[0] if len(names) == 1 else DEFAULT_NAME
     if name != DEFAULT_NAME:
-        note(f"no --load_model: taking {one_line(name)}, as {printable(folder)} has no {DEFAULT_NAME}")
+        note(f"no --load_model: taking {name}, as {folder} has no {DEFAULT_NAME}")
     return name
 
 
@@ -111,7 +111,7 @@ def check_small():
     if not SMALL.exists() or sha256(SMALL) != SMALL_SHA256:
         state = "damaged or changed" if SMALL.exists() else "not there"
         git = f"git -C {printable(SMALL.parent)} checkout -- {SMALL.name}"
-        raise UserError(f"{printable(SMALL)}: {state}; to have it as it came: {git}")
+        raise UserError(f"{SMALL}: {state}; to have it as it came: {git}")
     return SMALL
 
 
@@ -119,7 +119,7 @@ def best_load_size(path):
     """The short side in pixels at which a checkpoint's network is at its best: what the file says, or 256."""
     size = read_metadata(path).get("load_size", str(LOAD_SIZE))
     if not re.fullmatch("[1-9][0-9]{0,4}", size):
-        raise UserError(f"{printable(path)}: says that it is at its best at a load_size of {one_line(size)}")
+        raise UserError(f"{path}: says that it is at its best at a load_size of {size}")
     return int(size)
 
 
@@ -227,7 +227,7 @@ def _recognize(state, is_caffe, path):
     if any(name.startswith("conv1.") for name in state):
         return OURS, _from_ourselves, 1
     names = one_line(", ".join(list(state)[:3])) or "nothing"
-    raise UserError(f"{printable(path)}: no network that is known here; it holds {names}, …")
+    raise UserError(f"{path}: no network that is known here; it holds {names}, …")
 
 
 def _layers():
@@ -254,7 +254,7 @@ def _rename(state, names, path):
     """The state under this project's names; `names`: theirs to ours."""
     check_names(state, names, path)
     if odd := [name for name in names if not isinstance(state[name], np.ndarray)]:
-        raise UserError(f"{printable(path)}: holds a {type(state[odd[0]]).__name__} as {odd[0]}, not an array")
+        raise UserError(f"{path}: holds a {type(state[odd[0]]).__name__} as {odd[0]}, not an array")
     return {ours: state[theirs].astype(np.float32) for theirs, ours in names.items()}
 
 
@@ -289,12 +289,12 @@ def _check_bins(expectation, path):
     """Raises UserError unless the last layer, [2, 313, 1, 1], is the expectation over the bins in this order."""
     bins = load_ab_bins().numpy()
     if expectation.shape != (2, len(bins), 1, 1):
-        raise UserError(f"{printable(path)}: model_out is {list(expectation.shape)}, not [2, {len(bins)}, 1, 1]")
+        raise UserError(f"{path}: model_out is {list(expectation.shape)}, not [2, {len(bins)}, 1, 1]")
     theirs = expectation.reshape(2, -1).T
     if (wrong := np.abs(theirs - bins).max(axis=1) > 0.5).any():  # of the grid's 10: covers rounding to 16 bits
         i = int(wrong.argmax())
         raise UserError(
-            f"{printable(path)}: its bins are not pts_in_hull.npy's in the same order: number {i} is "
+            f"{path}: its bins are not pts_in_hull.npy's in the same order: number {i} is "
             f"({theirs[i][0]:.4g}, {theirs[i][1]:.4g}) instead of ({bins[i][0]:.0f}, {bins[i][1]:.0f})"
         )
 
@@ -312,11 +312,11 @@ def _read_state(path):
             if is_safetensors(file) or (start[:1] == b"\x80" and not start.startswith(LEGACY_PYTORCH)):
                 return load_checkpoint(path), False
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
     if start.startswith((b"PK", LEGACY_PYTORCH)):
         return _read_pytorch(path), False
     if start.isascii() and re.sub(rb"\s", b" ", start).decode().isprintable():
-        raise UserError(f"{printable(path)}: text or empty, not weights: did its download go wrong?")
+        raise UserError(f"{path}: text or empty, not weights: did its download go wrong?")
     return _read_caffe(path), True
 
 
@@ -327,9 +327,7 @@ def _import_torch(path):
     try:
         import torch
     except ImportError:
-        raise UserError(
-            f"{printable(path)}: PyTorch's format needs PyTorch once, to convert it: pip install torch"
-        ) from None
+        raise UserError(f"{path}: PyTorch's format needs PyTorch once, to convert it: pip install torch") from None
     return torch
 
 
@@ -340,7 +338,7 @@ def _read_pytorch(path):
         return {name: tensor.float().numpy() for name, tensor in state.items()}
     except Exception as error:  # whatever bad bytes, or another kind of content, make it raise
         reason = one_line((str(error) or type(error).__name__).splitlines()[0])
-        raise UserError(f"{printable(path)}: not a readable state dict of PyTorch: {reason}") from error
+        raise UserError(f"{path}: not a readable state dict of PyTorch: {reason}") from error
 
 
 # Those fields of Caffe's caffe.proto that hold weights; in reading, fields that are not declared are skipped.
@@ -385,7 +383,7 @@ def _read_caffe(path):
     try:
         net.ParseFromString(Path(path).read_bytes())
     except DecodeError:
-        raise UserError(f"{printable(path)}: damaged, or of no format that is known here") from None
+        raise UserError(f"{path}: damaged, or of no format that is known here") from None
     layers = [*net.layer, *net.layers]
     return {f"{layer.name}.{i}": _blob_array(blob, path) for layer in layers for i, blob in enumerate(layer.blobs)}
 
@@ -394,7 +392,7 @@ def _blob_array(blob, path):
     array = np.frombuffer(blob.data, "<f4") if blob.data else np.frombuffer(blob.double_data, "<f8")
     shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]  # the older way: always four
     if math.prod(shape) != array.size:
-        raise UserError(f"{printable(path)}: damaged: {array.size} numbers for a blob of shape {shape}")
+        raise UserError(f"{path}: damaged: {array.size} numbers for a blob of shape {shape}")
     return array.astype(np.float32).reshape(shape)
 
 
@@ -413,7 +411,7 @@ def _from_caffe(state, path):
         if _is_norm(caffe):
             factor = state.pop(f"{ours}.factor")
             if factor.size != 1 or not factor > 0:
-                raise UserError(f"{printable(path)}: {caffe} was never trained: its scale factor is {factor.ravel()}")
+                raise UserError(f"{path}: {caffe} was never trained: its scale factor is {factor.ravel()}")
             for part in ("_mean", "_variance"):
                 state[f"{ours}.{part}"] = state[f"{ours}.{part}"].ravel() / factor.ravel()
             state[f"{ours}.weight"] = np.ones_like(state[f"{ours}._mean"])

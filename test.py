@@ -13,7 +13,6 @@ checkpoint of one's own it is colored with the small one that comes with the pro
     result: 200 images colored with model/epoch_7_model.pdparams in bf16
 """
 
-import argparse
 import errno
 import math
 import os
@@ -28,16 +27,18 @@ from pathlib import Path
 
 from support.cli import (
     EXIT_SKIPPED,
-    HelpFormatter,
+    SIDE,
+    Parser,
     UserError,
     add_bool_flag,
     check_crop,
-    check_flags,
     counted,
     note,
+    number,
     printable,
     progress,
     run_script,
+    whole,
 )
 from support.cpu import available_cores, use_all_cores
 from support.files import make_folder, provenance, read_json, remove_temporaries, sha256, write_json
@@ -103,12 +104,12 @@ def check_apart(targets, args):
         for folder in {os.path.dirname(path) for path in targets}:
             if os.path.commonpath([os.path.realpath(folder), result]) == result:
                 raise UserError(
-                    f"{printable(args.result_path)}: results would lie among the photographs, or overwrite them; "
+                    f"{args.result_path}: results would lie among the photographs, or overwrite them; "
                     "choose another --result_path, or for one photograph --output FILE"
                 )
     for path, target in targets.items():
         if os.path.realpath(target) == os.path.realpath(path):
-            raise UserError(f"{printable(path)}: the result would overwrite it; choose another name")
+            raise UserError(f"{path}: the result would overwrite it; choose another name")
 
 
 def prepare(path, args, targets):
@@ -116,7 +117,7 @@ def prepare(path, args, targets):
     try:
         width, height = image_size(path)
         if has_more_frames(path):
-            note(f"{printable(path)}: only the first of its frames or pages is colored")
+            note(f"{path}: only the first of its frames or pages is colored")
     except InvalidImageError as error:
         return Photograph(path, targets[path], (0, 0), (0, 0), failure=str(error))
     if not args.crop_size and max(width, height) > LARGEST_SIDE.get(args.format, math.inf):
@@ -144,7 +145,7 @@ def load(photograph, args):
             photograph.small = np.asarray(image.resize(photograph.network_size, Image.Resampling.BILINEAR))
             photograph.rgb = np.asarray(image)
         if photograph.small.max() < NEARLY_BLACK:
-            note(f"{printable(photograph.path)}: nearly black; were 8 or 12 bits stored in more, without scaling?")
+            note(f"{photograph.path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
     except InvalidImageError as error:
         photograph.failure = str(error)
     return photograph
@@ -243,7 +244,7 @@ def check_alike(made_by, folder):
     for name in ("sha256", "temperature", "load_size", "crop_size"):
         if name in before and before[name] != made_by[name]:
             raise UserError(
-                f"{printable(folder / COLORING)}: the results there have the {name} {before[name]}, not "
+                f"{folder / COLORING}: the results there have the {name} {before[name]}, not "
                 f"{made_by[name]}: choose another --result_path, or leave --skip_existing out"
             )
 
@@ -264,12 +265,12 @@ def announced(photographs, made_by, folders):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Colors photographs with a checkpoint.", formatter_class=HelpFormatter)
+    parser = Parser(description="Colors photographs with a checkpoint.")
     group = parser.add_argument_group("what to color")
     add = group.add_argument
     add("images", nargs="*", metavar="IMAGE", help="photographs and folders, nested or flat")
     add("--image_dir", help="a folder of photographs, or one file; the same as without --image_dir")
-    add("--max_samples", type=int, help="color only so many, the first by name (default: all)")
+    add("--max_samples", type=whole(), help="color only so many, the first by name (default: all)")
 
     group = parser.add_argument_group("how")
     add = group.add_argument
@@ -282,7 +283,7 @@ def parse_args(argv=None):
     )
     add(
         "--temperature",
-        type=float,
+        type=number(1e-3, 1e6),
         default=TEMPERATURE,
         help="of the annealed mean: 1 is dull, 0 vivid but patchy",
     )
@@ -294,16 +295,21 @@ def parse_args(argv=None):
     )
     add(
         "--load_size",
-        type=int,
+        type=SIDE,
         help="short side in pixels as the network sees it (default: what the checkpoint says, 96 for small; else 256)",
     )
     add(
         "--crop_size",
-        type=int,
+        type=SIDE,
         help="color only the center square of so many pixels, as papers do (default: all)",
     )
-    add("--batch_size", type=int, default=8, help="photographs of equal size that the network colors at a time")
-    add("--num_workers", type=int, default=available_cores(), help="threads that decode, and as many that write")
+    add("--batch_size", type=whole(), default=8, help="photographs of equal size that the network colors at a time")
+    add(
+        "--num_workers",
+        type=whole(1, 1024),
+        default=available_cores(),
+        help="threads that decode, and as many that write",
+    )
 
     group = parser.add_argument_group("what to write")
     add = group.add_argument
@@ -324,11 +330,10 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    check_flags(args, num_workers=(1, 1024), temperature=(1e-3, 1e6))
     suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
     args.format = args.format or suffix or "png"
     if args.output and (suffix != args.format or suffix not in FORMATS):
-        raise UserError(f"--output {printable(args.output)}: must end in its format's name: {', '.join(FORMATS)}")
+        raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(FORMATS)}")
 
 
 def main(args):

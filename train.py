@@ -15,7 +15,6 @@ Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_st
     epoch 0  step    100  loss 12345.6  nats 3.456  kl 2.345  lr 3.16e-05  images/s 12.3  waiting 1%
 """
 
-import argparse
 import math
 import re
 import sys
@@ -23,30 +22,33 @@ import warnings
 
 from support.checkpoints import Run, claim, load_weights
 from support.cli import (
-    HelpFormatter,
+    SEED,
+    SIDE,
+    WORKERS,
+    Parser,
     UserError,
     add_bool_flag,
     check_crop,
-    check_flags,
     note,
-    printable,
+    number,
     run_script,
+    whole,
 )
-from support.cpu import convolve_in_parts, cores_each, keep_freed_memory, parts_of_a_batch, use_all_cores
+from support.convolutions import convolve_in_parts, parts_of_a_batch
+from support.cpu import cores_each, keep_freed_memory, use_all_cores
 from support.gpu import check_gpu, mixed_precision, on_gpu, search_kernels, to_device
 from support.images import list_images
 from support.logs import Log, Meter
 from support.processes import (
     StopRequest,
     all_reduce,
-    begin_worker,
     check_synchronized,
     first_decides,
-    from_workers,
     is_first,
     share_statistics,
 )
 from support.sheets import tile
+from support.workers import begin_worker, from_workers
 
 import numpy as np
 import paddle
@@ -144,9 +146,7 @@ def training_data(args):
         first_decides(list_images, args.image_dir), args.load_size, args.crop_size, augment=True, seed=args.seed
     )
     if len(dataset) < args.batch_size:
-        raise UserError(
-            f"{printable(args.image_dir)}: {len(dataset)} images do not fill one --batch_size {args.batch_size}"
-        )
+        raise UserError(f"{args.image_dir}: {len(dataset)} images do not fill one --batch_size {args.batch_size}")
     sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size())
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=begin_worker)
     return loader, sampler
@@ -201,7 +201,7 @@ def validate(network, loader, ab_bins, args, autocast, stop):
         return None
     totals = all_reduce(np.concatenate([sums, histogram if sums[2] else np.zeros(MAX_THRESHOLD + 2)]))
     if not totals[2]:
-        raise UserError(f"{printable(args.val_dir)}: none of the images can be read")
+        raise UserError(f"{args.val_dir}: none of the images can be read")
     figures = {"val_cross_entropy": totals[0] / totals[2], "val_kl": totals[1] / totals[2], "val_auc": auc(totals[3:])}
     return figures, tile(panel[:PANEL_IMAGES]) if panel else None
 
@@ -219,37 +219,38 @@ def side_by_side(lab, ab, rgb):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Trains the colorization network on a folder of photographs.",
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(description="Trains the colorization network on a folder of photographs.")
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of training photographs, nested or flat")
     add("--val_dir", help="folder of validation photographs, looked at after each epoch (default: none)")
-    add("--load_size", type=int, default=256, help="the short side is resized to this many pixels")
-    add("--crop_size", type=int, default=176, help="side of the random crops in pixels, a multiple of 8")
-    add("--num_workers", type=int, default=min(8, cores_each()), help="processes that decode, for each device")
-    add("--max_broken", type=float, default=0.1, help="share of unreadable images in an epoch that stops the run")
+    add("--load_size", type=SIDE, default=256, help="the short side is resized to this many pixels")
+    add("--crop_size", type=SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
+    add("--num_workers", type=WORKERS, default=min(8, cores_each()), help="processes that decode, for each device")
+    add(
+        "--max_broken", type=number(0, 1), default=0.1, help="share of unreadable images in an epoch that stops the run"
+    )
 
     group = parser.add_argument_group("method")
     add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
     add = group.add_argument
-    add("--gamma", type=float, default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
+    add("--gamma", type=number(0, 1), default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
     add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the shipped prior)")
-    add("--NN", type=int, default=5, help="nearest bins that share in a color's soft-encoding")
-    add("--sigma", type=float, default=5.0, help="of the soft-encoding's Gaussian, in ab units")
+    add("--NN", type=whole(1, 313), default=5, help="nearest bins that share in a color's soft-encoding")
+    add("--sigma", type=number(1e-3, 1e3), default=5.0, help="of the soft-encoding's Gaussian, in ab units")
 
     group = parser.add_argument_group("optimization")
     add = group.add_argument
-    add("--num_epochs", "--num_epoch", type=int, default=20, help="passes over the training set")
-    add("--max_steps", type=int, help="stop after this many steps, whatever the epoch (default: after --num_epochs)")
-    add("--batch_size", type=int, default=40, help="images in a step, over all processes together")
-    add("--lr", type=float, default=3.16e-5, help="Adam's learning rate")
-    add("--lr_steps", type=int, nargs="*", default=[200_000, 375_000], help="steps at which it falls by sqrt(10)")
-    add("--beta1", type=float, default=0.9, help="Adam's decay of the first moment, for each step")
-    add("--beta2", type=float, default=0.99, help="Adam's decay of the second moment, for each step")
-    add("--weight_decay", type=float, default=1e-3, help="L2 penalty, beside a loss that sums over positions")
-    add("--seed", type=int, default=0, help="of the initialization, the order of images and their crops")
+    add("--num_epochs", "--num_epoch", type=whole(), default=20, help="passes over the training set")
+    add(
+        "--max_steps", type=whole(), help="stop after this many steps, whatever the epoch (default: after --num_epochs)"
+    )
+    add("--batch_size", type=whole(), default=40, help="images in a step, over all processes together")
+    add("--lr", type=number(1e-38, 1e38), default=3.16e-5, help="Adam's learning rate")
+    add("--lr_steps", type=whole(), nargs="*", default=[200_000, 375_000], help="steps at which it falls by sqrt(10)")
+    add("--beta1", type=number(0, 0.999999), default=0.9, help="Adam's decay of the first moment, for each step")
+    add("--beta2", type=number(0, 0.999999), default=0.99, help="Adam's decay of the second moment, for each step")
+    add("--weight_decay", type=number(0, 1e38), default=1e-3, help="L2 penalty, beside a loss that sums over positions")
+    add("--seed", type=SEED, default=0, help="of the initialization, the order of images and their crops")
     add(
         "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: what the GPU has"
     )
@@ -269,26 +270,15 @@ def parse_args(argv=None):
     add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
     add_bool_flag(group, "--overwrite", False, "begin anew where --model_path or --log_path hold an earlier run")
     add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
-    add("--save_latest", type=int, default=2000, help="steps between saves of epoch_latest_model.pdparams")
-    add("--save_freq", type=int, default=1, help="epochs between saves of epoch_{N}_model.pdparams")
-    add("--keep", type=int, default=0, help="numbered checkpoints to keep, the newest; 0 keeps all")
-    add("--loss_step", type=int, default=50, help="steps between lines of the log")
+    add("--save_latest", type=whole(), default=2000, help="steps between saves of epoch_latest_model.pdparams")
+    add("--save_freq", type=whole(), default=1, help="epochs between saves of epoch_{N}_model.pdparams")
+    add("--keep", type=whole(0), default=0, help="numbered checkpoints to keep, the newest; 0 keeps all")
+    add("--loss_step", type=whole(), default=50, help="steps between lines of the log")
     return parser.parse_args(argv)
 
 
 def check_args(args, processes):
     """Turns contradictions among the flags into one clear line before any work is done."""
-    positive = ("num_epochs", "max_steps", "lr_steps", "save_latest", "save_freq", "loss_step")
-    check_flags(
-        args,
-        **dict.fromkeys(positive, (1, None)),
-        **dict.fromkeys(("gamma", "max_broken"), (0, 1)),
-        **dict.fromkeys(("beta1", "beta2"), (0, 0.999999)),
-        lr=(1e-38, 1e38),
-        weight_decay=(0, 1e38),
-        NN=(1, 313),
-        keep=(0, None),
-    )
     check_crop(args, multiple=8)
     if args.batch_size % processes:
         raise UserError(f"--batch_size {args.batch_size}: cannot be shared out evenly among {processes} processes")

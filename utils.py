@@ -6,7 +6,7 @@ Pure functions on Paddle tensors (the AuC: on NumPy arrays).
 
 from pathlib import Path
 
-from support.cli import UserError, printable
+from support.cli import UserError
 
 import numpy as np
 import paddle
@@ -33,13 +33,13 @@ def load_prior(path=None):
         with open(path, "rb") as file:
             prior = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read as a prior: {error.strerror.lower()}") from error
+        raise UserError(f"{path}: cannot be read as a prior: {error.strerror.lower()}") from error
     except (ValueError, EOFError, TypeError) as error:
-        raise UserError(f"{printable(path)}: cannot be read as a prior: no .npy file of numbers") from error
+        raise UserError(f"{path}: cannot be read as a prior: no .npy file of numbers") from error
     if prior.shape != (bins := len(load_ab_bins()),):
-        raise UserError(f"{printable(path)}: a prior has the shape ({bins},), this has {prior.shape}")
+        raise UserError(f"{path}: a prior has the shape ({bins},), this has {prior.shape}")
     if not (np.isfinite(prior).all() and (prior >= 0).all() and prior.sum() > 0):
-        raise UserError(f"{printable(path)}: a prior's numbers are finite, non-negative and not all zero")
+        raise UserError(f"{path}: a prior's numbers are finite, non-negative and not all zero")
     return paddle.to_tensor((prior / prior.sum()).astype(np.float32))
 
 

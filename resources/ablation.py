@@ -15,14 +15,13 @@ the trainings' logs are, by the rows' names, also the KL of the last validation,
     ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images
 """
 
-import argparse
 import csv
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import EXIT_SKIPPED, HelpFormatter, UserError, check_flags, printable, run_script
+from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
 from support.cpu import available_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
 from support.images import COLORING, named_images, open_rgb
@@ -233,9 +232,7 @@ def save_sheet(names, true_dir, results, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="A table of folders of colored images, with intervals.", formatter_class=HelpFormatter
-    )
+    parser = Parser(description="A table of folders of colored images, with intervals.")
     add = parser.add_argument_group("what to compare").add_argument
     add("--val_dir", required=True, help="folder of the true photographs")
     add("--results", required=True, nargs="+", metavar="DIR", help="folders that test.py colored them into")
@@ -246,19 +243,23 @@ def parse_args(argv=None):
     add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models; none: no accuracy")
     add("--weights", metavar="FILE", help="its weights (.pdparams), instead of a download")
     add("--labels", metavar="FILE", help="lines of an image's name and its class, instead of class folders")
-    add("--bootstrap", type=int, default=1000, help="resamples of the images behind the intervals")
+    add("--bootstrap", type=whole(), default=1000, help="resamples of the images behind the intervals")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--seed", type=int, default=0, help="of the resamples and of the choice of photographs to show")
-    add("--panel", type=int, default=6, help="photographs to show")
-    add("--num_workers", type=int, default=min(8, available_cores()), help="processes that read; 0: none but this one")
+    add("--seed", type=SEED, default=0, help="of the resamples and of the choice of photographs to show")
+    add("--panel", type=whole(), default=6, help="photographs to show")
+    add(
+        "--num_workers",
+        type=WORKERS,
+        default=min(8, available_cores()),
+        help="processes that read; 0: none but this one",
+    )
     add("--save_path", default="./ablation", help="folder for what is written, the metrics' results included")
     return parser.parse_args(argv)
 
 
 def main(args):
     # Setup; what can be wrong is found before the work
-    check_flags(args, bootstrap=(1, None), panel=(1, None))
     output, true = Path(args.save_path), named_images(args.val_dir)
     results = {printable(os.path.basename(os.path.abspath(folder))): Path(folder) for folder in args.results}
     if len({*results, GRAY, TRUE}) < len(args.results) + 2:

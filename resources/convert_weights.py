@@ -12,7 +12,6 @@ write, .pdparams or .safetensors. The last line says what was written and how to
     python test.py --model_path model --load_model official --image_dir DIR
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -20,15 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.checkpoints import save_checkpoint, save_safetensors
-from support.cli import HelpFormatter, UserError, check_flags, printable, run_script
+from support.cli import Parser, UserError, number, printable, run_script
 
 import pretrained
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Converts weights that others trained to this project's.", formatter_class=HelpFormatter
-    )
+    parser = Parser(description="Converts weights that others trained to this project's.")
     add = parser.add_argument_group("files").add_argument
     add(
         "source",
@@ -38,7 +35,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("network").add_argument
     add(
         "--head_temperature",
-        type=float,
+        type=number(1e-3, 1e3),
         metavar="T",
         help="temperature that the source's head has taken into its weights, so that its own softmax has none; "
         "1: it has not (default: 0.38 for the authors' PyTorch release, 1 for the others)",
@@ -64,7 +61,6 @@ def destination_path(source, destination, kind):
 
 
 def main(args):
-    check_flags(args, head_temperature=(1e-3, 1e3))
 
     # Read the source, whatever it is
     network, kind = pretrained.read_network(args.source, args.head_temperature)
@@ -72,7 +68,7 @@ def main(args):
     # Write it
     path = destination_path(args.source, args.destination, kind)
     if path.exists() and path.samefile(args.source):
-        raise UserError(f"{printable(path)}: is the source itself; name another destination")
+        raise UserError(f"{path}: is the source itself; name another destination")
     state = network.state_dict()
     if path.suffix == ".safetensors":
         save_safetensors({name: tensor.numpy() for name, tensor in state.items()}, path)

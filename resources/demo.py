@@ -7,14 +7,13 @@ weights, which come with the project, have seen none of them. Then these weights
 a moment: the loss falls. Everything is written to one folder, ./demo by default; the last line names the picture.
 """
 
-import argparse
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import HelpFormatter, check_flags, run_script
+from support.cli import Parser, run_script, whole
 from support.files import atomic_path
 
 import test
@@ -28,9 +27,9 @@ PHOTOGRAPHS = {  # by the package that brings them along
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default="demo", help="folder to write to")
-    parser.add_argument("--steps", type=int, default=40, help="training steps; 0: only color")
+    parser.add_argument("--steps", type=whole(0), default=40, help="training steps; 0: only color")
     return parser.parse_args(argv)
 
 
@@ -46,7 +45,6 @@ def copy_photographs(folder):
 
 
 def main(args):
-    check_flags(args, steps=(0, None))
     output = Path(args.output)
     number = copy_photographs(output / "photographs")
     images = ["--image_dir", str(output / "photographs")]

@@ -8,7 +8,6 @@ them, so that none is zero). Photographs are squeezed into a square of 256 pixel
 the same. Gray ones and files that cannot be read are left out and counted.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,18 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import (
     AT_THE_END,
     EXIT_SKIPPED,
-    HelpFormatter,
+    WORKERS,
+    Parser,
     UserError,
-    check_flags,
     note,
+    number,
     printable,
     progress,
     run_script,
+    whole,
 )
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
 from support.images import InvalidImageError, list_images, open_rgb
-from support.processes import begin_worker, from_workers
+from support.workers import begin_worker, from_workers
 
 import numpy as np
 import paddle
@@ -82,17 +83,16 @@ def encode_counts(counts, ab_bins, sigma, chunk=4096):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--image_dir", required=True, help="folder of photographs, nested or flat")
     parser.add_argument("--output", default="prior_probs.npy", help="the file to write")
-    parser.add_argument("--sigma", type=float, default=5.0, help="of the Gaussian, in ab units")
-    parser.add_argument("--batch_size", type=int, default=32, help="images converted at a time")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--sigma", type=number(1e-3, 1e3), default=5.0, help="of the Gaussian, in ab units")
+    parser.add_argument("--batch_size", type=whole(), default=32, help="images converted at a time")
+    parser.add_argument("--num_workers", type=WORKERS, default=2, help="processes that decode")
     return parser.parse_args(argv)
 
 
 def main(args):
-    check_flags(args)
     use_all_cores()
     paths = list_images(args.image_dir)
     make_folder(Path(args.output).parent)
@@ -110,7 +110,7 @@ def main(args):
         broken += int((~readable).sum())
     left_out = f"{gray} gray, {broken} broken"
     if not used:
-        raise UserError(f"{printable(args.image_dir)}: no color image among {len(paths)} files ({left_out})")
+        raise UserError(f"{args.image_dir}: no color image among {len(paths)} files ({left_out})")
     prior = encode_counts(counts, load_ab_bins().numpy().astype(np.float64), args.sigma)
     with atomic_path(args.output) as temporary, open(temporary, "wb") as file:
         np.save(file, prior)

@@ -10,7 +10,6 @@ what was written, and at which short side the network is at its best:
     small.onnx: 129 MB, for photographs with a short side of 96 pixels
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import inference
-from support.cli import HelpFormatter, UserError, check_flags, one_line, printable, run_script
+from support.cli import Parser, UserError, printable, run_script
 from support.files import atomic_path
 
 import paddle
@@ -32,9 +31,7 @@ SIDES = {"lightness": ("N", 1, "H", "W"), "ab": ("N", 2, "H/4", "W/4")}  # what 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Writes a network with its annealed mean as one ONNX file.", formatter_class=HelpFormatter
-    )
+    parser = Parser(description="Writes a network with its annealed mean as one ONNX file.")
     parser.add_argument("--model_path", default="./model", help="folder of the checkpoints")
     parser.add_argument("--load_model", metavar="NAME", help="the one to write, as in test.py")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: NAME.onnx)")
@@ -79,7 +76,7 @@ def convert(checkpoint):
                 converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
         except Exception as error:  # its own errors it only prints, and goes on to one that says nothing
             said = log.read_text(errors="replace").strip().splitlines() or [str(error)]
-            raise UserError(f"paddle2onnx cannot convert this: {one_line(said[-1])}") from error
+            raise UserError(f"paddle2onnx cannot convert this: {said[-1]}") from error
     return tidied(onnx.load_from_string(converted))
 
 
@@ -98,7 +95,6 @@ def tidied(model):
 
 
 def main(args):
-    check_flags(args)
     checkpoint = find_weights(args.model_path, args.load_model)
     output = Path(args.output or f"{args.load_model or checkpoint.stem}.onnx")
     model = convert(checkpoint)

@@ -8,14 +8,13 @@ which leaves fewer patches of rare colors on plain surfaces. Each output channel
 with a scale of its own. And the file says at which short side of a photograph the network is at its best.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.checkpoints import load_checkpoint, save_safetensors
-from support.cli import run_script
+from support.cli import Parser, run_script
 from support.files import sha256
 
 import numpy as np
@@ -35,7 +34,7 @@ def round_to_8_bits(weight, channels):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("source", help="the trained weights")
     return parser.parse_args(argv)
 

@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from support.cli import UserError, note, one_line, printable
+from support.cli import UserError, note, one_line
 from support.files import atomic_path, make_folder
 from support.pickles import read_pickle, widen_bfloat16
 from support.processes import all_reduce, is_first, share_statistics
@@ -29,7 +29,7 @@ def load_checkpoint(path):
     """
     state = _read(path, lambda file: _read_safetensors(file) if is_safetensors(file) else read_pickle(file))
     if not isinstance(state, dict):
-        raise UserError(f"{printable(path)}: holds a {type(state).__name__}, not the state of a network")
+        raise UserError(f"{path}: holds a {type(state).__name__}, not the state of a network")
     state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
     return state
 
@@ -40,20 +40,20 @@ def _read(path, function):
         with open(path, "rb") as file:
             return function(file)
     except FileNotFoundError:
-        raise UserError(f"{printable(path)}: no such checkpoint") from None
+        raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
     except Exception as error:  # bad bytes make the readers raise whatever they like: KeyError, struct.error, …
         reason = one_line(str(error) or type(error).__name__)
-        raise UserError(f"{printable(path)}: not a readable checkpoint: {reason}") from error
+        raise UserError(f"{path}: not a readable checkpoint: {reason}") from error
 
 
 def check_names(state, expected, path):
     """Raises UserError, naming them, when the state lacks names that are expected or has others."""
     if missing := [name for name in expected if name not in state]:
-        raise UserError(f"{printable(path)}: another network's checkpoint, it lacks {_some(missing)}")
+        raise UserError(f"{path}: another network's checkpoint, it lacks {_some(missing)}")
     if unexpected := [str(name) for name in state if name not in expected]:
-        raise UserError(f"{printable(path)}: another network's checkpoint, it also has {_some(unexpected)}")
+        raise UserError(f"{path}: another network's checkpoint, it also has {_some(unexpected)}")
 
 
 def _some(names):
@@ -76,9 +76,9 @@ def set_weights(network, state, path):
         for name, tensor in expected.items()
         if found[name] != list(tensor.shape)
     ]:
-        raise UserError(f"{printable(path)}: another network's checkpoint: {_some(misshapen)}")
+        raise UserError(f"{path}: another network's checkpoint: {_some(misshapen)}")
     if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
-        raise UserError(f"{printable(path)}: not finite (NaN or infinity): {_some(broken)}")
+        raise UserError(f"{path}: not finite (NaN or infinity): {_some(broken)}")
     network.set_state_dict({name: x.astype(np.float32) if x.dtype.kind == "f" else x for name, x in state.items()})
 
 
@@ -154,7 +154,7 @@ def claim(model_path, log_path, replace):
     log = Path(log_path) / "train.jsonl"
     if not replace and (theirs or (log.exists() and log.stat().st_size)):
         raise UserError(
-            f"{printable(model_path if theirs else log)}: an earlier run's; go on with it by --continue_train, "
+            f"{model_path if theirs else log}: an earlier run's; go on with it by --continue_train, "
             "replace it by --overwrite, or choose another --model_path and --log_path"
         )
 
@@ -225,17 +225,13 @@ class Run:
         """
         path = self.folder / f"epoch_{name}_state.pdopt"
         if not path.exists() and path.with_name(f"epoch_{name}_model.pdparams").exists():
-            raise UserError(f"{printable(path)}: not there; weights alone can start a training: --init_from FILE")
+            raise UserError(f"{path}: not there; weights alone can start a training: --init_from FILE")
         state = load_checkpoint(path)
         if missing := {"network", "optimizer", "scaler", "progress", "flags"} - state.keys():
-            raise UserError(
-                f"{printable(path)}: not a training state of train.py, it lacks {', '.join(sorted(missing))}"
-            )
+            raise UserError(f"{path}: not a training state of train.py, it lacks {', '.join(sorted(missing))}")
         changed = {name: text for name in self.flags if (text := self._change(name, state["flags"].get(name)))}
         if other := [text for name, text in changed.items() if name in objective]:
-            raise UserError(
-                f"{printable(path)}: trained otherwise: {'; '.join(other)} (to start anew from it: --init_from)"
-            )
+            raise UserError(f"{path}: trained otherwise: {'; '.join(other)} (to start anew from it: --init_from)")
         for text in changed.values():
             note(f"continuing with a changed setting: {text}")
         set_weights(self.network, state["network"], path)

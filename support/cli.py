@@ -1,6 +1,7 @@
 """The command line: flags and their ranges, notes, how a script ends."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -15,17 +16,22 @@ EXIT_SKIPPED = 3  # the work was done, but for files that had to be left out
 
 
 class UserError(SystemExit):
-    """Something that the user can mend. Uncaught, it prints its one line and ends with exit code 1."""
+    """An error that the user can fix. Uncaught, it prints its message on one line and ends with exit code 1."""
 
-
-def printable(path):
-    """A file's name for a message: bytes that are no UTF-8 and line breaks are escaped."""
-    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 def one_line(text):
-    """Text from a file for a message: what would not print, or break the line, is escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Escape line breaks, control characters and bytes that are not UTF-8, as file names may contain them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1].replace("\\udc", "\\x") for c in text)
+
+
+def printable(path):
+    """Return a path for standard output or a JSON file. `note` and `UserError` escape by themselves."""
+    return one_line(os.fsdecode(path))
 
 
 def counted(number, noun):
@@ -36,14 +42,14 @@ def counted(number, noun):
 def note_some(problem, names, limit=10):
     """A line for each of the first names, one for the others."""
     for name in names[:limit]:
-        note(f"{printable(name)}: {problem}")
+        note(f"{name}: {problem}")
     if len(names) > limit:
         note(f"… and {len(names) - limit} more: {problem}")
 
 
 def note(message):
-    """One line for the user, on standard error, above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """Print one line for the user on standard error, above any progress bar."""
+    tqdm.write(one_line(message), file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -85,8 +91,8 @@ def run_script(main, parse_args, after_stop=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        name = f"{printable(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        note(f"{name}{(error.strerror or one_line(str(error))).lower()}{reached()}")
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        note(f"{name}{(error.strerror or str(error)).lower()}{reached()}")
     return 1
 
 
@@ -126,11 +132,52 @@ AT_THE_END = "what it finds is written at its end alone"
 # Flags
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds to each flag's help its default, where there is one."""
+class Parser(argparse.ArgumentParser):
+    """A parser that shows defaults in its help, reports a usage error on one line and rejects empty texts."""
 
+    def __init__(self, **settings):
+        super().__init__(formatter_class=_HelpFormatter, **settings)
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):
+                self.error(f"--{name} '': is empty (an unset variable?)")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {one_line(message)} (--help lists the flags)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(least, most=math.inf, kind=float):
+    """Return an argparse type for numbers in [least, most]; NaN is never in it."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not least <= value <= most:
+            limit = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
+        return value
+
+    return convert
+
+
+def whole(least=1, most=math.inf):
+    """Return an argparse type for whole numbers in [least, most]."""
+    return number(least, most, int)
+
+
+SIDE = whole(1, 4096)  # type of --load_size and --crop_size, in pixels
+WORKERS = whole(0, 1024)  # type of --num_workers
+SEED = whole(0, 2**32 - 1)
 
 
 def parse_bool(text):
@@ -147,34 +194,6 @@ def add_bool_flag(parser, name, default, help):
     parser.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
     negation = {"dest": destination, "action": "store_const", "const": False, "default": argparse.SUPPRESS}
     parser.add_argument(f"--no-{destination}", **negation, help=f"{name} False")
-
-
-RANGES = {  # of flags that several scripts have: least, most, both included; None: no limit
-    **dict.fromkeys(("load_size", "crop_size"), (1, 4096)),
-    **dict.fromkeys(("batch_size", "max_samples"), (1, None)),
-    "num_workers": (0, 1024),
-    "seed": (0, 2**32 - 1),
-    "sigma": (1e-3, 1e3),
-}
-
-
-def check_flags(args, **ranges):
-    """Raises UserError for a flag outside its range, of `ranges` or else of RANGES.
-
-    One that is not given (None) is not looked at, NaN lies outside, and of several numbers each is. No flag at all may
-    be an empty text, which is what a variable that is not set leaves of a file's name.
-    """
-    for name, value in vars(args).items():
-        values = value if isinstance(value, list) else [value]
-        if "" in values:
-            raise UserError(f"--{name} '': is empty (a variable that is not set?)")
-    for name, (least, most) in {**RANGES, **ranges}.items():
-        value = getattr(args, name, None)
-        for number in value if isinstance(value, list) else [] if value is None else [value]:
-            if not number >= least:
-                raise UserError(f"--{name} {number}: must be at least {least}")
-            if most is not None and number > most:
-                raise UserError(f"--{name} {number}: must be at most {most}")
 
 
 def check_crop(args, multiple=1):

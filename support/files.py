@@ -41,7 +41,7 @@ def atomic_path(path):
         os.replace(temporary, path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{printable(path)}: cannot be written: {reason}") from error
+        raise UserError(f"{path}: cannot be written: {reason}") from error
     finally:
         _remove(temporary)
 
@@ -82,7 +82,7 @@ def make_folder(path):
     except OSError as error:
         writable, reason = False, error.strerror.lower()
     if not writable:
-        raise UserError(f"{printable(path)}: cannot be written to: {reason}")
+        raise UserError(f"{path}: cannot be written to: {reason}")
     remove_temporaries(path)
 
 

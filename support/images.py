@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 
-from support.cli import UserError, note, note_some, one_line, printable
+from support.cli import UserError, note, note_some, one_line
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -36,7 +36,7 @@ class InvalidImageError(ValueError):
     """A file that cannot serve as an image. The message names the file and the reason."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{printable(path)}: {reason}")
+        super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
     def __reduce__(self):  # so that it survives the way back from a worker process
@@ -54,7 +54,7 @@ def list_images(root):
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
-        raise UserError(f"{printable(root)}: {'no file and no folder' if os.path.exists(root) else NOTHING_THERE}")
+        raise UserError(f"{root}: {'no file and no folder' if os.path.exists(root) else NOTHING_THERE}")
     paths, left_out, others = [], {}, Counter()
     folders, links, visited = [root], [], set()
     while folders or links:
@@ -66,7 +66,7 @@ def list_images(root):
                 found = list(entries)
         except OSError as error:
             if folder == root:
-                raise UserError(f"{printable(root)}: cannot be read: {error.strerror.lower()}") from error
+                raise UserError(f"{root}: cannot be read: {error.strerror.lower()}") from error
             left_out.setdefault(f"left out, {error.strerror.lower()}", []).append(folder)
             continue
         if (status.st_dev, status.st_ino) in visited:
@@ -92,9 +92,9 @@ def list_images(root):
     if others:
         kinds = ", ".join(f"{count} {one_line(kind)}" for kind, count in others.most_common(5))
         more = ", …" if len(others) > 5 else ""
-        note(f"{printable(root)}: other files passed over: {kinds}{more}")
+        note(f"{root}: other files passed over: {kinds}{more}")
     if not paths:
-        raise UserError(f"{printable(root)}: no images here ({' '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{root}: no images here ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(paths)
 
 
@@ -138,6 +138,23 @@ def named_images(*roots):
 
 
 COLORING = "coloring.json"  # beside colored images: what test.py made them with
+
+
+def pair_images(true_dir, colored_dir):
+    """Images of two folders that belong together, by the names of `named_images`.
+
+    Returns a list of (name, path of the true image, path of the colored one) and what is left out, a dict from the
+    problem to the names. Raises UserError when not one pair is left.
+    """
+    true, colored = named_images(true_dir), named_images(colored_dir)
+    left_out = {
+        "no colored image": [name for name in true if name not in colored],
+        "no true image": [name for name in colored if name not in true],
+    }
+    pairs = [(name, true[name], colored[name]) for name in true if name in colored]
+    if not pairs:
+        raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path but for the suffix)")
+    return pairs, {problem: names for problem, names in left_out.items() if names}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -241,7 +258,7 @@ def to_rgb(image, name="image"):
         transform = _to_srgb(profile, samples.mode)
         return ImageCms.applyTransform(samples, transform) if transform else rgb
     except ImageCms.PyCMSError as error:
-        note(f"{printable(name)}: its color profile cannot be used, taken for sRGB ({one_line(str(error))})")
+        note(f"{name}: its color profile cannot be used, taken for sRGB ({str(error)})")
         return rgb
 
 

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
-from support.cli import UserError, note, printable
+from support.cli import UserError, note
 from support.files import atomic_path
 from support.processes import all_reduce, is_first
 
@@ -48,7 +48,7 @@ class Log:
             yield
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise UserError(f"{printable(self.folder)}: the log cannot be written: {reason}") from error
+            raise UserError(f"{self.folder}: the log cannot be written: {reason}") from error
 
     def write(self, line, figures):
         """The line on the terminal, the figures (a dict with "step") in train.jsonl and on the board."""

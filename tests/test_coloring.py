@@ -361,8 +361,6 @@ def test_mistakes_give_one_line(run, tmp_path, photographs, stopped):
     assert "there are: --load_model 19" in message(coffee, "--load_model", 7)
     assert "multiple of 8" in message(coffee, "--crop_size", 100)
     assert "larger than --load_size" in message(coffee, "--crop_size", 512)
-    assert "temperature" in message(coffee, "--temperature", 0)
-    assert "batch_size" in message(coffee, "--batch_size", 0)
     assert "cannot be written" in message(coffee, result="file/result")
     assert "overwrite" in message(coffee, result=photographs)
 

@@ -2,7 +2,7 @@
 
 import copy
 
-from support.cpu import convolve_in_parts, part_sizes
+from support.convolutions import convolve_in_parts, part_sizes
 
 import numpy as np
 import paddle

@@ -4,7 +4,7 @@ import struct
 
 from support.checkpoints import save_checkpoint
 from support.cli import EXIT_SKIPPED
-from support.images import SRGB_PROFILE, image_size, list_images, open_rgb, read_rgb
+from support.images import SRGB_PROFILE, image_size, list_images, open_rgb, pair_images, read_rgb
 
 import numpy as np
 import paddle
@@ -14,7 +14,6 @@ from skimage import color, data
 
 import colorizer
 import test
-from dataset import pair_images
 
 D50 = (0.9642, 1.0, 0.8249)
 PRIMARIES = {  # x, y of red, green, blue; white is D65

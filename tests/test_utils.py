@@ -1,8 +1,6 @@
 """Weights, loss, annealed mean, AuC and small helpers, against dense NumPy in float64."""
 
-import argparse
-
-from support.cli import HelpFormatter, UserError, add_bool_flag, printable
+from support.cli import Parser, UserError, add_bool_flag, printable
 from support.files import atomic_path
 
 import numpy as np
@@ -225,7 +223,7 @@ def test_histograms_agree_with_counting_and_add_up_with_weights():
     ],
 )
 def test_boolean_flags(given, expected):
-    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    parser = Parser()
     add_bool_flag(parser, "--rebalance", True, "help")
     assert parser.parse_args(given).rebalance is expected
 

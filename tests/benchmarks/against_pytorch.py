@@ -71,7 +71,8 @@ def torch_side(job, threads, batch, size):
 def paddle_side(job, threads, batch, size):
     sys.path.insert(0, str(ROOT))
     from support.checkpoints import save_checkpoint
-    from support.cpu import convolve_in_parts, keep_freed_memory, use_all_cores
+    from support.convolutions import convolve_in_parts
+    from support.cpu import keep_freed_memory, use_all_cores
 
     import paddle
 
