@@ -36,10 +36,10 @@ from support.cli import (
     run_script,
     whole,
 )
-from support.cpu import available_cores, use_all_cores
+from support.cpu import use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
 from support.images import COLORING, IMAGE_SUFFIXES, named_images, pair_images
-from support.workers import begin_worker, from_workers
+from support.workers import begin_worker, default_workers, from_workers
 
 import numpy as np
 import paddle
@@ -264,7 +264,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--batch_size", type=whole(), default=32, help="images classified at a time")
-    add("--num_workers", type=WORKERS, default=min(8, available_cores()), help="processes that decode; 0: this one")
+    add("--num_workers", type=WORKERS, default=min(8, default_workers()), help="processes that decode; 0: this one")
     add("--save_path", default="./metrics", help="folder for accuracy.json and two tables")
     return parser.parse_args(argv)
 

@@ -40,7 +40,7 @@ from support.cli import (
     run_script,
     whole,
 )
-from support.cpu import available_cores, use_all_cores
+from support.cpu import available_cores, lower_priority, use_all_cores
 from support.files import make_folder, provenance, read_json, remove_temporaries, sha256, write_json
 from support.gpu import check_gpu
 from support.images import COLORING, InvalidImageError, crop_resized, has_more_frames, image_size, named_images
@@ -154,8 +154,7 @@ def load(photograph, args):
 @contextmanager
 def background_threads(count):
     """Threads that leave the cores to the network's: one of these that has to wait makes all of them wait."""
-    polite = partial(os.nice, 10) if sys.platform == "linux" else None  # of a single thread, on Linux alone
-    pool = ThreadPoolExecutor(count, initializer=polite)
+    pool = ThreadPoolExecutor(count, initializer=lower_priority)
     try:
         yield pool
     finally:

@@ -48,7 +48,7 @@ from support.processes import (
     share_statistics,
 )
 from support.sheets import tile
-from support.workers import begin_worker, from_workers
+from support.workers import begin_worker, default_workers, from_workers
 
 import numpy as np
 import paddle
@@ -225,7 +225,7 @@ def parse_args(argv=None):
     add("--val_dir", help="folder of validation photographs, looked at after each epoch (default: none)")
     add("--load_size", type=SIDE, default=256, help="the short side is resized to this many pixels")
     add("--crop_size", type=SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
-    add("--num_workers", type=WORKERS, default=min(8, cores_each()), help="processes that decode, for each device")
+    add("--num_workers", type=WORKERS, default=min(8, default_workers()), help="processes that decode, for each device")
     add(
         "--max_broken", type=number(0, 1), default=0.1, help="share of unreadable images in an epoch that stops the run"
     )

@@ -22,11 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
-from support.cpu import available_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
 from support.images import COLORING, named_images, open_rgb
 from support.logs import read_log
 from support.sheets import contact_sheet
+from support.workers import default_workers
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -251,7 +251,7 @@ def parse_args(argv=None):
     add(
         "--num_workers",
         type=WORKERS,
-        default=min(8, available_cores()),
+        default=min(8, default_workers()),
         help="processes that read; 0: none but this one",
     )
     add("--save_path", default="./ablation", help="folder for what is written, the metrics' results included")

@@ -28,7 +28,7 @@ from support.cli import (
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
 from support.images import InvalidImageError, list_images, open_rgb
-from support.workers import begin_worker, from_workers
+from support.workers import begin_worker, default_workers, from_workers
 
 import numpy as np
 import paddle
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", default="prior_probs.npy", help="the file to write")
     parser.add_argument("--sigma", type=number(1e-3, 1e3), default=5.0, help="of the Gaussian, in ab units")
     parser.add_argument("--batch_size", type=whole(), default=32, help="images converted at a time")
-    parser.add_argument("--num_workers", type=WORKERS, default=2, help="processes that decode")
+    parser.add_argument("--num_workers", type=WORKERS, default=min(2, default_workers()), help="processes that decode")
     return parser.parse_args(argv)
 
 

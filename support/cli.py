@@ -1,15 +1,14 @@
-"""The command line: flags and their ranges, notes, how a script ends."""
+"""The command line: messages, exit codes, flags and their ranges."""
 
 import argparse
 import math
 import os
 import signal
 import sys
-from contextlib import suppress
 
 from tqdm import tqdm
 
-EXIT_SKIPPED = 3  # the work was done, but for files that had to be left out
+EXIT_SKIPPED = 3  # finished, but some files were skipped
 
 # -------------------------------------------------------------------------------------------------
 # Messages
@@ -40,7 +39,7 @@ def counted(number, noun):
 
 
 def note_some(problem, names, limit=10):
-    """A line for each of the first names, one for the others."""
+    """Print a note for each of the first names, and one for all others."""
     for name in names[:limit]:
         note(f"{name}: {problem}")
     if len(names) > limit:
@@ -53,43 +52,41 @@ def note(message):
 
 
 # -------------------------------------------------------------------------------------------------
-# How a script ends
+# The end of a script
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT (Ctrl-C), SIGTERM or SIGHUP: raised in the main thread, so that `finally` cleans up."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
+    """A stop signal, its only argument: raised in the main thread, so that `finally` blocks run."""
 
 
 SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
 if hasattr(signal, "SIGHUP"):
-    SIGNALS[signal.SIGHUP] = "as its terminal was closed"
+    SIGNALS[signal.SIGHUP] = "because its terminal was closed"
 
 
 def run_script(main, parse_args, after_stop=""):
-    """Runs a script. Returns its exit code; however it ends, one line says why, how far it came and how to go on.
+    """Run a script and return its exit code. If it stops early, one line reports why and after how many images.
 
-    after_stop: what to add to that line when it was stopped. Errors that nobody foresaw keep their traceback.
+    `after_stop` is added to that line when a signal stopped the script. Unexpected errors keep their traceback.
     """
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as after `nohup`
-            signal.signal(number, _stop)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of any bytes, whatever the terminal knows
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as after `nohup`
+                signal.signal(number, _stop)
     try:
         code = main(parse_args())
         sys.stdout.flush()
         return code
     except Stopped as stop:
-        note(f"stopped {SIGNALS[stop.number]}{reached()}" + (after_stop and f"; {after_stop}"))
-        return 128 + stop.number
+        number = stop.args[0]
+        note(f"stopped {SIGNALS[number]}{reached()}" + (after_stop and f"; {after_stop}"))
+        return 128 + number
     except MemoryError:
         note(f"not enough memory{reached()}: try a smaller --batch_size or --load_size, or fewer --num_workers")
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE
     except OSError as error:
         name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         note(f"{name}{(error.strerror or str(error)).lower()}{reached()}")
@@ -97,27 +94,25 @@ def run_script(main, parse_args, after_stop=""):
 
 
 def _stop(number, _):
-    for other in SIGNALS:
-        with suppress(OSError, ValueError):  # a second Ctrl-C leaves at once; what stops services sends several others
-            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+    for other in SIGNALS:  # a second Ctrl-C ends the script immediately; service managers repeat the other signals
+        signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
     raise Stopped(number)
 
 
 _progress = {}
 
 
-def progress(items, total, title=None, unit="image", count=None):
-    """The items behind a progress bar; how far they are is what the last line says of a script that did not end well.
+def progress(items, total, title=None, unit="image", count=lambda item: 1):
+    """Yield items and show a progress bar. If the script stops early, `run_script` reports how many were done.
 
-    count: of an item, how many of the total it is (default: one).
+    `count` returns the number of units in an item.
     """
     _progress.update(done=0, total=total, unit=unit)
     with tqdm(desc=title, total=total, unit=unit, disable=None) as bar:
         for item in items:
             yield item
-            step = count(item) if count else 1
-            _progress["done"] += step
-            bar.update(step)
+            _progress["done"] += count(item)
+            bar.update(count(item))
     _progress.clear()
 
 
@@ -125,8 +120,7 @@ def reached():
     return " after {done} of {total} {unit}s".format(**_progress) if _progress else ""
 
 
-# What `run_script` adds for a script that writes nothing before its end
-AT_THE_END = "what it finds is written at its end alone"
+AT_THE_END = "nothing was written"  # an `after_stop` for scripts that write their results at the end
 
 # -------------------------------------------------------------------------------------------------
 # Flags
@@ -181,15 +175,13 @@ SEED = whole(0, 2**32 - 1)
 
 
 def parse_bool(text):
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"neither true nor false: {text!r}")
+    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise argparse.ArgumentTypeError(f"neither true nor false: {text!r}")
+    return text.lower() in ("true", "yes", "1")
 
 
 def add_bool_flag(parser, name, default, help):
-    """`--name`, `--name True`, `--name false` and `--no-name`, with or without capitals."""
+    """Add a flag that accepts `--name`, `--name True`, `--name false` and `--no-name`, in upper or lower case."""
     destination = name.lstrip("-")
     parser.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
     negation = {"dest": destination, "action": "store_const", "const": False, "default": argparse.SUPPRESS}
@@ -197,7 +189,7 @@ def add_bool_flag(parser, name, default, help):
 
 
 def check_crop(args, multiple=1):
-    """Raises UserError for a --crop_size, if given, that is no multiple of `multiple` or exceeds --load_size."""
+    """Raise UserError for a --crop_size that is not a multiple of `multiple` or exceeds --load_size."""
     if args.crop_size and args.crop_size % multiple:
         raise UserError(f"--crop_size {args.crop_size}: must be a multiple of {multiple}")
     if args.crop_size and args.load_size and args.crop_size > args.load_size:

@@ -1,7 +1,7 @@
-"""Convolutions in parts: each core works at a part of the batch.
+"""Convolutions in chunks, one per core.
 
-Eager mode's convolution first copies the patches of its input on one core, then multiplies matrices on all cores.
-With a part of the batch for each core, all of them work all the time, and a training step takes a tenth less time.
+Eager mode's convolution first copies the patches of its input on one core, then multiplies matrices on all cores. With
+one chunk of the batch per core, all cores always work, and a training step takes about a tenth less time.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,23 +13,23 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-PART_PIXELS = 2**16  # found by measuring: 16 squares of 64 pixels are as fast in one part as in two
+PART_PIXELS = 2**16  # measured: 16 crops of 64x64 pixels are as fast in one chunk as in two
 CONVOLUTIONS = (nn.Conv2D, nn.Conv2DTranspose)
 
 
 def parts_of_a_batch(images, pixels):
-    """Into how many parts a batch of so many images of so many pixels is best cut.
+    """Return the best number of chunks for a batch of `images` images of `pixels` pixels each.
 
-    A part of fewer than PART_PIXELS spends its time on reading the weights, which then all cores better do together.
+    A chunk of fewer than PART_PIXELS takes most of its time to read the weights, which all cores can share.
     """
     return max(1, min(cores_each(), images, images * pixels // PART_PIXELS))
 
 
 def convolve_in_parts(network, count):
-    """Lets the convolutions of a network work at `count` parts of each batch side by side; forth and back.
+    """Let a network's convolutions process `count` chunks of each batch in parallel, forward and backward.
 
-    They are those that stand alone or in an `nn.Sequential` of convolutions, a ReLU after each, and at its end a batch
-    norm, which is given the whole batch. State dict and results stay the same but for float32's rounding.
+    This changes convolutions that stand alone or in an `nn.Sequential` of convolutions, a ReLU after each, and a batch
+    norm at the end, which gets the whole batch. The state dict stays the same; results agree up to float32 rounding.
     """
     for layer in network.children():
         layers = list(layer.children()) if type(layer) is nn.Sequential else [layer]
@@ -51,7 +51,7 @@ def _run_in_parts(layers, count, x):
 
 
 def part_sizes(images, parts):
-    """Sizes of at most `parts` parts, as equal as can be."""
+    """Return the sizes of at most `parts` chunks, as equal as possible."""
     parts = min(parts, images)
     return [images // parts + (i < images % parts) for i in range(parts)]
 
@@ -62,10 +62,10 @@ def threads(count):
 
 
 class _Convolution(paddle.autograd.PyLayer):
-    """A convolution, its bias and, with `relu`, a ReLU of each of the parts of a batch, in threads, forth and back.
+    """A convolution, its bias and, with `relu`, a ReLU, for each chunk of a batch in a thread of its own.
 
-    Each part has a little graph of its own behind it, from copies (of the same memory) of input and parameters to
-    output: the threads walk back through these and so share no gradient that two could write to.
+    Each chunk has its own small graph, which begins at copies (of the same memory) of its input and the parameters, so
+    that no two threads write to the same gradient in the backward pass.
     """
 
     @staticmethod
@@ -100,5 +100,5 @@ def _convolve(layer, relu, weight, bias, x):
     convolve = F.conv2d_transpose if isinstance(layer, nn.Conv2DTranspose) else F.conv2d
     y = convolve(x, weight, None, stride=layer._stride, padding=layer._padding, dilation=layer._dilation)
     shape = y.shape
-    y = y.flatten(2) + bias.unsqueeze(1)  # broadcast as [1, C, 1, 1] it takes several times as long
+    y = y.flatten(2) + bias.unsqueeze(1)  # several times as fast as broadcasting [1, C, 1, 1]
     return (F.relu_(y) if relu else y).reshape(shape)

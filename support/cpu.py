@@ -2,73 +2,77 @@
 
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 import paddle
 
+core = paddle.base.core
+
 
 def use_all_cores(threads=None):
-    """Lets Paddle's CPU operators use the machine's cores; call it before the first operator. Returns their number.
+    """Let Paddle's CPU operators use all cores, or `threads` of them. Return their number.
 
-    Paddle starts with one thread unless OMP_NUM_THREADS is set, and the MKL that it bundles takes its slow, generic
-    path on AMD processors unless it is told what they can do. What the user has set is left alone.
+    Call it before the first operator. Paddle starts with one thread unless OMP_NUM_THREADS is set. The MKL that it
+    bundles takes its slow, generic path on AMD processors unless MKL_DEBUG_CPU_TYPE is set: to 7 for AVX-512, to 5 for
+    AVX2. A value set by the user is kept.
     """
-    if kind := _mkl_kind():
-        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", kind)
+    if "AuthenticAMD" in _processor() and core.supports_int8():  # oneDNN's int8 needs AVX2, its bfloat16 AVX-512
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if core.supports_bfloat16() else "5")
     threads = threads or available_cores()
-    paddle.base.core.set_num_threads(threads)
+    core.set_num_threads(threads)
     return threads
+
+
+def _processor():
+    """Return the description of the processor on Linux and Windows, "" elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.exists() else os.environ.get("PROCESSOR_IDENTIFIER", "")
+
+
+def computes_bf16():
+    """Return whether the processor multiplies bfloat16 in hardware and Paddle's inference engine uses it (3.x)."""
+    return core.supports_bfloat16_fast_performance() and paddle.__version__ >= "3"
+
+
+def available_cores():
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_each():
+    """Return the number of this machine's cores for each of the processes that train on it."""
+    return max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
+
+
+def lower_priority():
+    """Let this thread give way to the others, where threads have priorities of their own (Linux)."""
+    if hasattr(os, "sched_setaffinity"):
+        os.nice(10)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
 
 
 def keep_freed_memory():
-    """Makes malloc keep what is freed, for a program that asks for the same tensors again and again; call it early.
+    """Make malloc keep freed memory, for a program that allocates the same tensors again and again; call it early.
 
-    glibc would give every large block back and be given it anew, page by page: up to a third of a small training step.
+    glibc would return every large block to the system and get it back page by page, which takes up to a third of a
+    small training step.
     """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
-            libc.mallopt(parameter, value)
+    _set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1})
 
 
 def return_freed_memory():
-    """Makes malloc give large blocks back when they are freed, for a program that runs for weeks in many threads.
+    """Make malloc return large blocks when they are freed, for a program that runs for weeks in many threads.
 
-    glibc would keep for every thread what that has ever used at once.
+    glibc would keep, for each thread, as much memory as that thread ever used at a time.
     """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((M_MMAP_THRESHOLD, 2**20), (M_ARENA_MAX, 2)):
+    _set_malloc({M_MMAP_THRESHOLD: 2**20, M_ARENA_MAX: 2})
+
+
+def _set_malloc(parameters):
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in parameters.items():
             libc.mallopt(parameter, value)
-
-
-def available_cores():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def computes_bf16():
-    """Whether the processor multiplies bfloat16 in hardware, and this Paddle's engine makes it do so (3.x)."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_processor().split()) and paddle.__version__ >= "3"
-
-
-def _processor():
-    """What Linux says of the processor; "" elsewhere."""
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
-def _mkl_kind():
-    """What MKL calls the instructions of this AMD processor: "7" for AVX-512, "5" for AVX2; None elsewhere."""
-    if "AuthenticAMD" not in (processor := _processor()):
-        return None
-    return "7" if " avx512f " in processor else "5" if " avx2 " in processor else None
-
-
-def cores_each():
-    """The cores of this machine for each of the processes that train on it."""
-    return max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import tempfile
 import time
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -28,8 +30,7 @@ class Log:
         self.folder, self.tags, self.file = folder, tags, None
         if not is_first():
             return
-        from visualdl import LogWriter
-
+        LogWriter = _import_visualdl()  # noqa: N806
         path = Path(folder) / "train.jsonl"
         with self._one_line():
             before = [figures for figures in read_log(path) if _place(figures) <= last] if last[0] else []
@@ -74,6 +75,16 @@ class Log:
             with suppress(OSError):  # told already, when it was written
                 self.file.close()
                 self.board.close()
+
+
+def _import_visualdl():
+    """Import VisualDL, which fails without a writable home directory (as in a container run for another user)."""
+    home = os.path.expanduser("~")
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["HOME"] = home if os.access(home, os.W_OK) else temporary
+        from visualdl import LogWriter
+    os.environ["HOME"] = home
+    return LogWriter
 
 
 def read_log(path):

@@ -11,7 +11,7 @@ import paddle
 import paddle.distributed as dist
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ASK_SECONDS = 1  # between two questions among the processes whether to stop: after Ctrl-C a launcher may give them 4
+AGREE_SECONDS = 1  # between two agreements on whether to stop: after Ctrl-C, a launcher may wait for only 4
 
 
 def is_first():
@@ -19,7 +19,7 @@ def is_first():
 
 
 def first_decides(function, *arguments):
-    """What the function returns in the first process, for all of them: they need to agree, and one has the work."""
+    """Call the function on rank 0 only, and return its result on all ranks."""
     result = [function(*arguments) if is_first() else None]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(result, src=0)
@@ -27,7 +27,7 @@ def first_decides(function, *arguments):
 
 
 def all_reduce(values, operation=dist.ReduceOp.SUM):
-    """The sum (or maximum) of a float64 array over the processes."""
+    """Return the sum (or maximum) of a float64 array over all processes."""
     if dist.get_world_size() == 1:
         return values
     total = paddle.to_tensor(values)
@@ -37,7 +37,7 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
 
 @paddle.no_grad()
 def share_statistics(network):
-    """Gives all processes the mean of their batch norm statistics, which each gathers from its own images."""
+    """Set the batch norm statistics of all processes to their mean; each process gathers them from its own images."""
     if dist.get_world_size() > 1:
         for tensor in network.state_dict().values():
             if tensor.stop_gradient:  # a statistic, not a weight
@@ -46,48 +46,47 @@ def share_statistics(network):
 
 
 def check_synchronized(network):
-    """Raises UserError unless all processes hold the same batch norm statistics, as `SyncBatchNorm` must leave them.
+    """Raise UserError unless all processes hold the same batch norm statistics, as they should with `SyncBatchNorm`.
 
-    Where Paddle finds no communicator for it, it normalizes each process's images by themselves without a word.
+    Where Paddle finds no communicator for it, it silently normalizes the images of each process on their own.
     """
-    mine = np.concatenate([x.numpy().ravel() for x in network.state_dict().values() if x.stop_gradient]).astype(
-        "float64"
-    )
+    statistics = [x.numpy().ravel() for x in network.state_dict().values() if x.stop_gradient]
+    mine = np.concatenate(statistics).astype("float64")
     most, least = (sign * all_reduce(sign * mine, dist.ReduceOp.MAX) for sign in (1, -1))
     if not np.allclose(most, least, rtol=1e-3, atol=1e-4 * np.abs(most).max()):
-        raise UserError("--sync_bn: the processes' statistics differ after a step: batch norm is not synchronized here")
+        raise UserError("batch norm is not synchronized: its statistics differ between the processes after a step")
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: noted here, obeyed between two steps. A second Ctrl-C leaves at once.
+    """Ctrl-C or SIGTERM, remembered until the end of a step. A second Ctrl-C ends the process immediately.
 
-    So is the end of the launcher, which of several processes is the parent: one kind of it (that of gloo) has no
-    ear for SIGTERM and dies without a word to them.
+    The end of the launcher, the parent of several processes, counts as SIGTERM: gloo's launcher dies of that signal
+    without passing it on.
     """
 
     def __init__(self):
         self.launcher = os.getppid() if dist.get_world_size() > 1 else None
-        self.noticed = 0  # by this process
-        self.signal = 0  # that all processes agreed to obey
+        self.noticed = 0  # the signal that this process received
+        self.signal = 0  # the signal that all processes agreed to obey
         self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
         self.before = {number: signal.signal(number, self.notice) for number in STOP_SIGNALS}
 
     def notice(self, number, _):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM: a launcher sends it several times
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM, which a launcher sends several times
         if not self.noticed and is_first():
-            # Not by print: the signal may have come amid one.
-            os.write(2, b"\nstopping after this step; Ctrl-C once more leaves at once\n")
+            # Not print, which this signal may have interrupted
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
         self.noticed = self.noticed or number
 
     def agreed(self):
-        """The signal that any of the processes was sent, or 0; to be asked by all of them at the same place."""
+        """Return the signal that any process received, or 0; all processes must call this at the same place."""
         if self.launcher and os.getppid() != self.launcher:
             self.noticed = self.noticed or signal.SIGTERM
         self.signal = int(all_reduce(np.array([self.noticed], np.float64), dist.ReduceOp.MAX)[0])
         return self.signal
 
     def after_step(self):
-        """`agreed`, but several processes in fact ask each other every second or so only."""
+        """Call `agreed`; with several processes, only about once per second, and return 0 otherwise."""
         if dist.get_world_size() == 1:
             return self.agreed()
         self.steps += 1
@@ -95,7 +94,7 @@ class StopRequest:
             return 0
         now = time.perf_counter()
         seconds = all_reduce(np.array([now - self.asked]), dist.ReduceOp.MAX)[0]
-        self.pause = max(1, int(ASK_SECONDS * self.steps / seconds))  # the same in all processes, as it must be
+        self.pause = max(1, int(AGREE_SECONDS * self.steps / seconds))  # equal in all processes
         self.steps, self.asked = 0, now
         return self.agreed()
 

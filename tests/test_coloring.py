@@ -291,17 +291,11 @@ def test_bf16_changes_colors_little(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, paddles, precision",
-    [
-        ("fma avx512f avx512_bf16 gfni", "3.3.1", "bf16"),
-        ("fma amx_bf16", "3.0.0", "bf16"),
-        ("fma amx_bf16", "2.6.2", "float32"),
-        ("fma avx512f avx512_vnni", "3.3.1", "float32"),
-        ("", "3.3.1", "float32"),
-    ],
+    "supported, paddles, precision",
+    [(True, "3.3.1", "bf16"), (True, "3.0.0", "bf16"), (True, "2.6.2", "float32"), (False, "3.3.1", "float32")],
 )
-def test_auto_is_bf16_where_it_can_be(flags, paddles, precision, run, photographs, monkeypatch, capsys):
-    monkeypatch.setattr("support.cpu._processor", lambda: f"flags : {flags}\n")
+def test_auto_is_bf16_where_it_can_be(supported, paddles, precision, run, photographs, monkeypatch, capsys):
+    monkeypatch.setattr(paddle.base.core, "supports_bfloat16_fast_performance", lambda: supported)
     monkeypatch.setattr(paddle, "__version__", paddles)
     monkeypatch.setattr(colorizer, "engine_predictor", lambda *_: lambda x, _: paddle.zeros([1, 2, 64, 64]))
     code, result = run(photographs / "coffee.png", "--precision", "auto", "--crop_size", 256)

@@ -1,8 +1,7 @@
-"""The terminal shows the scripts' own lines, and nothing of what Paddle says to itself."""
+"""The terminal shows only the scripts' own lines, none of Paddle's or of other libraries'."""
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def stderr(tmp_path):
-    """Runs Python as a user does who has no ccache, for the first time. Returns the lines of standard error."""
-
+    """Run Python as on a new machine without ccache. Return the lines of standard error."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("cat", "grep", "sh", "uname", "which"):
@@ -35,55 +33,62 @@ def stderr(tmp_path):
 
 
 @pytest.mark.parametrize("home", [".", "/proc/nowhere"])
-def test_training_is_quiet_also_without_a_home(stderr, squares, tmp_path, home):
+def test_training_prints_no_messages_of_libraries_even_without_a_home_directory(stderr, squares, tmp_path, home):
     sizes = ["--load_size", "32", "--crop_size", "32", "--batch_size", "2", "--num_workers", "1", "--max_steps", 1]
     flags = ["--image_dir", squares, "--val_dir", squares, *sizes]
     assert stderr(ROOT / "train.py", *flags, home=tmp_path / home) == []
 
 
-def test_coloring_is_quiet_also_when_it_exports_the_network(stderr, squares, trained, tmp_path):
+def test_colorizing_prints_no_messages_of_libraries(stderr, squares, trained, tmp_path):
     checkpoint = tmp_path / "network.pdparams"
     checkpoint.symlink_to(trained)
     assert stderr(ROOT / "test.py", squares, "--load_model", checkpoint, "--load_size", 32) == []
 
 
 @pytest.mark.parametrize("script", ["metrics_auc.py", "get_invalid_images.py", "resources/estimate_prior.py"])
-def test_scripts_that_read_images_are_quiet(stderr, squares, script):
+def test_scripts_that_read_images_print_no_messages_of_libraries(stderr, squares, script):
     flags = ["--imgs_dir", squares, "--gray"] if script == "metrics_auc.py" else ["--image_dir", squares]
     assert stderr(ROOT / script, *flags, "--num_workers", 1) == []
 
 
-def test_classifying_is_quiet(stderr, squares, tmp_path):
+def test_classifying_prints_no_messages_of_libraries(stderr, squares, tmp_path):
     paddle.save(paddle.vision.models.squeezenet1_1().state_dict(), str(tmp_path / "classifier.pdparams"))
     (tmp_path / "labels").write_text("".join(f"{path.name} 5\n" for path in squares.iterdir()))
     flags = ["--results_dir", squares, "--arch", "squeezenet1_1", "--weights", tmp_path / "classifier.pdparams"]
     assert stderr(ROOT / "metrics_acc.py", *flags, "--labels", tmp_path / "labels", "--num_workers", 1) == []
 
 
-def test_converting_is_quiet(stderr, trained, tmp_path):
+def test_converting_prints_no_messages_of_libraries(stderr, trained, tmp_path):
     assert stderr(ROOT / "resources" / "convert_weights.py", trained, tmp_path / "as.safetensors") == []
 
 
-def test_a_mistake_is_the_only_line(stderr, tmp_path):
+def test_usage_error_prints_one_line(stderr, tmp_path):
     (line,) = stderr(ROOT / "metrics_acc.py", "--results_dir", tmp_path / "nowhere", code=1)
     assert "nowhere" in line
 
 
-def test_importing_the_drivers_in_resources_is_quiet(stderr):
+def test_importing_the_drivers_in_resources_prints_nothing(stderr):
     names = ", ".join(f"resources.{path.stem}" for path in sorted((ROOT / "resources").glob("*.py")))
     assert stderr("-c", f"import {names}") == []
 
 
-def test_warnings_of_the_users_own_making_stay(stderr):
+def test_warnings_after_the_import_are_shown(stderr):
     lines = stderr("-c", "import support, warnings; warnings.warn('mine'); warnings.warn('too', DeprecationWarning)")
     assert any("mine" in line for line in lines) and any("too" in line for line in lines)
 
 
-def test_told_to_end_a_script_ends_without_a_stack_dump(stderr):
-    kill = "import os, support, paddle; paddle.ones([2]).sum(); os.kill(os.getpid(), 15)"
-    assert stderr("-c", kill, code=-signal.SIGTERM) == []
+def test_script_told_to_end_prints_one_line_and_no_stack_dump(stderr):
+    main = "lambda _: (paddle.ones([2]).sum(), os.kill(os.getpid(), 15))"
+    code = f"import os, sys; from support.cli import run_script; import paddle; sys.exit(run_script({main}, lambda: 0))"
+    assert stderr("-c", code, code=143) == ["stopped by SIGTERM"]
 
 
-def test_errors_of_paddle_are_raised_as_ever(stderr):
+def test_importing_support_keeps_signal_handlers_and_the_home_directory(stderr):
+    state = "signal.getsignal(2), signal.getsignal(15), signal.pthread_sigmask(0, []), os.environ['HOME']"
+    code = f"import os, signal; before = {state}; import support; assert before == ({state}), before"
+    assert stderr("-c", code, home="/proc/nowhere") == []
+
+
+def test_errors_of_paddle_are_raised(stderr):
     lines = stderr("-c", "import support, paddle; paddle.ones([2]).reshape([3])", code=1)
     assert any("ValueError" in line or "InvalidArgument" in line for line in lines)
