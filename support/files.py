@@ -34,7 +34,7 @@ def atomic_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
-            with open(file, "rb") as opened:
+            with open(file, "r+b") as opened:  # Windows syncs only files that are open for writing
                 os.fsync(opened.fileno())  # else a power cut could leave the new name with nothing behind it
         if temporary.is_dir():
             _remove(path)  # a folder replaces no other that holds something

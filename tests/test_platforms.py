@@ -1,0 +1,122 @@
+"""The scripts on Linux, with everything removed that Python lacks on Windows or macOS."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from support.cli import run_script
+from support.cpu import use_all_cores
+from support.workers import default_workers, parallel_map
+
+import paddle
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PREAMBLE = """
+import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, sys
+
+def refuse(*_, **__):
+    raise TypeError("not on this system")
+
+multiprocessing.set_start_method("spawn")
+for name in ("fork", "killpg", "nice", "sched_getaffinity", "sched_setaffinity", "setpgrp"):
+    delattr(os, name)
+for name in ("SIGCHLD", "SIGHUP", "SIGPIPE", "pthread_sigmask"):
+    delattr(signal, name)
+load = ctypes.CDLL.__init__
+ctypes.CDLL.__init__ = lambda self, name, *x, **y: refuse() if name is None else load(self, name, *x, **y)
+platform.libc_ver = lambda *_: ("", "")
+sync = os.fsync
+os.fsync = lambda file: sync(file) if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE else refuse()
+os.kill = refuse  # on Windows, it sends Ctrl-C or ends the process
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: not str(path).startswith("/proc/") and exists(path)
+sys.modules["fcntl"] = sys.modules["resource"] = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script of the project to its end. Return its standard output."""
+
+    def run(script, *flags):
+        command = [sys.executable, "-c", PREAMBLE, str(ROOT / script), *map(str, flags)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout
+
+    return run
+
+
+def sizes(*more):
+    return ["--load_size", 40, "--crop_size", 32, "--batch_size", 2, "--loss_step", 1, *more]
+
+
+@pytest.mark.slow
+def test_scripts_run_without_the_functions_that_windows_and_macos_lack(run, squares, tmp_path):
+    image, weights = squares / "coffee.png", ["--load_model", "small", "--load_size", 64]
+    assert "1 image " in run("test.py", image, *weights, "--output", tmp_path / "coffee.png")
+    assert "4 images " in run("test.py", squares, *weights)
+    assert "0 of 4 images" in run("get_invalid_images.py", "--image_dir", squares)
+    run("metrics_auc.py", "--imgs_dir", squares, "--num_workers", 2)
+    run("resources/estimate_prior.py", "--image_dir", squares, "--output", tmp_path / "prior.npy")
+    run("train.py", "--image_dir", squares, *sizes("--max_steps", 2))
+    run("train.py", "--image_dir", squares, *sizes("--max_steps", 3, "--continue_train"))
+    lines = (tmp_path / "log" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def name_of_thread(_):
+    return threading.current_thread().name, os.getpid()
+
+
+def test_parallel_map_uses_threads_where_processes_do_not_fork(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    done = []
+    results = list(parallel_map(name_of_thread, [1, 2, 3], 2, None, (done.append, "set up")))
+    assert {pid for _, pid in results} == {os.getpid()} and all("Thread" in name for name, _ in results)
+    assert done == ["set up"] and default_workers() == 0
+
+
+def test_parallel_map_uses_processes_where_they_fork():
+    assert os.getpid() not in {pid for _, pid in parallel_map(name_of_thread, [1, 2, 3], 2, None)}
+
+
+@pytest.mark.parametrize(
+    ("processor", "avx2", "avx512", "kind"),
+    [
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True, True, "7"),
+        ("AMD64 Family 23 Model 1 Stepping 2, AuthenticAMD", True, False, "5"),
+        ("AMD64 Family 21 Model 1 Stepping 2, AuthenticAMD", False, False, None),
+        ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True, True, None),
+    ],
+)
+def test_mkl_gets_the_instructions_of_amd_processors_without_cpuinfo(monkeypatch, processor, avx2, avx512, kind):
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", processor)  # as on Windows
+    monkeypatch.setattr(paddle.base.core, "supports_int8", lambda: avx2)
+    monkeypatch.setattr(paddle.base.core, "supports_bfloat16", lambda: avx512)
+    monkeypatch.setattr(os, "environ", {x: y for x, y in os.environ.items() if x != "MKL_DEBUG_CPU_TYPE"})
+    use_all_cores()
+    assert os.environ.get("MKL_DEBUG_CPU_TYPE") == kind
+
+
+class NotebookStream:
+    """A standard output as in a notebook: neither `reconfigure` nor `fileno`."""
+
+    write = flush = lambda self, *_: None
+
+
+def test_script_runs_in_a_notebook_and_leaves_its_interrupts_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", NotebookStream())
+    before = signal.getsignal(signal.SIGINT)
+    assert run_script(lambda _: 0, lambda: None) == 0
+    assert signal.getsignal(signal.SIGINT) is before
