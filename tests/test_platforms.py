@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,35 @@ def test_scripts_run_without_the_functions_that_windows_and_macos_lack(run, squa
     run("train.py", "--image_dir", squares, *sizes("--max_steps", 3, "--continue_train"))
     lines = (tmp_path / "log" / "train.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+CELL = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in sys.argv[1:]:
+    shell.run_cell(cell).raise_error()
+"""
+
+
+@pytest.mark.slow
+def test_cells_of_the_notebook_page_run(tmp_path):
+    """All of them except clone and install, and with fewer training steps."""
+    pytest.importorskip("IPython")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in ("support", "resources"):
+            (tmp_path / path.name).symlink_to(path)
+    cells = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "notebook.md").read_text("utf-8"), re.DOTALL)
+    cells = [cell.replace("demo.py", "demo.py --steps 5") for cell in cells if not re.match("!(git|pip)", cell)]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "IPYTHONDIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", CELL, *cells]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert len(cells) == 5 and done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "colorized").glob("*.png"))) >= 5 and '"step": 5' in done.stdout
 
 
 def name_of_thread(_):
