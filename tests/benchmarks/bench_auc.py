@@ -1,6 +1,6 @@
 """What metrics_auc.py costs beside reading the two images alone, and beside a loop over pixels.
 
-    python tests/benchmarks/bench_auc.py --imgs_dir DIR
+    python tests/benchmarks/bench_auc.py --image_dir DIR
 
 Writes the photographs with red and blue swapped as PNG into a temporary folder and measures, in one process and in
 turn: reading each pair; reading and comparing it; comparing one small pair pixel by pixel in Python, as earlier
@@ -85,7 +85,7 @@ def peak_megabytes(pairs, times_over, folder):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--imgs_dir", required=True, help="folder of photographs")
+    parser.add_argument("--image_dir", required=True, help="folder of photographs")
     parser.add_argument("--count", type=int, default=200, help="how many of them (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is told (default: %(default)s)")
     return parser.parse_args(argv)
@@ -100,7 +100,7 @@ def main(args):
     bins, weights = load_ab_bins().numpy(), np.ones(313)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        pairs = make_pairs(args.imgs_dir, args.count, folder)
+        pairs = make_pairs(args.image_dir, args.count, folder)
         megapixels = sum(read_rgb(true).size / 3e6 for true, _ in pairs)
         small = [small_ab(path) for path in pairs[0]]
         jobs = {
