@@ -1,38 +1,46 @@
-"""Finds the images of a folder that cannot serve as test images, and writes a script that removes them.
+"""Find the images of a folder that are unsuitable as test images, and remove them or write a script that does.
 
     python get_invalid_images.py --image_dir DIR && bash remove_invalid.sh
-    python get_invalid_images.py --image_dir DIR --move_to OTHER_DIR && bash remove_invalid.sh
+    python get_invalid_images.py --image_dir DIR --remove
+    python get_invalid_images.py --image_dir DIR --move_to OTHER_DIR --remove
 
-A gray photograph has no colors to compare with. Three reasons are told apart:
+Gray images have no colors to compare with. There are three reasons to list an image:
 
-    single channel   the file itself is stored without color
-    gray in color    stored in color, but all of its pixels are gray
-    unreadable       truncated, damaged or no image at all
+    single channel   the file is stored without color
+    gray in color    stored in color, but all pixels are gray
+    unreadable       truncated, empty or not an image
 
-Prints how many images there are of each, and writes `invalid_images.csv` (path, reason) and
-`remove_invalid.sh`, to be looked at first: nothing is touched before that script is run. It deletes the listed files
-and no others, or, with --move_to, moves them to another folder, their subfolders kept.
+Prints the number of images for each reason, and writes `invalid_images.csv` (path, reason) and `remove_invalid.sh`. The
+script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders. Without
+--remove, no image is touched before you run the script.
+
+Only gray and damaged images are listed. A file that cannot be read for another reason (a format whose package is
+missing, an unsupported kind of TIFF, too many pixels) is reported as not checked, and the exit code is 3. Decoders do
+not notice all damage: a JPEG that is damaged in the middle may decode to a wrong picture, and is not found.
 """
 
 import csv
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 from support.cli import AT_THE_END, EXIT_SKIPPED, WORKERS, Parser, UserError, note, printable, run_script, whole
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
-from support.images import InvalidImageError, list_images, read_rgb, relative_path
+from support.images import InvalidImageError, list_images, open_image, relative_path, to_rgb
 from support.workers import parallel_map
 
-from PIL import Image
+import numpy as np
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
-SINGLE_CHANNEL_MODES = ("1", "L", "LA", "La", "I", "F")  # of Pillow; "I;16" and its kin besides
+NOT_CHECKED = "not checked"
+SINGLE_CHANNEL_MODES = ("1", "L", "LA", "La", "I", "F")  # of Pillow, as well as those that start with "I;"
 
-# The script is harmless when run twice, replaces nothing that is already there, and goes on when one file fails.
+# The script can be run twice, replaces no file, and continues after an error.
 SCRIPT_HEAD = """\
 #!/usr/bin/env bash
 # Written by get_invalid_images.py; invalid_images.csv gives the reason for each file.
@@ -57,25 +65,20 @@ move() { # FILE TARGET
 
 
 def why_invalid(path, tolerance):
-    """A (reason, detail) why the image cannot serve; None if it can.
-
-    The reason is None where the file could not be opened or memory ran out: that says nothing about the image.
-    """
+    """Return a (reason, detail) why an image is unsuitable; None if it is suitable."""
     try:
-        rgb = read_rgb(path)
+        with open_image(path) as image:
+            mode = image.mode
+            rgb = np.asarray(to_rgb(image, path))
     except InvalidImageError as error:
-        cause = error.__cause__
-        no_verdict = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno)
-        return None if no_verdict else UNREADABLE, error.reason
-    with Image.open(path) as image:
-        mode = image.mode
+        return UNREADABLE if error.damaged else NOT_CHECKED, error.reason
     if mode in SINGLE_CHANNEL_MODES or mode.startswith("I;"):
         return SINGLE_CHANNEL, ""
     return (GRAY, "") if channel_spread(rgb) <= tolerance else None
 
 
 def channel_spread(rgb):
-    """The largest difference between two channels of one pixel, uint8 [H, W, 3] -> 0 (gray) … 255."""
+    """Return the largest difference between two channels of one pixel, uint8 [H, W, 3] -> 0 (gray) … 255."""
     return int((rgb.max(axis=2) - rgb.min(axis=2)).max())
 
 
@@ -83,84 +86,100 @@ def write_csv(invalid, path):
     with atomic_text(path) as file:
         writer = csv.writer(file)
         writer.writerow(("path", "reason"))
-        writer.writerows((name, f"{reason}: {detail}" if detail else reason) for name, reason, detail in invalid)
+        for name, reason, detail in invalid:
+            writer.writerow((name.replace(os.sep, "/"), f"{reason}: {detail}" if detail else reason))
 
 
-def write_script(invalid, path, image_dir, move_to):
-    """The paths in it are absolute, so that it does the same wherever it is run from."""
+def write_script(targets, path):
+    """Write a script that does the same from any working directory, because its paths are absolute."""
+    moves = any(targets.values())
     with atomic_text(path) as file:
-        file.write(SCRIPT_HEAD + (MOVE_FUNCTION if move_to else REMOVE_FUNCTION))
-        for name, _, _ in invalid:
-            words = ["move" if move_to else "remove", system_path(name)]
-            if move_to:
-                words.append(os.path.join(os.path.realpath(move_to), relative_path(name, image_dir)))
-            file.write(shlex.join(words) + "\n")
+        file.write(SCRIPT_HEAD + (MOVE_FUNCTION if moves else REMOVE_FUNCTION))
+        for source, target in targets.items():
+            file.write(shlex.join(["move", source, target] if moves else ["remove", source]) + "\n")
         file.write('exit "$failed"\n')
 
 
+def remove(targets):
+    """Do what the script would do. Return the number of files that could not be removed."""
+    failed = 0
+    for source, target in targets.items():
+        try:
+            if target and os.path.lexists(target):
+                raise FileExistsError(None, f"there is already {target}")
+            if target:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                shutil.move(source, target)
+            else:
+                os.remove(source)
+        except OSError as error:
+            note(f"{source}: not removed: {error.strerror}")
+            failed += 1
+    return failed
+
+
 def system_path(path):
-    """The absolute path of a file, its folder as the system resolves it (`link/..` too), itself perhaps a link."""
+    """Return the absolute path of a file, with links in its folder resolved as the system does; it may be a link."""
     folder, name = os.path.split(path)
     return os.path.join(os.path.realpath(folder), name)
 
 
-def check_args(args):
-    if args.move_to:
-        inside, outside = os.path.realpath(args.move_to), os.path.realpath(args.image_dir)
-        if os.path.commonpath([inside, outside]) == outside:
-            raise UserError(f"--move_to {args.move_to}: lies within --image_dir, they would be found again")
-
-
 def parse_args(argv=None):
-    parser = Parser(description="Finds gray and unreadable images and writes a script that removes them.")
+    parser = Parser(description="Find gray and unreadable images; remove them or write a script that does.")
     add = parser.add_argument_group("data").add_argument
-    add("--image_dir", required=True, help="folder of test photographs, nested or flat")
+    add("--image_dir", required=True, help="folder of test images, nested or flat")
     add(
         "--tolerance",
         type=whole(0, 255),
-        default=5,  # a gray image with noise of +-2 levels comes back from a JPEG of quality 95 with up to 5
-        help="difference of a pixel's channels, in levels of 255, up to which it counts as gray",
+        default=5,  # a gray image with noise of +-2 levels has up to 5 after a JPEG of quality 95
+        help="largest difference between the channels of a pixel, of 255 levels, for an image to count as gray",
     )
-    add("--num_workers", type=WORKERS, default=available_cores(), help="processes that decode; 0: none but this one")
+    add(
+        "--num_workers", type=WORKERS, default=available_cores(), help="processes that decode; 0: the main process only"
+    )
 
-    add = parser.add_argument_group("what is written").add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
-    add("--move_to", metavar="DIR", help="let remove_invalid.sh move the images there (default: it deletes them)")
+    add("--move_to", metavar="DIR", help="folder to move the images to (default: delete them)")
+    add("--remove", action="store_true", help="delete or move the images now, without the script and without asking")
     return parser.parse_args(argv)
 
 
 def main(args):
-    check_args(args)
+    if args.move_to and Path(os.path.realpath(args.move_to)).is_relative_to(os.path.realpath(args.image_dir)):
+        raise UserError(f"--move_to {args.move_to}: is inside --image_dir, so the images would be found again")
     paths = list_images(args.image_dir)
     make_folder(args.output)
 
-    # Decode every image, wholly: a truncated file shows only at its end.
+    # Decode all of every image, because a truncated file shows only at its end.
+    invalid, counts = [], Counter()
     judge = partial(why_invalid, tolerance=args.tolerance)
-    invalid, not_opened = [], 0
     for path, verdict in zip(paths, parallel_map(judge, paths, args.num_workers, "reading")):
-        if verdict is None:
-            continue
-        reason, detail = verdict
-        if reason is None:
-            not_opened += 1
-            note(f"{path}: {detail}; not looked at, and not listed")
-        else:
-            invalid.append((path, reason, detail))
+        if verdict:
+            counts[verdict[0]] += 1
+            if verdict[0] == NOT_CHECKED:
+                note(f"{path}: not checked: {verdict[1]}")
+            else:
+                invalid.append((path, *verdict))
 
-    # Write the list and the script, then say so.
-    csv_path = os.path.join(args.output, "invalid_images.csv")
-    script_path = os.path.join(args.output, "remove_invalid.sh")
+    # Write the list and the script, and remove the images if asked to.
+    csv_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
     write_csv(invalid, csv_path)
-    write_script(invalid, script_path, args.image_dir, args.move_to)
-    counts = Counter(reason for _, reason, _ in invalid)
-    print(f"{len(invalid)} of {len(paths)} images cannot serve")
-    for reason in REASONS:
+    folder = args.move_to and os.path.realpath(args.move_to)
+    targets = {
+        system_path(path): folder and os.path.join(folder, relative_path(path, args.image_dir)) for path, *_ in invalid
+    }
+    write_script(targets, script_path)
+    not_removed = remove(targets) if args.remove else 0
+
+    # Print the counts.
+    print(f"{len(invalid)} of {len(paths)} images are unsuitable")
+    for reason in (*REASONS, NOT_CHECKED):
         print(f"{counts[reason]:8d}  {reason}")
-    if not_opened:
-        print(f"{not_opened:8d}  could not be opened, not listed")
-    done = "moved" if args.move_to else "deleted"
-    print(f"listed in {printable(csv_path)}; {done} by: bash {shlex.quote(printable(script_path))}")
-    return EXIT_SKIPPED if not_opened else 0
+    by = f"bash {shlex.quote(printable(script_path))}, or by the same command with --remove"
+    by = f"this run: {len(invalid) - not_removed}" if args.remove else by
+    print(f"listed in {printable(csv_path)}; {'moved' if args.move_to else 'deleted'} by {by}")
+    return EXIT_SKIPPED if counts[NOT_CHECKED] or not_removed else 0
 
 
 if __name__ == "__main__":

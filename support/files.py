@@ -1,14 +1,15 @@
-"""Files that appear whole or not at all; JSON; how a result came about."""
+"""Files: atomic writing, JSON, checksums, and the provenance of results."""
 
 import hashlib
 import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import sys
-import zlib
+import time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,59 +20,53 @@ import numpy as np
 import paddle
 import PIL
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of temporary files
+DAY = 24 * 60 * 60  # seconds
+
 
 @contextmanager
 def atomic_path(path):
-    """A temporary path beside `path`; what was written there takes its place when the block ends without an error.
+    """Yield a temporary path next to `path`. The file written there replaces `path` if the block ends without an error.
 
-    A file, or a folder that the block makes. Raises UserError when it cannot be written or the disk is full.
+    An existing file keeps its permission bits, and a symbolic link remains one: the file that it leads to is replaced.
+    Raises UserError when the file cannot be written or the disk is full.
     """
-    path = Path(path)
-    # See `remove_temporaries`. The checksum stands for the part of a long name that would be too long with more to it.
-    checksum = zlib.crc32(os.fsencode(path.name))
-    temporary = path.with_name(f".{path.name[:40]}.{checksum:08x}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
-            with open(file, "r+b") as opened:  # Windows syncs only files that are open for writing
-                os.fsync(opened.fileno())  # else a power cut could leave the new name with nothing behind it
-        if temporary.is_dir():
-            _remove(path)  # a folder replaces no other that holds something
-        os.replace(temporary, path)
+        with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file with the new name
+        with suppress(FileNotFoundError):
+            shutil.copymode(target, temporary)
+        _replace(temporary, target)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{path}: cannot be written: {reason}") from error
+        raise UserError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     finally:
-        _remove(temporary)
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink()
+def _replace(source, target):
+    """Rename a file. Retry for a second, because on Windows a virus scanner may hold either of the two."""
+    for _ in range(10):
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 def remove_temporaries(folder):
-    """Removes what processes that were killed while they wrote left in `folder`."""
+    """Remove temporary files that are more than a day old, which killed processes left in `folder`."""
     for path in Path(folder).glob(".*.tmp"):
-        if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _runs(int(match[1])):
-            _remove(path)
-
-
-def _runs(process):
-    try:
-        os.kill(process, 0)  # sends nothing
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+        with suppress(OSError):  # another process may remove the same file
+            if TEMPORARY.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < time.time() - DAY:
+                path.unlink()
 
 
 def make_folder(path):
-    """Makes the folder that results go to, before the work for them is done, and removes what a kill left there.
+    """Make a folder for results, before the work starts, and remove old temporary files from it.
 
     Raises UserError when it cannot be made or written to.
     """
@@ -88,7 +83,7 @@ def make_folder(path):
 
 @contextmanager
 def atomic_text(path):
-    """A text file to write, by way of `atomic_path`. A name in it that is no UTF-8 comes out byte for byte."""
+    """Open a text file for writing through `atomic_path`. File names that are not UTF-8 keep their bytes."""
     encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
         yield file
@@ -101,7 +96,7 @@ def write_json(data, path):
 
 
 def read_json(path):
-    """What the file holds; None where there is none, or none that can be read."""
+    """Return the content of a JSON file; None if it does not exist or cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +108,7 @@ def sha256(path):
 
 
 def provenance():
-    """How a result came about: the command, when, and the versions behind it."""
+    """Return the command, date and versions that produced a result."""
     return {
         "command": printable(shlex.join(sys.argv)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,133 +1,126 @@
-"""Images in files: found in folders, and read as what their photographer saw (upright, sRGB, alpha over white)."""
+"""Images in files: list them, read their size, and decode them upright, in sRGB, with transparency over white."""
 
 import os
+import re
+import struct
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 
-from support.cli import UserError, note, note_some, one_line
+from support.cli import UserError, note, note_some
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-with suppress(ImportError):  # HEIC, as telephones write it, where that package is installed
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-
-# -------------------------------------------------------------------------------------------------
-# Found
+Image.init()  # registers all formats of Pillow; the others follow, where their packages are installed
+with suppress(ImportError):
+    __import__("pillow_heif").register_heif_opener()
+with suppress(ImportError):
+    __import__("pillow_jxl")
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
     *(".pgm", ".ppm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
     *(".jp2", ".j2k", ".jpf", ".jpx"),
 )
-READ_BY = {".avif": "Pillow 11.3 or newer", ".heic": "pillow-heif", ".heif": "pillow-heif"}  # which may not be there
-# Larger images are taken for decompression bombs. A 200-megapixel one needs 0.6 GB decoded.
-MAX_PIXELS = 200_000_000
-Image.MAX_IMAGE_PIXELS = None  # `open_rgb` checks, with an error instead of a warning
-warnings.filterwarnings("ignore", module=r"PIL\.")  # about damage that does not hinder reading
+COLORING = "coloring.json"  # marks a folder of test.py's results
+HIDDEN = (".", "@eaDir", "#recycle", COLORING)  # names that begin so are skipped; two are thumbnails and trash on a NAS
+
+# Pillow's other formats stay closed: EPS would start Ghostscript, and ICO and ICNS decode before their size is known.
+FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
+NEEDED = {  # by the first bytes of a file
+    b"....ftyp(avif|avis)": "AVIF, which needs Pillow 11.3 or newer",
+    b"....ftyp(hei.|hev.|mif1|msf1)": "HEIC, which needs the package pillow-heif",
+    b"\xff\x0a|....JXL ": "JPEG XL, which needs the package pillow-jxl-plugin",
+}
+MAX_PIXELS = 200_000_000  # of an image: 0.6 GB when decoded; larger ones are taken for decompression bombs
+Image.MAX_IMAGE_PIXELS = None  # `open_image` checks, and raises an error instead of a warning
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes of a text or a color profile
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about harmless damage
 
 
 class InvalidImageError(ValueError):
-    """A file that cannot serve as an image. The message names the file and the reason."""
+    """A file that cannot be read as an image. The message contains the path and the reason.
 
-    def __init__(self, path, reason):
+    `damaged` is True if the file is known to be damaged or not an image; otherwise another installation may read it.
+    """
+
+    def __init__(self, path, reason, damaged=False):
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.damaged = path, reason, damaged
 
-    def __reduce__(self):  # so that it survives the way back from a worker process
-        return InvalidImageError, (self.path, self.reason)
+    def __reduce__(self):  # to be sent from a worker process
+        return InvalidImageError, (self.path, self.reason, self.damaged)
+
+
+# -------------------------------------------------------------------------------------------------
+# Lists of images
 
 
 def list_images(root):
-    """Sorted paths of the images below `root`: nested folders, a flat folder, or one file.
+    """Return the sorted paths of the images in the folder `root` and its subfolders; [root] if it is a file.
 
-    Images are known by their suffix. Hidden files and folders are passed over in silence; with a line each what else
-    is left out: folders that cannot be read or hold test.py's results, links to a folder that is visited anyway, and
-    all other files together. Raises UserError when `root` does not exist or holds no image.
+    Images are recognized by their suffix. Hidden files and folders are skipped silently. Folders that cannot be read,
+    folders of results, further links to the same folder, and the number of other files are reported. Raises UserError
+    when `root` does not exist or contains no images.
     """
     root = os.fspath(root)
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
-        raise UserError(f"{root}: {'no file and no folder' if os.path.exists(root) else NOTHING_THERE}")
-    paths, left_out, others = [], {}, Counter()
-    folders, links, visited = [root], [], set()
-    while folders or links:
-        # Links last, so that what a folder is called does not depend on the links to it.
-        folder = folders.pop() if folders else links.pop(0)
-        try:
-            status = os.stat(folder)
-            with os.scandir(folder) as entries:
-                found = list(entries)
-        except OSError as error:
-            if folder == root:
-                raise UserError(f"{root}: cannot be read: {error.strerror.lower()}") from error
-            left_out.setdefault(f"left out, {error.strerror.lower()}", []).append(folder)
-            continue
-        if (status.st_dev, status.st_ino) in visited:
-            left_out.setdefault("passed over, a link to a folder that is visited anyway", []).append(folder)
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        if folder != root and any(entry.name == COLORING for entry in found):
-            left_out.setdefault(f"passed over, results of test.py ({COLORING})", []).append(folder)
-            continue
-        for entry in found:
-            if entry.name.startswith("."):
+        raise UserError(f"{root}: no such file or folder")
+    paths, visited, left_out, others = [], set(), defaultdict(list), Counter()
+    tops = [root]
+    for top in tops:  # the loop appends links to folders, so a folder's own path comes before links to it
+        for folder, folders, files in os.walk(
+            top, onerror=lambda error: left_out[error.strerror.lower()].append(error.filename)
+        ):
+            real, within = os.path.realpath(folder), os.path.join(folder, "")
+            has_results = folder != root and COLORING in files
+            if has_results or real in visited:
+                problem = (
+                    f"results of test.py ({COLORING})" if has_results else "a link to a folder that is visited anyway"
+                )
+                left_out[problem].append(folder)
+                folders.clear()
                 continue
-            kind = _kind(entry)
-            if kind == FOLDER:
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif kind == FILE and entry.name.lower().endswith(IMAGE_SUFFIXES):
-                paths.append(entry.path)
-            elif entry.name != COLORING:
-                others[kind or os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
-        links.sort()
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+            tops += filter(os.path.islink, [within + name for name in folders])
+            for name in files:
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(HIDDEN):
+                    paths.append(within + name)
+                elif not name.startswith(HIDDEN):
+                    others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
     for problem, names in left_out.items():
-        note_some(problem, sorted(names))
+        note_some(f"skipped: {problem}", sorted(names))
     if others:
-        kinds = ", ".join(f"{count} {one_line(kind)}" for kind, count in others.most_common(5))
-        more = ", …" if len(others) > 5 else ""
-        note(f"{root}: other files passed over: {kinds}{more}")
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        note(f"{root}: other files skipped: {kinds}" + ", …" * (len(others) > 5))
     if not paths:
         raise UserError(f"{root}: no images here ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(paths)
 
 
-FOLDER, FILE, SPECIAL = "folder", "", "pipe, socket or device"
-NOTHING_THERE = "no such file or folder"
-
-
-def _kind(entry):
-    """What a directory's entry is, without looking at the file where the directory knows."""
-    try:
-        if entry.is_file():
-            return FILE
-        if entry.is_dir():
-            return FOLDER
-        return SPECIAL if os.path.exists(entry.path) else FILE
-    except OSError:  # a link to itself, or into a folder that is closed
-        return FILE  # so that reading it says what is wrong
-
-
 def relative_path(path, root):
-    """Of an image that `list_images(root)` found: its path below `root`, or its name if `root` is the file itself."""
-    return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root))
+    """Return an image's path relative to `root`, with forward slashes; its name if `root` is the file itself."""
+    return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root)).replace(os.sep, "/")
 
 
 def named_images(*roots):
-    """The images below `roots` by their relative path without suffix, {name: path}, sorted.
+    """Return the images in `roots` as {name: path}, sorted by path. A name is the relative path without its suffix.
 
-    Of several folders and files the path is that from the folder which holds all of them. Where two differ in the
-    suffix alone, the later one keeps it, as in test.py's results (photo.png, photo.tif.png).
+    With several folders and files, paths are relative to the folder that contains all of them. Where two images differ
+    in their suffix only, the second keeps it (photo.png, photo.tif.png), as do the results of test.py.
     """
     top = roots[0]
     if len(roots) > 1:
-        top = os.path.commonpath([os.path.dirname(os.path.abspath(root)) for root in roots])
+        try:
+            top = os.path.commonpath([os.path.dirname(os.path.abspath(root)) for root in roots])
+        except ValueError as error:
+            raise UserError(f"{' '.join(roots)}: on different drives; process one drive at a time") from error
     paths = {os.path.abspath(path): path for root in roots for path in list_images(root)}
     images = {}
     for path in sorted(paths.values()):
@@ -135,9 +128,6 @@ def named_images(*roots):
         stem = os.path.splitext(name)[0]
         images[name if stem in images else stem] = path
     return images
-
-
-COLORING = "coloring.json"  # beside colored images: what test.py made them with
 
 
 def pair_images(true_dir, colored_dir):
@@ -158,98 +148,197 @@ def pair_images(true_dir, colored_dir):
 
 
 # -------------------------------------------------------------------------------------------------
-# Read
+# Reading
 
 
 def read_rgb(path):
-    """The image at `path` as uint8 [H, W, 3]: sRGB (ICC profile), upright (EXIF), alpha blended over white.
+    """Read an image as uint8 [H, W, 3]: upright (EXIF), in sRGB (ICC profile), with transparency over white.
 
-    Raises InvalidImageError, which names the file and the reason.
+    Raises InvalidImageError.
     """
     return np.asarray(open_rgb(path))
 
 
-def image_size(path):
-    """Width and height of the image at `path`, upright, from its header alone. Raises InvalidImageError."""
-    with open_image(path) as image:
-        return image.size[::-1] if _orientation(image) >= 5 else image.size
-
-
-def has_more_frames(path):
-    """Whether further frames or pages follow the one that is read. Raises InvalidImageError."""
-    with open_image(path) as image:
-        # What phones keep behind a photograph (MPO), a map of depth or brightness, is no other picture.
-        return getattr(image, "is_animated", False) and image.format != "MPO"
-
-
 def open_rgb(path, least_side=None):
-    """Like `read_rgb`, as a Pillow image.
+    """Read an image like `read_rgb`, as a Pillow image.
 
-    `least_side`: the JPEG decoder may shrink the image by 2, 4 or 8 while both sides stay at least
-    that long, which is faster than decoding all and resizing afterwards.
+    With `least_side`, the JPEG decoder may shrink the image by 2, 4 or 8 as long as both sides keep at least that many
+    pixels, which is faster than decoding all of them.
     """
     with open_image(path, least_side) as image:
         return to_rgb(image, path)
 
 
-def _orientation(image):
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever damaged EXIF leads to: the image itself may be whole
-        return 1
-    return orientation if orientation in TURNS else 1
+def image_size(path):
+    """Return the (width, height) that `read_rgb` gives, from the file's header. Raises InvalidImageError."""
+    with open_image(path) as image:
+        return upright_size(image)
+
+
+def has_more_frames(image):
+    """Return whether an image (its path, or opened) has frames or pages after the first. Raises InvalidImageError."""
+    if not isinstance(image, Image.Image):
+        with open_image(image) as opened:
+            return has_more_frames(opened)
+    # MPO, as phones write it, has depth or brightness after the image.
+    return getattr(image, "is_animated", False) and image.format != "MPO"
 
 
 @contextmanager
 def open_image(path, least_side=None):
-    """As a Pillow image whose samples are not read yet; whatever goes wrong in the block is an InvalidImageError."""
+    """Open an image without decoding it. Any error in the block is raised as an InvalidImageError."""
+    if not os.path.isfile(path):
+        raise InvalidImageError(path, "no such file, or not a regular one")
     try:
-        with Image.open(path) as image:
+        image = Image.open(path, formats=sorted(FORMATS & Image.OPEN.keys()))
+    except Exception as error:  # plugins raise OSError, ValueError, KeyError and others
+        raise InvalidImageError(path, *_why_not_opened(path, error)) from error
+    try:
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
             if least_side:
                 image.draft(None, (least_side, least_side))
             yield image
-    except Exception as error:  # decoders meet bad bytes with whatever they like: OSError, IndexError, struct.error, …
-        raise InvalidImageError(path, _reason(path, error)) from error
+    except Exception as error:
+        # Decoders report damage by an OSError without a number or by a SyntaxError; `to_rgb` raises ValueError.
+        damaged = isinstance(error, (OSError, SyntaxError)) and not getattr(error, "errno", None)
+        raise InvalidImageError(path, _message(error), damaged) from error
 
 
-def _reason(path, error):
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    if isinstance(error, UnidentifiedImageError):
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix in READ_BY and suffix not in Image.registered_extensions():
-            return f"reading {suffix} needs {READ_BY[suffix]}"
-        if os.path.getsize(path) == 0:
-            return "empty file"
-        with open(path, "rb") as file:
-            tiff = file.read(4) in (b"II*\0", b"MM\0*")
-        return "a TIFF of a kind that cannot be read" if tiff else "not an image, or damaged at its beginning"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _why_not_opened(path, error):
+    """Return why Pillow could not open a file, and whether the file is known to be damaged."""
+    if not isinstance(error, UnidentifiedImageError):
+        return _message(error), False
+    with open(path, "rb") as file:
+        head = file.read(32).ljust(32, b"\0")
+    formats = [format for pattern, format in NEEDED.items() if re.match(pattern, head, re.DOTALL)]
+    known = [format for format, (_, accept) in Image.OPEN.items() if accept and accept(head)]
+    formats += [f"{format} of a kind that cannot be read, or damaged" for format in known]
+    if formats:
+        return formats[0], False
+    return "not an image" if os.path.getsize(path) else "empty file", True
 
 
-TURNS = {  # from EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+def _message(error):
+    strerror = getattr(error, "strerror", None)
+    return strerror.lower() if strerror else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# Orientation and samples
+
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+TURNS = dict(enumerate(map(Image.Transpose.__getitem__, TURNS), 2))  # by EXIF orientation, 2 to 8
+TIFF_SAMPLES = {  # that Pillow decodes correctly, by photometric interpretation
+    0: "uint1 uint2 uint4 uint8 uint16",  # gray, 0 is white
+    1: "uint1 uint2 uint4 uint8 uint16 float32",  # gray, 0 is black
+    2: "uint8 uint16",  # RGB
+    3: "uint1 uint2 uint4 uint8",  # palette
+    5: "uint8 uint16",  # CMYK
+    6: "uint8",  # YCbCr
+    8: "uint8",  # Lab
 }
+SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float"}
+
+
+def upright_size(image):
+    """Return the (width, height) of an opened image after `to_rgb`."""
+    # Recent versions of Pillow turn TIFFs, and swap their size when they are opened.
+    swapped = image.format == "TIFF" and image.size != (image.tag_v2[256], image.tag_v2[257])
+    turned = _from_exif(image, ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if turned and not swapped else image.size
+
+
+def _from_exif(image, tag, ifd=None):
+    """Return a value from EXIF; None if there is none or EXIF is damaged, because the image may be intact."""
+    try:
+        exif = image.getexif()
+        return (exif.get_ifd(ifd) if ifd else exif).get(tag)
+    except Exception:
+        return None
 
 
 def to_rgb(image, name="image"):
-    """What Pillow opened as a Pillow image in sRGB, upright, alpha blended over white.
+    """Convert an opened Pillow image to sRGB, upright, with transparency over white.
 
-    A color profile that cannot be used costs a line with the image's name; it is then taken for sRGB.
+    An unusable color profile is reported with `name`; the image is then taken for sRGB.
     """
-    image = _loaded(image)
-    if turn := TURNS.get(_orientation(image)):
-        image = image.transpose(turn)
-    rgb = _to_rgb(image)
-    if not (profile := image.info.get("icc_profile")):
+    if image.format == "TIFF":
+        _check_tiff(image.tag_v2)
+    image.load()
+    rgb = _in_color_space(image, _to_rgb(image), name)
+    turn = TURNS.get(_from_exif(image, ExifTags.Base.Orientation))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_tiff(tags):
+    """Raise ValueError unless Pillow decodes a TIFF with these tags correctly, and to its full size."""
+    if tags.get(254, 0) & 1:  # NewSubfileType: reduced
+        raise ValueError("TIFF that begins with a thumbnail, like camera raw files: convert it to another format first")
+    photometric, planar = tags.get(262), tags.get(284) == 2
+    formats, bits = tags.get(339, (1,)), tags.get(258, (1,))
+    kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{depth}" for format in formats for depth in bits}
+    raw_planes = planar and bits[0] == 16 and tags.get(259) == 1  # Pillow decodes them wrongly
+    if raw_planes or not kinds <= set(TIFF_SAMPLES.get(photometric, "").split()):
+        planes = ", in planes" if planar else ""
+        kinds = " ".join(sorted(kinds))
+        raise ValueError(f"TIFF with {kinds} samples{planes} and photometric interpretation {photometric}: unsupported")
+
+
+def _to_rgb(image):
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode[0] in "IF":  # 16 bits per sample, which Pillow widens to "I" for some formats, or floating point
+        samples, most = np.asarray(image), 1 if image.mode == "F" else 65535
+        if not (samples.min() >= 0 and samples.max() <= most):  # also true of NaN
+            raise ValueError(f"gray samples outside [0, {most}]")
+        gray = (samples * (255 / most)).round().astype(np.uint8)
+        min_is_white = image.format == "TIFF" and image.tag_v2[262] == 0
+        return Image.fromarray(255 - gray if min_is_white else gray).convert("RGB")
+    empty_alpha = image.format == "BMP" and image.getbands()[-1] == "A" and not image.getchannel("A").getbbox()
+    if image.has_transparency_data and not empty_alpha:  # in BMPs, alpha that is 0 everywhere means opaque
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+# -------------------------------------------------------------------------------------------------
+# Color spaces
+
+
+def _srgb_profile():
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = b"\x07\xd0\0\1\0\1" + bytes(6)  # a fixed date, so that equal images give equal files
+    return bytes(profile)
+
+
+def _adobe_rgb_profile():
+    """sRGB's profile with the colorants and the exponent of Adobe RGB (1998)."""
+    profile = bytearray(SRGB_PROFILE)
+    for tag, values in {
+        b"rXYZ": (0.60974, 0.31111, 0.01947),
+        b"gXYZ": (0.20528, 0.62567, 0.06087),
+        b"bXYZ": (0.14919, 0.06322, 0.74457),
+        b"rTRC": (563 / 256, 1, 0, 0, 0),  # y = x^g; lcms shares one curve between the channels
+    }.items():
+        offset, size = struct.unpack_from(">2I", profile, profile.index(tag) + 4)
+        struct.pack_into(
+            f">{len(values)}i", profile, offset + size - 4 * len(values), *(round(65536 * x) for x in values)
+        )
+    return bytes(profile)
+
+
+SRGB_PROFILE = _srgb_profile()
+ADOBE_RGB_PROFILE = _adobe_rgb_profile()
+
+
+def _in_color_space(image, rgb, name):
+    """Convert to sRGB from the color space that the image declares."""
+    color_space = _from_exif(image, ExifTags.Base.ColorSpace, ExifTags.IFD.Exif)
+    index = _from_exif(image, ExifTags.Interop.InteropIndex, ExifTags.IFD.Interop)
+    adobe_rgb = ADOBE_RGB_PROFILE if (color_space, index) == (65535, "R03") else None
+    if not (profile := image.info.get("icc_profile", adobe_rgb)):
         return rgb
     samples = image if image.mode == "CMYK" else rgb
     if profile[16:20] == b"GRAY" and image.mode[0] in "1LIF":
@@ -258,66 +347,18 @@ def to_rgb(image, name="image"):
         transform = _to_srgb(profile, samples.mode)
         return ImageCms.applyTransform(samples, transform) if transform else rgb
     except ImageCms.PyCMSError as error:
-        note(f"{name}: its color profile cannot be used, taken for sRGB ({str(error)})")
+        note(f"{name}: unusable color profile, taken for sRGB ({error})")
         return rgb
-
-
-def _loaded(image):
-    """The image with its samples read; also a JPEG that lacks nothing but its end marker, two bytes."""
-    try:
-        image.load()
-        return image
-    except OSError:
-        # A progressive one could as well lack whole scans, and be coarse.
-        if image.format not in ("JPEG", "MPO") or "progressive" in image.info or not image.filename:
-            raise
-        # Bytes that follow the last sample are skipped; were samples missing, they would be taken for such.
-        with open(image.filename, "rb") as file:
-            there = file.read()
-        restarts = b"".join(b"\xff%c\x55\x55\x55" % marker for marker in range(0xD0, 0xD8))
-        fillings = (b"\0" * 64, b"\x55" * 64, b"\xaa" * 64, restarts)
-        candidates = [Image.open(BytesIO(there + filling + b"\xff\xd9")) for filling in fillings]
-        for candidate in candidates:
-            candidate.draft(None, image.size)
-        if there.endswith(b"\xff") or len({candidate.tobytes() for candidate in candidates}) > 1:
-            raise
-        return candidates[0]
-
-
-def _to_rgb(image):
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16 bits a sample, which Pillow widens to "I" for some formats
-        samples = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((samples.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        samples = np.asarray(image)
-        if not (samples.min() >= 0 and samples.max() <= 1):  # also true of NaN
-            raise ValueError("floating-point samples outside [0, 1]")
-        return Image.fromarray((255 * samples).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _srgb_profile():
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    profile[24:36] = b"\x07\xd0\0\1\0\1" + bytes(6)  # its date, else the current one: the same image, the same file
-    return bytes(profile)
-
-
-SRGB_PROFILE = _srgb_profile()
 
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile, mode):
-    """The transform of samples of that mode to sRGB from an ICC profile; None if that is sRGB itself, to 2 levels."""
+    """Return the transform from an ICC profile to sRGB; None if that changes no channel by more than 2 levels."""
     transform = ImageCms.buildTransform(
         *map(BytesIO, (profile, SRGB_PROFILE)),
         *(mode, "RGB"),
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        flags=0x2000,  # black-point compensation; Pillow 10.1 has no name for it
     )
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     swatches = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)).convert(mode)

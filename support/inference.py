@@ -5,9 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from support.cli import UserError
 from support.cpu import available_cores
-from support.files import atomic_path, remove_temporaries
+from support.files import remove_temporaries
 
 import numpy as np
 import paddle
@@ -28,7 +27,7 @@ def exported(make_layer, inputs, folder, stamp):
     remove_temporaries(folder.parent)
     try:
         _save(program, stamp, folder)
-    except UserError:  # a folder that is only to be read, or full
+    except OSError:  # a folder that is only to be read, or full
         elsewhere = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
         folder = Path(elsewhere) / folder.name
@@ -37,10 +36,9 @@ def exported(make_layer, inputs, folder, stamp):
 
 
 def _save(program, stamp, folder):
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        paddle.jit.save(program, str(temporary / "program"))
-        (temporary / "stamp").write_text(stamp)
+    folder.mkdir(exist_ok=True)
+    paddle.jit.save(program, str(folder / "program"))
+    (folder / "stamp").write_text(stamp)
 
 
 class Affine(nn.Layer):

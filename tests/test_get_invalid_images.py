@@ -100,7 +100,7 @@ def test_tells_the_reasons_apart(tmp_path, capsys):
     assert code == 0
     printed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert printed[:4] == [
-        ["12", "of 17 images cannot serve"],
+        ["12", "of 17 images are unsuitable"],
         ["4", "single channel"],
         ["4", "gray in color"],
         ["4", "unreadable"],
@@ -170,7 +170,7 @@ def test_one_file_as_image_dir(tmp_path):
     assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
 
 
-def test_what_cannot_be_opened_is_not_condemned(tmp_path, capsys):
+def test_missing_file_is_not_listed(tmp_path, capsys):
     save(tmp_path / "images" / "color.png", COLOR)
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "not there.png")
     code, listed = run(tmp_path / "images", tmp_path)
@@ -198,7 +198,7 @@ def test_worker_processes_find_the_same(tmp_path):
     [
         (("--image_dir", "missing"), "missing: no such file or folder"),
         (("--image_dir", "empty"), "empty: no images here"),
-        (("--image_dir", "images", "--move_to", "images/bad"), "--move_to images/bad: lies within --image_dir"),
+        (("--image_dir", "images", "--move_to", "images/bad"), "--move_to images/bad: is inside --image_dir"),
         (("--image_dir", "images", "--output", "images/a.png"), "images/a.png: cannot be written to: file exists"),
     ],
 )
@@ -218,7 +218,7 @@ def test_as_a_command(tmp_path):
     command = f"'{sys.executable}' '{ROOT / 'get_invalid_images.py'}' --image_dir images && bash remove_invalid.sh"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and not (tmp_path / "images" / "gray.png").exists()
-    last = "listed in ./invalid_images.csv; deleted by: bash ./remove_invalid.sh"
+    last = "listed in ./invalid_images.csv; deleted by bash ./remove_invalid.sh, or by the same command with --remove"
     assert done.stdout.splitlines()[-1] == last
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr

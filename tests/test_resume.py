@@ -8,7 +8,6 @@ import signal
 import time
 
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.files import remove_temporaries
 from support.processes import StopRequest
 
 import numpy as np
@@ -287,17 +286,6 @@ def test_keep_leaves_later_checkpoints_of_another_run(run_training, tmp_path):
     run_training("--num_epochs", 3, "--keep", 1, "--max_steps", 100)
     names = {path.name for path in (tmp_path / "run" / "model").glob("*.pdparams")}
     assert names == {f"epoch_{x}_model.pdparams" for x in ("2", "19", "latest")}
-
-
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    with started(tmp_path / "process", script="-c") as process:
-        process.wait()
-    keep = [f".a.{os.getpid()}.tmp", ".hidden", "b.1.tmp", ".c.tmp"]
-    for name in [*keep, f".a.pdparams.{process.pid}.tmp"]:
-        (tmp_path / name).touch()
-    remove_temporaries(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(keep)
-    remove_temporaries(tmp_path / "missing")
 
 
 def test_fine_tuning_starts_from_weights_alone(run_training, tmp_path):
