@@ -110,7 +110,7 @@ def broken_files(folder):
 
 
 def test_what_cannot_be_read_is_named_with_the_reason(tmp_path):
-    reasons = ["empty", "truncated", "not an image", "not an image", "no such file"]
+    reasons = ["empty file", "truncated", "not an image", "not an image", "no such file"]
     for path, reason in zip(broken_files(tmp_path), reasons):
         with pytest.raises(InvalidImageError) as error:
             read_rgb(path)

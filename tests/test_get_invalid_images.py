@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,8 +176,68 @@ def test_missing_file_is_not_listed(tmp_path, capsys):
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "not there.png")
     code, listed = run(tmp_path / "images", tmp_path)
     assert (code, listed) == (EXIT_SKIPPED, {})
-    assert "link.png: no such file" in capsys.readouterr().err
+    assert "link.png: not checked: no such file" in capsys.readouterr().err
     assert "link" not in (tmp_path / "remove_invalid.sh").read_text()
+
+
+def test_only_gray_and_damaged_images_are_listed(tmp_path, capsys, monkeypatch):
+    """An intact image that this installation cannot read is never removed."""
+    images = tmp_path / "images"
+    monkeypatch.setattr("support.images.MAX_PIXELS", COLOR.size)
+    save(images / "large.png", np.zeros((200, 200, 3), np.uint8))
+    unsupported = {
+        "heic.jpg": b"\0\0\0\x18ftypheic" + bytes(100),
+        "avif.png": b"\0\0\0\x18ftypavif" + bytes(100),
+        "jpeg_xl.jpg": b"\xff\x0a" + bytes(100),
+        "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        "kind.tif": b"II*\0\x08\0\0\0" + bytes(100),
+    }
+    monkeypatch.setattr("support.images.FORMATS", {"JPEG", "PNG", "TIFF"})
+    for name, content in unsupported.items():
+        (images / name).write_bytes(content)
+    Image.fromarray(np.linspace(-1, 300, 12, dtype=np.float32).reshape(3, 4)).save(images / "float.tif")
+    damaged = save(images / "damaged.png", COLOR)
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    for flags in ((), ("--remove",)):
+        code, listed = run(images, tmp_path, *flags)
+        assert code == EXIT_SKIPPED and list(listed) == [str(damaged)]
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(": not checked")[0] for line in lines] == sorted(
+            str(images / name) for name in (*unsupported, "large.png", "float.tif")
+        )
+    assert {path.name for path in images.iterdir()} == {*unsupported, "large.png", "float.tif"}
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_remove_does_the_same_as_the_script(tmp_path, capsys, move):
+    flags = ["--move_to", str(tmp_path / "moved")] if move else []
+    trees = []
+    for folder, more in (("script", ()), ("flag", ("--remove",))):
+        images = tmp_path / folder
+        for name in NASTY_NAMES:
+            save(images / FOLDER / name, GRAY)
+        save(images / "color.png", COLOR)
+        code, listed = run(images, tmp_path, *flags, *more)
+        assert code == 0 and len(listed) == len(NASTY_NAMES)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith(f"{'moved' if move else 'deleted'} by this run: {len(listed)}") == bool(more)
+        assert more or run_script(tmp_path).returncode == 0
+        trees.append({str(path.relative_to(images)) for path in images.rglob("*")})
+        if move:
+            trees[-1] |= {str(path.relative_to(tmp_path)) for path in (tmp_path / "moved").rglob("*.png")}
+            shutil.rmtree(tmp_path / "moved")
+    assert trees[0] == trees[1] and (len(trees[0]) > len(NASTY_NAMES)) == move
+
+
+def test_remove_replaces_no_file_and_continues(tmp_path, capsys):
+    images, target = tmp_path / "images", tmp_path / "moved"
+    for name in ("a.png", "b.png"):
+        save(images / name, GRAY)
+    there = save(target / "a.png", COLOR).read_bytes()
+    code, _ = run(images, tmp_path, "--move_to", str(target), "--remove")
+    assert code == EXIT_SKIPPED and "a.png: not removed: there is already" in capsys.readouterr().err
+    assert (target / "a.png").read_bytes() == there and (images / "a.png").exists()
+    assert (target / "b.png").exists() and not (images / "b.png").exists()
 
 
 def test_nothing_found_still_leaves_a_script(tmp_path):
