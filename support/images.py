@@ -20,11 +20,8 @@ with suppress(ImportError):
 with suppress(ImportError):
     __import__("pillow_jxl")
 
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
-    *(".pgm", ".ppm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
-    *(".jp2", ".j2k", ".jpf", ".jpx"),
-)
+IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .pgm .ppm .pbm .pnm .avif .heic .heif"
+IMAGE_SUFFIXES = tuple(f"{IMAGE_SUFFIXES} .jp2 .j2k .jpf .jpx".split())
 COLORING = "coloring.json"  # marks a folder of test.py's results
 HIDDEN = (".", "@eaDir", "#recycle", COLORING)  # names that begin so are skipped; two are thumbnails and trash on a NAS
 
@@ -276,14 +273,13 @@ def _check_tiff(tags):
     """Raise ValueError unless Pillow decodes a TIFF with these tags correctly, and to its full size."""
     if tags.get(254, 0) & 1:  # NewSubfileType: reduced
         raise ValueError("TIFF that begins with a thumbnail, like camera raw files: convert it to another format first")
-    photometric, planar = tags.get(262), tags.get(284) == 2
-    formats, bits = tags.get(339, (1,)), tags.get(258, (1,))
-    kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{depth}" for format in formats for depth in bits}
-    raw_planes = planar and bits[0] == 16 and tags.get(259) == 1  # Pillow decodes them wrongly
+    photometric, planar = tags.get(262, 0), tags.get(284, 1)
+    depths = tags.get(258, (1,))
+    kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{bits}" for format in tags.get(339, (1,)) for bits in depths}
+    raw_planes = (depths[0], planar, tags.get(259)) == (16, 2, 1)  # not compressed: Pillow would return stripes
     if raw_planes or not kinds <= set(TIFF_SAMPLES.get(photometric, "").split()):
-        planes = ", in planes" if planar else ""
-        kinds = " ".join(sorted(kinds))
-        raise ValueError(f"TIFF with {kinds} samples{planes} and photometric interpretation {photometric}: unsupported")
+        kinds = f"{' '.join(sorted(kinds))} samples, photometric interpretation {photometric}"
+        raise ValueError(f"TIFF with {kinds} and planar configuration {planar} is not supported")
 
 
 def _to_rgb(image):
@@ -294,7 +290,7 @@ def _to_rgb(image):
         if not (samples.min() >= 0 and samples.max() <= most):  # also true of NaN
             raise ValueError(f"gray samples outside [0, {most}]")
         gray = (samples * (255 / most)).round().astype(np.uint8)
-        min_is_white = image.format == "TIFF" and image.tag_v2[262] == 0
+        min_is_white = image.format == "TIFF" and image.tag_v2.get(262, 0) == 0
         return Image.fromarray(255 - gray if min_is_white else gray).convert("RGB")
     empty_alpha = image.format == "BMP" and image.getbands()[-1] == "A" and not image.getchannel("A").getbbox()
     if image.has_transparency_data and not empty_alpha:  # in BMPs, alpha that is 0 everywhere means opaque
@@ -323,9 +319,8 @@ def _adobe_rgb_profile():
         b"rTRC": (563 / 256, 1, 0, 0, 0),  # y = x^g; lcms shares one curve between the channels
     }.items():
         offset, size = struct.unpack_from(">2I", profile, profile.index(tag) + 4)
-        struct.pack_into(
-            f">{len(values)}i", profile, offset + size - 4 * len(values), *(round(65536 * x) for x in values)
-        )
+        data = struct.pack(f">{len(values)}i", *(round(65536 * value) for value in values))
+        profile[offset + size - len(data) : offset + size] = data
     return bytes(profile)
 
 
@@ -354,12 +349,8 @@ def _in_color_space(image, rgb, name):
 @lru_cache(maxsize=16)
 def _to_srgb(profile, mode):
     """Return the transform from an ICC profile to sRGB; None if that changes no channel by more than 2 levels."""
-    transform = ImageCms.buildTransform(
-        *map(BytesIO, (profile, SRGB_PROFILE)),
-        *(mode, "RGB"),
-        ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        flags=0x2000,  # black-point compensation; Pillow 10.1 has no name for it
-    )
+    settings = (mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, 0x2000)  # black-point compensation
+    transform = ImageCms.buildTransform(BytesIO(profile), BytesIO(SRGB_PROFILE), *settings)
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     swatches = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)).convert(mode)
     change = np.int16(ImageCms.applyTransform(swatches, transform)) - np.int16(swatches.convert("RGB"))
@@ -367,12 +358,12 @@ def _to_srgb(profile, mode):
 
 
 def crop_resized(image, load_size, crop_size, across=0.5, down=0.5):
-    """A `crop_size` square of the image after its short side was resized to `load_size` pixels.
+    """Resize an image so that its shorter side has `load_size` pixels, and return a square of it.
 
-    `across` and `down`, in [0, 1], place the square; 0.5 is the center. Resizing and cropping are
-    one step, so that only the square is computed. Pillow image -> uint8 [crop_size, crop_size, 3].
+    `across` and `down`, in [0, 1], place the square; 0.5 is the center. Only the square is computed. Pillow image ->
+    uint8 [crop_size, crop_size, 3].
     """
-    side = crop_size * min(image.size) / load_size  # of the square, in the image's own pixels
+    side = crop_size * min(image.size) / load_size  # of the square, in pixels of the image
     left, top = across * (image.width - side), down * (image.height - side)
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((crop_size, crop_size), Image.Resampling.BILINEAR, box=box))

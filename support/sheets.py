@@ -1,4 +1,4 @@
-"""Contact sheets: rows of small pictures under headings, a name below each row."""
+"""Contact sheets: rows of thumbnails under column headings, with a name below each row."""
 
 import os
 from pathlib import Path
@@ -8,22 +8,22 @@ from support.files import atomic_path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-CELL = (320, 240)  # width and height in which each picture fits, in pixels
-ROWS = 12  # photographs on a sheet
-MARGIN, HEAD, FOOT = 10, 44, 30  # pixels between pictures, for the headings, and for the name below a row
-# Fonts with East Asian letters, by how their names begin
+CELL = (320, 240)  # largest width and height of a thumbnail, in pixels
+ROWS = 12  # of a contact sheet
+MARGIN, HEAD, FOOT = 10, 44, 30  # pixels: gap, headings, name below a row
+# Beginnings of the names of fonts with East Asian characters
 EAST_ASIAN = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Microsoft YaHei", "SimHei", "PingFang", "Hiragino Sans")
 
 
 def fit(image, cell=CELL):
-    """A copy that fills a cell in one direction."""
+    """Return a copy, resized to fill a cell in one direction."""
     image = image.copy()
     image.thumbnail(cell)  # faster than `contain` for a large one
     return ImageOps.contain(image, cell)
 
 
 def contact_sheet(rows, columns, cell_width=CELL[0]):
-    """Rows of (name, thumbnails) under the columns' headings, as one image."""
+    """Draw rows of (name, thumbnails) under column headings. Return one image."""
     width = len(columns) * (cell_width + MARGIN) + MARGIN
     heights = [max(image.height for image in images) + FOOT for _, images in rows]
     sheet = Image.new("RGB", (width, HEAD + sum(heights)), "white")
@@ -44,14 +44,14 @@ def contact_sheet(rows, columns, cell_width=CELL[0]):
 
 
 def font(size, text=""):
-    """matplotlib's, which has accents, Greek and Cyrillic; for text in East Asian letters one of the system's, if any.
+    """Return matplotlib's font, which has accents, Greek and Cyrillic (Pillow's default font has ASCII only).
 
-    Pillow's own has ASCII alone.
+    For text with East Asian characters, return a font of the system that has them, if there is one.
     """
-    import matplotlib  # not with the others: only a sheet needs it
+    import matplotlib  # imported here, because only contact sheets need it
 
     if any("\u2e80" <= character <= "\uffef" for character in text):
-        from matplotlib.font_manager import fontManager  # looks through the system when it is imported
+        from matplotlib.font_manager import fontManager  # searches the system for fonts when imported
 
         for found in fontManager.ttflist:
             if found.name.startswith(EAST_ASIAN):
@@ -60,7 +60,7 @@ def font(size, text=""):
 
 
 def shortened(name, draw, font, width):
-    """A name's end, as far as it fits into so many pixels."""
+    """Return the end of a name that fits into `width` pixels."""
     if draw.textlength(name, font) <= width:
         return name
     while draw.textlength(f"…{name}", font) > width:
@@ -69,7 +69,7 @@ def shortened(name, draw, font, width):
 
 
 class Sheets:
-    """Collects rows of (name, pictures) and writes a sheet whenever one is full."""
+    """Collects rows of (name, thumbnails) and writes a contact sheet whenever one is full."""
 
     def __init__(self, folder, columns):
         self.folder, self.columns = Path(folder), columns
@@ -89,7 +89,7 @@ class Sheets:
 
 
 def tile(panel):
-    """Pictures, uint8 [H, W, 3], in rows of two on white: VisualDL's frame is twice as wide as high."""
+    """Arrange images, uint8 [H, W, 3], in rows of two on white, because VisualDL's frame is twice as wide as high."""
     gap = max(2, len(panel[0]) // 16)
     cells = [np.pad(x, ((0, gap), (0, gap), (0, 0)), constant_values=255) for x in panel]
     if len(cells) % 2 and len(cells) > 1:
