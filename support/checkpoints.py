@@ -1,41 +1,77 @@
 """Checkpoints: states of networks and of whole runs, read as data, written whole."""
 
-import json
 import math
 import re
 from pathlib import Path
 
 from support.cli import UserError, note, one_line
 from support.files import atomic_path, make_folder
-from support.pickles import read_pickle, widen_bfloat16
+from support.foreign import is_pytorch, is_safetensors, read_caffe, read_metadata, read_pytorch, read_safetensors
+from support.pickles import read_pickle
 from support.processes import all_reduce, is_first, share_statistics
 
 import numpy as np
 import paddle
+import safetensors.numpy
+
+# Entries that a training run adds to its network's weights: how large the network's inputs were, and how long it ran.
+TRAINED = ("load_size", "epoch", "step")
 
 
 def save_checkpoint(state, path):
-    """Writes a state dict (or nested dicts of tensors, numbers and strings) as `paddle.load` reads it."""
+    """Write a state dict (or nested dicts of tensors, numbers and strings) as `paddle.load` reads it."""
     with atomic_path(path) as temporary:
         paddle.save(state, str(temporary))
 
 
+def save_safetensors(state, path, metadata=None):
+    """Write a flat dict of NumPy arrays, and text entries that describe them."""
+    arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(arrays, {"format": "pd", **(metadata or {})}))
+
+
 def load_checkpoint(path):
-    """The dict that `save_checkpoint` or `paddle.save` (2.0 to 3.x) wrote, or a safetensors file.
+    """Return the dict that `save_checkpoint` or `paddle.save` (2.0 to 3.x) wrote, or the arrays of another format.
 
-    NumPy arrays take the place of the tensors. Nothing in the file is executed: `paddle.load` would unpickle it,
-    and a pickle can run code. Raises UserError, naming the file, when it is missing, damaged or holds anything
-    but arrays, numbers, strings and containers of them.
+    The formats, recognized by their content, are safetensors and those of PyTorch and Caffe. NumPy arrays take the
+    place of tensors. `paddle.load` would unpickle the file, and a pickle can run code; this function runs nothing.
+    Raises UserError, naming the file, if it is missing, damaged or holds anything but arrays, numbers, strings and
+    containers of these.
     """
-    state = _read(path, lambda file: _read_safetensors(file) if is_safetensors(file) else read_pickle(file))
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path):
+    """Return what `load_checkpoint` does and, as a dict, what else the checkpoint contains: the entries in TRAINED."""
+    return read_file(path, _read_state)
+
+
+def read_info(path):
+    """Return the second half of `read_checkpoint`; the arrays of a safetensors file are not read."""
+    return read_file(path, lambda file: read_metadata(file) if is_safetensors(file) else _read_state(file)[1])
+
+
+def _read_state(file):
+    start = file.peek(256)[:256]
+    if is_safetensors(file):
+        return read_safetensors(file), read_metadata(file)
+    if is_pytorch(file):
+        state = read_pytorch(file)
+    elif start.startswith(b"\x80"):
+        state = read_pickle(file)
+    elif start.isascii() and start.decode().replace("\n", "").replace("\r", "").isprintable():
+        raise ValueError("text or empty: did its download go wrong?")
+    else:
+        state = read_caffe(file)
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not the state of a network")
+        raise ValueError(f"it holds a {type(state).__name__}, not the state of a network")
     state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
-    return state
+    return state, {name: state.pop(name) for name in TRAINED if name in state}
 
 
-def _read(path, function):
-    """`function` of the opened file; whatever goes wrong becomes a UserError that names the file."""
+def read_file(path, function):
+    """Return `function(file)` of the opened file; any problem becomes a UserError that names the file."""
     try:
         with open(path, "rb") as file:
             return function(file)
@@ -43,13 +79,13 @@ def _read(path, function):
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
-    except Exception as error:  # bad bytes make the readers raise whatever they like: KeyError, struct.error, …
+    except Exception as error:  # damaged files make the readers raise anything: KeyError, struct.error, …
         reason = one_line(str(error) or type(error).__name__)
         raise UserError(f"{path}: not a readable checkpoint: {reason}") from error
 
 
 def check_names(state, expected, path):
-    """Raises UserError, naming them, when the state lacks names that are expected or has others."""
+    """Raise UserError, naming them, if the state lacks expected names or has others."""
     if missing := [name for name in expected if name not in state]:
         raise UserError(f"{path}: another network's checkpoint, it lacks {_some(missing)}")
     if unexpected := [str(name) for name in state if name not in expected]:
@@ -62,79 +98,36 @@ def _some(names):
 
 
 def load_weights(network, path):
-    """Reads the weights at `path` into the network; they must fit it wholly and be finite."""
+    """Read the weights at `path` into the network; they must fit completely and be finite."""
     set_weights(network, load_checkpoint(path), path)
 
 
 def set_weights(network, state, path):
-    """Puts a state dict of arrays, read from `path`, into the network. Raises UserError if it does not fit wholly."""
-    expected = network.state_dict()
+    """Put a state dict of arrays, read from `path`, into the network. Raises UserError if it does not fit."""
+    tensors = network.state_dict()
+    expected = {name: f"float {list(tensor.shape)}" for name, tensor in tensors.items()}
     check_names(state, expected, path)
-    found = {name: list(getattr(state[name], "shape", [type(state[name]).__name__])) for name in expected}
-    if misshapen := [
-        f"{name} {found[name]} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if found[name] != list(tensor.shape)
-    ]:
-        raise UserError(f"{path}: another network's checkpoint: {_some(misshapen)}")
-    if broken := [name for name in expected if not np.isfinite(state[name]).all()]:
+    found = {name: _describe(state[name]) for name in expected}
+    if found != expected:
+        wrong = [
+            f"{name} {found[name]} instead of {expected[name]}" for name in expected if found[name] != expected[name]
+        ]
+        raise UserError(f"{path}: another network's checkpoint: {_some(wrong)}")
+    with np.errstate(over="ignore"):
+        state = {name: state[name].astype(np.float32, copy=False) for name in expected}
+    if broken := [name for name, array in state.items() if not np.isfinite(array).all()]:
         raise UserError(f"{path}: not finite (NaN or infinity): {_some(broken)}")
-    network.set_state_dict({name: x.astype(np.float32) if x.dtype.kind == "f" else x for name, x in state.items()})
+    if negative := [name for name in state if name.endswith("_variance") and state[name].min() < 0]:
+        raise UserError(f"{path}: negative variances: {_some(negative)}")
+    for name, tensor in tensors.items():
+        tensor.set_value(state[name])
 
 
-# -------------------------------------------------------------------------------------------------
-# Safetensors: numbers and nothing else, the format to publish weights in
-#
-# Eight bytes with the length of a header, the header (JSON: type, shape and place of each array, and a few strings),
-# the arrays. Read here, as the package of that name gives NumPy no bfloat16, and Paddle 2.6 does not bring it along.
-
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
-
-
-def is_safetensors(file):
-    """Whether an open file begins as that format does."""
-    start = file.read(9)
-    file.seek(0)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
-
-
-def _read_header(file):
-    """Of an open file: {name: what the array is}, and its strings; the file stands at the first array then."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return header, header.pop("__metadata__", {})
-
-
-def read_metadata(path):
-    """The strings that a safetensors file holds beside its arrays, a dict; of other files {}."""
-    return _read(path, lambda file: _read_header(file)[1] if is_safetensors(file) else {})
-
-
-def _read_safetensors(file):
-    """Its arrays: bfloat16 as float32, and for an 8-bit `X` that has an `X.scale` their product."""
-    (header, _), data = _read_header(file), file.read()
-    if len(data) != max((entry["data_offsets"][1] for entry in header.values()), default=0):
-        raise ValueError("cut short, or longer than it says")
-    arrays = {}
-    for name, entry in header.items():
-        array = np.frombuffer(data[slice(*entry["data_offsets"])], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        arrays[name] = widen_bfloat16(array) if entry["dtype"] == "BF16" else array
-    for name in [name for name, array in arrays.items() if array.dtype == np.int8 and f"{name}.scale" in arrays]:
-        arrays[name] = arrays[name] * arrays.pop(f"{name}.scale")
-    return arrays
-
-
-def save_safetensors(state, path, metadata=None):
-    """Writes a flat dict of NumPy arrays, and strings that say something about them."""
-    names = {np.dtype(code): name for name, code in DTYPES.items()}
-    arrays = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its numbers' size
-    header, end = {"__metadata__": {"format": "pd", **(metadata or {})}}, 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.writelines([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())])
+def _describe(array):
+    """Return the kind and shape of an array, e.g. "float [64, 1, 3, 3]", or the type of anything else."""
+    if not isinstance(array, np.ndarray):
+        return type(array).__name__
+    return f"{array.dtype.name.rstrip('0123456789')} {list(array.shape)}"
 
 
 # -------------------------------------------------------------------------------------------------

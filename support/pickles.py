@@ -1,74 +1,112 @@
 """Pickles read as data.
 
-A pickle is a program that names functions and calls them with arguments of its own. The few that `paddle.save`
-writes are replaced by the stand-ins below, which check their arguments: NumPy's own would take any size and, by
-way of a forged dtype, numbers for pointers.
+A pickle is a program that names functions and calls them with arguments of its choice. The few functions that
+`paddle.save` and `torch.save` need are replaced by the stand-ins below, which only note what they are given. Arrays
+are made at the end, by which time it is known that together they are not much larger than the file.
 """
 
 import math
+import os
 import pickle
-import pickletools
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 
 
 def read_pickle(file):
-    _check_memo(file)
-    # Python 2 wrote the bytes of an array as a string, to be read as latin1.
-    state = _to_plain(_ArrayUnpickler(file, encoding="latin1").load(), {})
+    """Return the content of an open file of `paddle.save`: containers of numbers, strings and NumPy arrays."""
+    reader = DataUnpickler(file, os.fstat(file.fileno()).st_size)
+    state = reader.to_plain(reader.load())
     if isinstance(state, dict) and (parts := state.pop("UnpackBigParamInfor@@", None)):
-        for name, part in parts.items():  # below protocol 4, Paddle splits arrays of over 1 GB
-            joined = np.concatenate([state.pop(key) for key in part["slices"]])
-            state[name] = joined.reshape(part["OriginShape"])
+        for name, part in parts.items():  # below protocol 4, Paddle splits arrays larger than 1 GB
+            slices = [state.pop(f"{name}@@.{i}") for i in range(len(part["slices"]))]
+            state[name] = np.concatenate(slices).reshape(part["OriginShape"])
     return state
 
 
-def _check_memo(file):
-    """Refuses a pickle that asks for memory: the memo's indices count up, but a single one may claim gigabytes."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
-            raise pickle.UnpicklingError("its memo has gaps")
-    file.seek(0)
-
-
-def _to_plain(value, done):
-    """The unpickled value with NumPy arrays for their stand-ins; `done`: containers met before, by identity."""
-    if isinstance(value, _PickledArray):
-        return widen_bfloat16(value.array)
-    if value is None or isinstance(value, (bool, int, float, str, np.generic)):
-        return value
-    if id(value) not in done:
-        if isinstance(value, dict):
-            plain = {_to_plain(key, done): _to_plain(item, done) for key, item in value.items()}
-        elif isinstance(value, (list, tuple)):
-            plain = type(value)(_to_plain(item, done) for item in value)
-        else:
-            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which no checkpoint needs")
-        done[id(value)] = plain
-    return done[id(value)]
-
-
 def widen_bfloat16(array):
-    """bfloat16, which NumPy lacks and Paddle hands on as uint16, as float32; other arrays as they are."""
+    """Return bfloat16, which NumPy lacks and others hand over as uint16, as float32; other arrays unchanged."""
     return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Opens what `paddle.save` writes and nothing that could run code."""
+class DataUnpickler(pickle._Unpickler):
+    """An unpickler that calls only the stand-ins.
+
+    Its base is the version written in Python: there, opcodes can be replaced, and the memo is a dict. (The version in
+    C allocates an array as long as the largest index in the file.)
+
+    Attributes:
+        storages: PyTorch's storages by key, whose `data` must be set between `load` and `to_plain`.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, size):
+        super().__init__(file, encoding="latin1")  # Python 2 wrote the bytes of an array as a string
+        self.bytes_left = 4 * size  # for all arrays: a few may share their numbers, a thousand are an attack
+        self.storages, self.seen = {}, set()
 
     def find_class(self, module, name):
         module = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
         if (module, name) not in STAND_INS:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
-        stand_in = STAND_INS[module, name]
-        return lambda *arguments: stand_in(*arguments)  # a fresh one, as a pickle may also set attributes
+        return STAND_INS[module, name]
+
+    def persistent_load(self, reference):
+        _, storage, key, _, count, *view = reference
+        if any(view):
+            raise pickle.UnpicklingError("it holds a view of a storage, which PyTorch no longer writes")
+        return self.storages.setdefault(key, storage(count))
+
+    def load_build(self):
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], dict):  # PyTorch adds the versions of its layers to a dict
+            self.stack[-1].__setstate__(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def to_plain(self, value):
+        """Return an unpickled value with NumPy arrays in place of the stand-ins."""
+        if isinstance(value, _Array):
+            self.bytes_left -= math.prod(value.shape) * value.storage.dtype.itemsize
+            if self.bytes_left < 0:
+                raise pickle.UnpicklingError("its arrays are many times as large as the file")
+            return widen_bfloat16(value.to_numpy())
+        if value is None or isinstance(value, (bool, int, float, str, np.generic)):
+            return value
+        if not isinstance(value, (dict, list, tuple)):
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which no checkpoint needs")
+        if id(value) in self.seen and value:  # 60 lists that each hold the next one twice are 2^60 lists
+            raise pickle.UnpicklingError("it holds the same list, tuple or dict twice")
+        self.seen.add(id(value))
+        if isinstance(value, dict):
+            return {key: self.to_plain(item) for key, item in value.items()}
+        return (tuple if isinstance(value, tuple) else list)(map(self.to_plain, value))
 
 
-class _PickledDtype:
+class _Tuple(tuple):
+    __hash__ = None  # as a key, 60 tuples that each hold the next one twice would take forever to hash
+
+
+def _make_unhashable(load):
+    def load_tuple(self):
+        load(self)
+        self.stack[-1] = _Tuple(self.stack[-1])
+
+    return load_tuple
+
+
+for _opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    DataUnpickler.dispatch[_opcode[0]] = _make_unhashable(DataUnpickler.dispatch[_opcode[0]])
+
+# -------------------------------------------------------------------------------------------------
+# Stand-ins
+
+
+class _Dtype:
     """The type of an array's numbers: f4, i8, …"""
-
-    __slots__ = ("dtype",)
 
     def __init__(self, code, *_):
         if not re.fullmatch("b1|[iu][1248]|f[248]", code):
@@ -79,53 +117,64 @@ class _PickledDtype:
         if state[1] == ">":
             self.dtype = self.dtype.newbyteorder(">")
 
-    def array(self, shape, data, order="C"):
-        data = data.encode("latin1") if isinstance(data, str) else data
-        if math.prod(shape) * self.dtype.itemsize != len(data) or min(shape, default=0) < 0:
-            raise pickle.UnpicklingError(f"it holds {len(data)} bytes for an array of shape {shape}")
-        return np.ndarray(shape, self.dtype, data, order=order).astype(self.dtype.newbyteorder("="))
+
+def _storage(code, count, data=None):
+    """Return what PyTorch's tensors, and here all arrays, are views of: `count` numbers."""
+    return SimpleNamespace(dtype=np.dtype(code), count=count, data=data)
 
 
-class _PickledArray:
-    """An array that is on its way: first made empty, then given shape, type and bytes."""
+class _Array:
+    """An array that is not made yet: PyTorch's, or NumPy's, which is created empty and set afterwards."""
 
-    __slots__ = ("array",)
-
-    def __init__(self, *_):
-        self.array = np.empty(0, np.float32)
+    def __init__(self, storage, shape, **layout):
+        self.storage, self.shape, self.layout = storage, shape, layout
 
     def __setstate__(self, state):
-        _, shape, dtype, in_fortran_order, data = state
-        self.array = dtype.array(shape, data, "F" if in_fortran_order else "C")
+        _, self.shape, dtype, in_fortran_order, data = state
+        self.storage = _storage(dtype.dtype, math.prod(self.shape), data)
+        self.layout = {"order": "F" if in_fortran_order else "C"}
+
+    def to_numpy(self):
+        dtype, count, data = self.storage.dtype, self.storage.count, self.storage.data
+        if len(data) != count * dtype.itemsize:
+            raise pickle.UnpicklingError(f"it holds {len(data)} bytes for an array of {count} numbers")
+        array = np.ndarray(self.shape, dtype, _to_bytes(data), **self.layout)
+        return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def _named_tensor(pair):
-    """Paddle 2.1 and later write a tensor among other things as tuple((name, array))."""
-    return pair[1] if len(pair) == 2 and isinstance(pair[1], _PickledArray) else tuple(pair)
+def _to_bytes(data):
+    return data.encode("latin1") if isinstance(data, str) else data
 
 
-def _lone_tensor(*arguments):
-    """Paddle writes a DenseTensor as eval("data", {"data": array})."""
-    if arguments[:1] != ("data",) or not isinstance(arguments[1]["data"], _PickledArray):
+def _tensor(storage, offset, shape, strides, *_):
+    end = offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    if min(offset, *shape, *strides) < 0 or (end > storage.count and math.prod(shape)):
+        raise pickle.UnpicklingError("it holds a tensor that is not within its storage")
+    size = storage.dtype.itemsize
+    return _Array(storage, shape, offset=offset * size, strides=[stride * size for stride in strides])
+
+
+def _lone_tensor(text, scope=None):
+    """Return the array of a DenseTensor, which Paddle writes as eval("data", {"data": array})."""
+    if text != "data":
         raise pickle.UnpicklingError("it holds builtins.eval, which no checkpoint needs")
-    return arguments[1]["data"]
+    return scope["data"]
 
 
-def _encode(text, encoding):
-    """Protocol 2 has no bytes and writes them as a string to be encoded."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it holds text in {encoding}")
-    return text.encode("latin1")
-
+STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2"}
+STORAGES |= {"Char": "i1", "Byte": "u1", "Bool": "b1"}
 
 STAND_INS = {
     ("collections", "OrderedDict"): dict,
-    ("builtins", "tuple"): _named_tensor,
+    ("builtins", "tuple"): lambda pair: pair[1],  # Paddle 2.1 and later may write a tensor as tuple((name, array))
     ("builtins", "eval"): _lone_tensor,
     ("builtins", "bytes"): lambda: b"",
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): None,  # only ever named as the kind of array that _reconstruct shall make
-    ("numpy", "dtype"): _PickledDtype,
-    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy.core.multiarray", "scalar"): lambda dtype, data: dtype.array((), data)[()],
+    ("_codecs", "encode"): lambda text, _: text,  # protocol 2 has no bytes and writes them as text to be encoded
+    ("numpy", "ndarray"): None,  # only named, as the kind of array that _reconstruct makes
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(_storage("f4", 0, b""), (0,)),
+    ("numpy.core.multiarray", "scalar"): lambda dtype, data: np.frombuffer(_to_bytes(data), dtype.dtype)[0],
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    **{("torch", f"{name}Storage"): partial(_storage, code) for name, code in STORAGES.items()},
 }
