@@ -1,18 +1,19 @@
-"""Trains the network on a folder of photographs, nested or flat.
+"""Train the network on a folder of images, nested or flat.
 
     python train.py --image_dir DIR --val_dir DIR                                    one process
     python -m paddle.distributed.launch --gpus 0,1,2,3 train.py --image_dir DIR      four GPUs
-    python train.py --image_dir DIR --continue_train                                 go on after a stop
+    python train.py --image_dir DIR --continue_train                                 resume after a stop
 
-SIGTERM and Ctrl-C save `latest` before they end the run. Exit codes: 0 done, 1 a mistake or a fault (one line says
-which), 2 unknown flags, 130 stopped by Ctrl-C, 143 by SIGTERM.
+Ctrl-C, SIGTERM and SIGHUP save `latest` and end the run. Exit codes: 0 finished, 1 an error (reported on one line),
+2 a usage error, 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 standard output was closed.
 
-The defaults are the paper's (its final model: 450,000 steps of 40 images). The results table's variants:
-full --gamma 0.5 · non-rebalance --rebalance False · rebalance --gamma 0.
+The defaults are those of the paper's final model (450,000 steps of 40 images). Variants of the loss: --gamma 0.5 (the
+default, the paper's model), --rebalance False (the paper's "class") and --gamma 0 (of an earlier Paddle port).
 
-Prints a line, and writes one of JSON to <log_path>/train.jsonl, every --loss_step steps and at the last:
+At its first step, every --loss_step steps and at its last step, a run prints a line (and writes the same values as
+JSON to <log_path>/train.jsonl):
 
-    epoch 0  step    100  loss 12345.6  nats 3.456  kl 2.345  lr 3.16e-05  images/s 12.3  waiting 1%
+    epoch   0  step    100  loss   12345.6  ce 3.4560  kl 2.3450  lr 3.16e-05  images/s 12.3  waiting 1%
 """
 
 import math
@@ -20,33 +21,10 @@ import re
 import sys
 import warnings
 
-from support.checkpoints import Run, claim, load_weights
-from support.cli import (
-    SEED,
-    SIDE,
-    WORKERS,
-    Parser,
-    UserError,
-    add_bool_flag,
-    check_crop,
-    note,
-    number,
-    run_script,
-    whole,
-)
-from support.convolutions import convolve_in_parts, parts_of_a_batch
-from support.cpu import cores_each, keep_freed_memory, use_all_cores
-from support.gpu import check_gpu, mixed_precision, on_gpu, search_kernels, to_device
+from support import checkpoints, cli, convolutions, cpu, gpu, processes
+from support.cli import UserError, note, number, whole
 from support.images import list_images
 from support.logs import Log, Meter
-from support.processes import (
-    StopRequest,
-    all_reduce,
-    check_synchronized,
-    first_decides,
-    is_first,
-    share_statistics,
-)
 from support.sheets import tile
 from support.workers import begin_worker, default_workers, from_workers
 
@@ -56,34 +34,21 @@ import paddle.distributed as dist
 from paddle.io import DataLoader, Subset
 from tqdm import tqdm
 
+import utils
 from dataset import ColorizationDataset, EpochSampler, lab_to_rgb, rgb_to_lab, soft_encode, targets, to_uint8
 from model import CIC
 from pretrained import find_weights
-from utils import (
-    MAX_THRESHOLD,
-    annealed_mean,
-    auc,
-    entropy,
-    error_histogram,
-    load_ab_bins,
-    load_prior,
-    position_weight,
-    rebalancing_weights,
-    soft_cross_entropy,
-    upsample_ab,
-)
 
-warnings.filterwarnings("ignore", message="When training, we now always track")  # says nothing that one could mend
+warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
 
-PANEL_IMAGES = 6  # validation images in the picture on the board
-LINE = (
-    "epoch {epoch:3d}  step {step:6d}  loss {loss:9.1f}  nats {nats:.4f}  kl {kl:.4f}  lr {lr:.3g}  "
-    "images/s {images_per_second:.1f}  waiting {waiting:.0%}"
-)
-VAL_LINE = (
-    "epoch {epoch:3d}  step {step:6d}  validation: nats {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
-)
-TAGS = {  # what VisualDL calls the figures, in its order; a figure of training beside its like of validation
+PANEL_IMAGES = 6  # validation images in VisualDL's picture
+PLACE = "epoch {epoch:3d}  step {step:6d}  "
+RATES = "lr {lr:.3g}  images/s {images_per_second:.1f}  waiting {waiting:.0%}"
+LINE = PLACE + "loss {loss:9.1f}  ce {nats:.4f}  kl {kl:.4f}  " + RATES
+VAL_LINE = PLACE + "validation: ce {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
+COLUMNS = """columns: loss, rebalanced and summed over positions; ce, kl: cross-entropy and KL in nats per position;
+  lr: learning rate; waiting: share of time spent waiting for images"""
+TAGS = {  # VisualDL's names, in its order; each value of training has the same name as that of validation
     "loss": "training/loss",
     "nats": "training/cross-entropy (nats)",
     "kl": "training/KL (nats)",
@@ -95,40 +60,53 @@ TAGS = {  # what VisualDL calls the figures, in its order; a figure of training 
     "val_auc": "validation/AuC, raw",
 }
 PICTURE = "validation/gray, colored, true"
-# Flags that say what is optimized: a run that goes on with others would be neither the one nor the other.
+ADVICE = "resume it with --continue_train, replace it with --overwrite, or choose another --model_path and --log_path"
+# Flags that define the objective: a run cannot be resumed with others.
 OBJECTIVE = ("rebalance", "gamma", "NN", "sigma")
-# Flags that say which image comes when: with others the place within an epoch means nothing.
+# Flags that define the order of the images: after a change, an epoch cannot be resumed in the middle.
 ORDER = ("seed", "batch_size", "images")
-# Flags that may change on the way.
+# Flags that may change when a run is resumed.
 FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_decay", "amp", "freeze_bn")
 
 # -------------------------------------------------------------------------------------------------
-# What is minimized
+# Objective
 
 
-def objective(network, rgb, ab_bins, bin_weights, args, autocast):
-    """Eq. 2: the mean over images of -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq, and figures of it for the log.
+def evaluate(network, rgb, ab_bins, args, autocast):
+    """Run the network on rgb, uint8 [N, 3, H, W], and compare its output with the soft-encoded ab.
 
-    rgb uint8 [N, 3, H, W], ab_bins [Q, 2], bin_weights [Q] -> the loss, and without gradients [3]: the loss,
-    cross-entropy and KL, both not re-weighted, in nats per position.
+    Returns:
+        tuple: float32 logits [N, Q, H/4, W/4]; their cross-entropy with the targets and the targets' entropy, both
+            [N, H/4, W/4] in nats; the targets' bins, nearest first, int64 [N, K, H/4, W/4]; ab [N, 2, H/4, W/4].
     """
     with paddle.no_grad():
         lightness, ab = targets(rgb)  #                                        [N, 1, H, W], [N, 2, H/4, W/4]
-        # Z, by its few entries that are not 0: their bins and their weights.
-        indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)  #            both [N, K, H/4, W/4]
-        v = position_weight(indices, ab, bin_weights)  #                                     [N, H/4, W/4]
+        # Z, given by its few non-zero entries: their bins and probabilities.
+        indices, probabilities = soft_encode(ab, ab_bins, args.NN, args.sigma)  #      both [N, K, H/4, W/4]
+        entropy = utils.entropy(probabilities)  #                                            [N, H/4, W/4]
     with paddle.amp.auto_cast(**autocast):
         logits = network(lightness - 50)  #                                               [N, Q, H/4, W/4]
-    nats = soft_cross_entropy(logits.astype("float32"), indices, weights)  #                 [N, H/4, W/4]
-    # Divided by all images, gray ones too: no process need know what another one drew.
-    loss = (v * nats).sum() / len(rgb)
+    logits = logits.astype("float32")
+    return logits, utils.soft_cross_entropy(logits, indices, probabilities), entropy, indices, ab
+
+
+def objective(network, rgb, ab_bins, bin_weights, args, autocast):
+    """Compute Eq. 2: the mean over images of -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
+
+    rgb uint8 [N, 3, H, W], ab_bins [Q, 2], bin_weights [Q] -> the loss, and without gradients [3]: the loss, and
+    cross-entropy and KL, both not re-weighted, in nats per position.
+    """
+    _, cross_entropy, entropy, indices, ab = evaluate(network, rgb, ab_bins, args, autocast)
+    v = utils.position_weight(indices, ab, bin_weights)  #                                   [N, H/4, W/4]
+    # Divided by the number of all images, gray ones too: no process needs to know the images of the others.
+    loss = (v * cross_entropy).sum() / len(rgb)
     with paddle.no_grad():
-        mean_nats = nats.mean()
-        return loss, paddle.stack([loss, mean_nats, mean_nats - entropy(weights).mean()])
+        mean = cross_entropy.mean()
+        return loss, paddle.stack([loss, mean, mean - entropy.mean()])
 
 
 def set_training(network, args):
-    """Training mode; with --freeze_bn, batch norm keeps to its stored statistics."""
+    """Switch to training mode; with --freeze_bn, batch norm keeps using its stored statistics."""
     network.train()
     if args.freeze_bn:
         for layer in network.sublayers():
@@ -136,15 +114,22 @@ def set_training(network, args):
                 layer.eval()
 
 
+def make_optimizer(network, args):
+    """Return Adam and its schedule: the learning rate falls by sqrt(10) at each of --lr_steps."""
+    rates = [args.lr / math.sqrt(10) ** i for i in range(len(args.lr_steps) + 1)]
+    schedule = paddle.optimizer.lr.PiecewiseDecay(args.lr_steps, rates)
+    adam = paddle.optimizer.Adam(schedule, args.beta1, args.beta2, 1e-8, network.parameters(), args.weight_decay)
+    return adam, schedule
+
+
 # -------------------------------------------------------------------------------------------------
 # Data
 
 
 def training_data(args):
-    """The training set's loader and its sampler."""
-    dataset = ColorizationDataset(
-        first_decides(list_images, args.image_dir), args.load_size, args.crop_size, augment=True, seed=args.seed
-    )
+    """Return the loader of the training set and its sampler."""
+    paths = processes.first_decides(list_images, args.image_dir)
+    dataset = ColorizationDataset(paths, args.load_size, args.crop_size, augment=True, seed=args.seed)
     if len(dataset) < args.batch_size:
         raise UserError(f"{args.image_dir}: {len(dataset)} images do not fill one --batch_size {args.batch_size}")
     sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size())
@@ -153,11 +138,11 @@ def training_data(args):
 
 
 def validation_data(args):
-    """Center squares of the validation set, this process's share of them; None without --val_dir."""
+    """Return a loader of this process's share of the validation set (center crops); None without --val_dir."""
     if not args.val_dir:
         return None
     side = args.load_size // 8 * 8
-    dataset = ColorizationDataset(first_decides(list_images, args.val_dir), args.load_size, side)
+    dataset = ColorizationDataset(processes.first_decides(list_images, args.val_dir), args.load_size, side)
     share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
     return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker)
@@ -168,49 +153,52 @@ def validation_data(args):
 
 
 @paddle.no_grad()
-def validate(network, loader, ab_bins, args, autocast, stop):
-    """Cross-entropy and KL in nats per position, raw AuC, and a picture; over the validation images of all processes.
+def validate(run, loader, ab_bins, args, autocast, stop, log):
+    """Log cross-entropy, KL, raw AuC and a picture for the validation images of all processes; save the best weights.
 
-    The figures need no rebalancing, so that they compare between variants. None when asked to stop meanwhile.
+    The values are not re-weighted, so variants of the loss can be compared. A stop request ends this without a result.
     """
-    share_statistics(network)
-    network.eval()
-    sums, histogram, panel = np.zeros(3), 0, []
-    bar = {"unit": "batch", "leave": False, "disable": None if is_first() else True}
+    processes.share_statistics(run.network)
+    run.network.eval()
+    sums, histogram, panel = np.zeros(4), np.zeros(utils.MAX_THRESHOLD + 2), []
+    bar = {"unit": "batch", "leave": False, "disable": None if processes.is_first() else True}
     for rgb, broken in tqdm(from_workers(loader, stop), "validating", len(loader), **bar):
         if stop.noticed:
             break
         readable = np.flatnonzero(broken.numpy() == 0)
         if not len(readable):
             continue
-        rgb = paddle.gather(to_device(rgb), paddle.to_tensor(readable))
-        lightness, ab = targets(rgb)
-        indices, weights = soft_encode(ab, ab_bins, args.NN, args.sigma)
-        with paddle.amp.auto_cast(**autocast):
-            logits = network(lightness - 50)
-        logits = logits.astype("float32")
-        nats = soft_cross_entropy(logits, indices, weights).mean(axis=[1, 2])
-        kl = nats - entropy(weights).mean(axis=[1, 2])
-        sums += [float(nats.sum()), float(kl.sum()), len(rgb)]
+        rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
+        logits, cross_entropy, entropy, _, ab = evaluate(run.network, rgb, ab_bins, args, autocast)
+        cross_entropy = cross_entropy.mean(axis=[1, 2])
+        kl = cross_entropy - entropy.mean(axis=[1, 2])
+        gray = utils.is_gray(ab).astype("int64")
+        sums += [len(rgb), float(cross_entropy.sum()), float(kl.sum()), float(gray.sum())]
         lab = rgb_to_lab(rgb)
-        colored = upsample_ab(annealed_mean(logits, ab_bins), *rgb.shape[2:])
-        histogram = histogram + error_histogram(colored.numpy().swapaxes(0, 1), lab[:, 1:].numpy().swapaxes(0, 1))
+        colored = utils.upsample_ab(utils.annealed_mean(logits, ab_bins), *rgb.shape[2:])
+        histogram += utils.error_histogram(*(x.numpy().swapaxes(0, 1) for x in (colored, lab[:, 1:])))
         if len(panel) < PANEL_IMAGES:
             panel += [side_by_side(*images) for images in zip(lab, colored, rgb)]
     if stop.agreed():
-        return None
-    totals = all_reduce(np.concatenate([sums, histogram if sums[2] else np.zeros(MAX_THRESHOLD + 2)]))
-    if not totals[2]:
+        return
+    images, cross_entropy, kl, gray, *histogram = processes.all_reduce(np.concatenate([sums, histogram])).tolist()
+    if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
-    figures = {"val_cross_entropy": totals[0] / totals[2], "val_kl": totals[1] / totals[2], "val_auc": auc(totals[3:])}
-    return figures, tile(panel[:PANEL_IMAGES]) if panel else None
+    if gray == images and processes.is_first():
+        note(f"{args.val_dir}: all {images:.0f} images are gray, so validation does not measure color")
+    values = {"val_cross_entropy": cross_entropy / images, "val_kl": kl / images, "val_auc": utils.auc(histogram)}
+    values = {"step": run.progress["step"], **values}
+    log.write(VAL_LINE.format(epoch=run.progress["epoch"], **values), values)
+    log.picture(PICTURE, tile(panel[:PANEL_IMAGES]) if panel else None, values["step"])
+    if values["val_kl"] < run.progress["best_kl"]:
+        run.progress["best_kl"] = values["val_kl"]
+        run.save_weights("best")
 
 
 def side_by_side(lab, ab, rgb):
-    """gray | colored | true, side by side: Lab [3, H, W], ab [2, H, W], uint8 [3, H, W] -> uint8 [H, 3W, 3]."""
-    lightness = lab[:1]
-    candidates = paddle.stack([paddle.concat([lightness, paddle.zeros_like(ab)]), paddle.concat([lightness, ab])])
-    gray, colored = to_uint8(lab_to_rgb(candidates))
+    """Compose gray | colorized | ground truth: Lab [3, H, W], ab [2, H, W], uint8 [3, H, W] -> uint8 [H, 3W, 3]."""
+    pair = paddle.stack([paddle.concat([lab[:1], x]) for x in (paddle.zeros_like(ab), ab)])  #        [2, 3, H, W]
+    gray, colored = to_uint8(lab_to_rgb(pair))
     return np.concatenate([x.numpy().transpose(1, 2, 0) for x in (gray, colored, rgb)], axis=1)
 
 
@@ -219,203 +207,235 @@ def side_by_side(lab, ab, rgb):
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Trains the colorization network on a folder of photographs.")
+    parser = cli.Parser(description="Train the colorization network on a folder of images.")
     add = parser.add_argument_group("data").add_argument
-    add("--image_dir", required=True, help="folder of training photographs, nested or flat")
-    add("--val_dir", help="folder of validation photographs, looked at after each epoch (default: none)")
-    add("--load_size", type=SIDE, default=256, help="the short side is resized to this many pixels")
-    add("--crop_size", type=SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
-    add("--num_workers", type=WORKERS, default=min(8, default_workers()), help="processes that decode, for each device")
-    add(
-        "--max_broken", type=number(0, 1), default=0.1, help="share of unreadable images in an epoch that stops the run"
-    )
+    add("--image_dir", required=True, help="folder of training images, nested or flat")
+    add("--val_dir", help="folder of validation images, evaluated after each epoch (default: none)")
+    add("--load_size", type=cli.SIDE, default=256, help="resize the shorter side to this many pixels")
+    add("--crop_size", type=cli.SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
+    add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help="processes that read, per device")
+    add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of an epoch is unreadable")
 
     group = parser.add_argument_group("method")
-    add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
+    cli.add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
     add = group.add_argument
     add("--gamma", type=number(0, 1), default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
-    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the shipped prior)")
-    add("--NN", type=whole(1, 313), default=5, help="nearest bins that share in a color's soft-encoding")
-    add("--sigma", type=number(1e-3, 1e3), default=5.0, help="of the soft-encoding's Gaussian, in ab units")
+    add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the bundled prior)")
+    add("--NN", type=whole(1, 313), default=5, help="number of nearest bins in a color's soft-encoding")
+    add("--sigma", type=number(1e-3, 1e3), default=5.0, help="sigma of the soft-encoding's Gaussian, in ab units")
 
     group = parser.add_argument_group("optimization")
     add = group.add_argument
     add("--num_epochs", "--num_epoch", type=whole(), default=20, help="passes over the training set")
-    add(
-        "--max_steps", type=whole(), help="stop after this many steps, whatever the epoch (default: after --num_epochs)"
-    )
-    add("--batch_size", type=whole(), default=40, help="images in a step, over all processes together")
+    add("--max_steps", type=whole(), help="stop after this many steps, in any epoch (default: after --num_epochs)")
+    add("--batch_size", type=whole(), default=40, help="images per step, over all processes together")
     add("--lr", type=number(1e-38, 1e38), default=3.16e-5, help="Adam's learning rate")
     add("--lr_steps", type=whole(), nargs="*", default=[200_000, 375_000], help="steps at which it falls by sqrt(10)")
-    add("--beta1", type=number(0, 0.999999), default=0.9, help="Adam's decay of the first moment, for each step")
-    add("--beta2", type=number(0, 0.999999), default=0.99, help="Adam's decay of the second moment, for each step")
-    add("--weight_decay", type=number(0, 1e38), default=1e-3, help="L2 penalty, beside a loss that sums over positions")
-    add("--seed", type=SEED, default=0, help="of the initialization, the order of images and their crops")
-    add(
-        "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: what the GPU has"
-    )
-    add_bool_flag(group, "--sync_bn", False, "batch norm over the images of all GPUs, not of each alone")
-    add_bool_flag(group, "--freeze_bn", False, "batch norm with its stored statistics (fine-tuning on small batches)")
+    add("--beta1", type=number(0, 0.999999), default=0.9, help="Adam's decay rate of the first moment, per step")
+    add("--beta2", type=number(0, 0.999999), default=0.99, help="Adam's decay rate of the second moment, per step")
+    add("--weight_decay", type=number(0, 1e38), default=1e-3, help="L2 penalty, added to a loss summed over positions")
+    add("--seed", type=cli.SEED, default=0, help="random seed for initialization, image order and crops")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: if available")
+    cli.add_bool_flag(group, "--sync_bn", False, "compute batch norm over the images of all GPUs together")
+    cli.add_bool_flag(group, "--freeze_bn", False, "use batch norm's stored statistics (fine-tuning on small batches)")
 
     group = parser.add_argument_group("checkpoints and logs")
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints epoch_{N}_model.pdparams")
     add("--log_path", default="./log", help="folder of train.jsonl and VisualDL's records")
-    add(
-        "--init_from",
-        metavar="FILE",
-        help="start from these weights (fine-tuning), all else new: a checkpoint, or small, those that come with the "
-        "project (default: random)",
-    )
-    add_bool_flag(group, "--continue_train", False, "go on where a run in --model_path was stopped")
-    add_bool_flag(group, "--overwrite", False, "begin anew where --model_path or --log_path hold an earlier run")
-    add("--which_epoch", default="latest", help="the one to go on from: latest, or an epoch's number")
+    add("--init_from", metavar="FILE", help="weights to fine-tune: a checkpoint, or small (default: random weights)")
+    cli.add_bool_flag(group, "--continue_train", False, "resume the run in --model_path")
+    cli.add_bool_flag(group, "--overwrite", False, "remove an earlier run in --model_path and --log_path, and start")
+    add("--which_epoch", default="latest", help="checkpoint to resume: latest, or an epoch's number")
     add("--save_latest", type=whole(), default=2000, help="steps between saves of epoch_latest_model.pdparams")
     add("--save_freq", type=whole(), default=1, help="epochs between saves of epoch_{N}_model.pdparams")
-    add("--keep", type=whole(0), default=0, help="numbered checkpoints to keep, the newest; 0 keeps all")
+    add("--keep", type=whole(0), default=0, help="number of numbered checkpoints to keep, the newest; 0 keeps all")
     add("--loss_step", type=whole(), default=50, help="steps between lines of the log")
     return parser.parse_args(argv)
 
 
-def check_args(args, processes):
-    """Turns contradictions among the flags into one clear line before any work is done."""
-    check_crop(args, multiple=8)
-    if args.batch_size % processes:
-        raise UserError(f"--batch_size {args.batch_size}: cannot be shared out evenly among {processes} processes")
-    if args.freeze_bn and args.sync_bn:
-        raise UserError("--freeze_bn and --sync_bn exclude each other")
-    if args.continue_train and args.init_from:
-        raise UserError("--continue_train and --init_from exclude each other")
-    if args.continue_train and args.overwrite:
-        raise UserError("--continue_train and --overwrite exclude each other")
+def check_args(args, world_size):
+    """Raise UserError for flags that contradict each other."""
+    cli.check_crop(args, multiple=8)
+    if args.batch_size % world_size:
+        raise UserError(f"--batch_size {args.batch_size}: not a multiple of the number of processes, {world_size}")
+    for one, other in (("freeze_bn", "sync_bn"), ("continue_train", "init_from"), ("continue_train", "overwrite")):
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"--{one} and --{other} exclude each other")
+    if args.sync_bn and not gpu.on_gpu():
+        raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
     if not re.fullmatch(r"latest|\d+", args.which_epoch):
-        raise UserError(f"--which_epoch {args.which_epoch}: is neither latest nor a number")
+        raise UserError(f"--which_epoch {args.which_epoch}: neither latest nor a number")
     if args.which_epoch != "latest" and not args.continue_train:
-        raise UserError(f"--which_epoch {args.which_epoch}: says where --continue_train goes on, which is not given")
+        raise UserError(f"--which_epoch {args.which_epoch}: only valid with --continue_train")
+
+
+# -------------------------------------------------------------------------------------------------
+# Begin and end of a run
+
+
+def set_up(args):
+    """Start the processes, check the flags, lock the folders and configure the device.
+
+    Returns the locks, and the number of chunks for convolutions.
+    """
+    if dist.ParallelEnv().world_size > 1:
+        dist.init_parallel_env()
+    gpu.check_gpu()
+    check_args(args, dist.get_world_size())
+    locks = checkpoints.claim(args.model_path, args.log_path, None if args.continue_train or args.overwrite else ADVICE)
+    paddle.seed(args.seed)
+    if gpu.on_gpu():
+        gpu.search_kernels()
+        return locks, 1
+    cpu.keep_freed_memory()
+    parts = convolutions.parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
+    cpu.use_all_cores(cpu.cores_each() // parts)
+    return locks, parts
+
+
+def make_network(args, parts):
+    """Return the network, with random weights or those of --init_from."""
+    network = CIC()
+    if args.init_from:
+        checkpoints.load_weights(network, find_weights(args.model_path, args.init_from))
+    if args.sync_bn:
+        network = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if not gpu.on_gpu():
+        convolutions.convolve_in_parts(network, parts)
+    return network
+
+
+def begin_or_resume(run, args, steps_per_epoch):
+    """Remove an earlier run (--overwrite) or continue it (--continue_train). Return the first and the last step."""
+    progress, path = run.progress, run.folder / f"epoch_{args.which_epoch}_state.pdopt"
+    if args.overwrite:
+        checkpoints.remove_run(args.model_path, args.log_path)
+    if args.continue_train:
+        if not path.exists():
+            raise UserError(f"{path}: no such checkpoint; --init_from FILE starts a new run from weights alone")
+        changes = run.resume(args.which_epoch)
+        fixed = (*OBJECTIVE, "prior") if args.rebalance else OBJECTIVE
+        if refused := ", ".join(changes[name] for name in changes if name in fixed):
+            raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
+        for text in changes.values():
+            note(f"resuming with a changed setting: {text}")
+        if not changes.keys() & set(ORDER):
+            progress["pending"] = progress["batch"] == steps_per_epoch  # states of earlier versions lack it
+        elif progress["batch"]:
+            note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
+            progress.update(batch=0, pending=False)
+    epoch_start, epochs_left = progress["step"] - progress["batch"], args.num_epochs - progress["epoch"]
+    last_step = min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
+    return progress["step"] + 1, last_step
+
+
+def announce(args, network, loader, val_loader, autocast):
+    """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
+    validation = f", {len(val_loader.dataset.dataset)} for validation" if val_loader else ""
+    precision = autocast["dtype"] if autocast["enable"] else "float32"
+    # The weights, and a training state of the weights and Adam's two moments, all float32
+    megabytes = 4 * 4 * sum(math.prod(x.shape) for x in network.state_dict().values()) / 1e6
+    folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
+    if processes.is_first():
+        print(f"data: {cli.counted(len(loader.dataset), 'image')}{validation}; {len(loader)} steps per epoch")
+        print(f"device: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}", flush=True)
+
+
+def report(run, args, stop):
+    """Print how the run ended. Return its exit code."""
+    latest, log = (cli.printable(path) for path in (run.folder / "epoch_latest_model.pdparams", args.log_path))
+    advice = "stopped; resume with --continue_train" if stop.signal else f"log in {log} (visualdl --logdir {log})"
+    if processes.is_first():
+        (note if stop.signal else print)(f"{latest}: {run.progress['step']} steps; {advice}")
+    return 128 + stop.signal if stop.signal else 0
 
 
 # -------------------------------------------------------------------------------------------------
 
 
-@paddle.utils.unique_name.guard()  # Adam's state goes by names that Paddle counts up: from 0 in every run
+@paddle.utils.unique_name.guard()  # Adam's state is named by counters of Paddle, which this starts at 0 in every run
 def main(args):
     # Setup
-    if dist.ParallelEnv().world_size > 1:
-        dist.init_parallel_env()
-    check_gpu()
-    check_args(args, dist.get_world_size())
-    claim(args.model_path, args.log_path, replace=args.continue_train or args.overwrite)
-    parts = 1 if on_gpu() else parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
-    use_all_cores(cores_each() // parts)
-    paddle.seed(args.seed)
-    if on_gpu():
-        search_kernels()
-    else:
-        keep_freed_memory()
+    locks, parts = set_up(args)
 
     # Data
     loader, sampler = training_data(args)
     val_loader = validation_data(args)
-    ab_bins, prior = load_ab_bins(), load_prior(args.prior)
-    bin_weights = rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
+    ab_bins, prior = utils.load_ab_bins(), utils.load_prior(args.prior)
+    bin_weights = utils.rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
 
-    # Network
-    network = CIC()
-    if args.init_from:
-        load_weights(network, find_weights(args.model_path, args.init_from))
-    if args.sync_bn:
-        if not on_gpu():
-            raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
-        network = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if not on_gpu():
-        convolve_in_parts(network, parts)
+    # Network and optimizer
+    network = make_network(args, parts)
+    optimizer, schedule = make_optimizer(network, args)
+    autocast, scaler = gpu.mixed_precision(args.amp)
 
-    # Optimizer
-    rates = [args.lr / math.sqrt(10) ** i for i in range(len(args.lr_steps) + 1)]
-    schedule = paddle.optimizer.lr.PiecewiseDecay(args.lr_steps, rates)
-    optimizer = paddle.optimizer.Adam(
-        schedule, args.beta1, args.beta2, parameters=network.parameters(), weight_decay=args.weight_decay
-    )
-    autocast, scaler = mixed_precision(args.amp)
-
-    # Where an earlier run stopped
+    # Progress: what comes next, and the steps done. `pending`: an epoch's steps are done, its validation is not.
     flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
     flags.update(images=len(loader.dataset), prior=prior.numpy())
-    run = Run(args.model_path, network, optimizer, scaler, flags, args.keep)
-    if args.continue_train:
-        run.resume(args.which_epoch, (*OBJECTIVE, "prior") if args.rebalance else OBJECTIVE, ORDER)
-    schedule.step(run.step)  # from the flags, not from the checkpoint: a changed --lr holds
-    last_step = min(args.max_steps or math.inf, args.num_epochs * len(sampler))
+    progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf, "pending": False}
+    run = checkpoints.Run(args.model_path, network, optimizer, scaler, flags, progress, args.keep)
+    first_step, last_step = begin_or_resume(run, args, len(sampler))
+    schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
 
     # Loop
-    log = Log(args.log_path, TAGS, last=(run.step, run.batch != len(sampler)))
-    meter = Meter("loss", "nats", "kl")
+    announce(args, network, loader, val_loader, autocast)
     model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-    set_training(network, args)
-    stop = StopRequest()
-    progress = tqdm(total=last_step, initial=run.step, unit="step", disable=None if is_first() else True)
+    log = Log(args.log_path, TAGS, last=(progress["step"], not progress["pending"]))
+    meter = Meter("loss", "nats", "kl")
+    stop = processes.StopRequest()
+    bar = tqdm(total=last_step, initial=progress["step"], unit="step", disable=None if processes.is_first() else True)
     try:
-        # An epoch whose steps are done may still lack its validation, when a signal came amid that.
-        while run.epoch < args.num_epochs and (run.step < last_step or run.batch == len(sampler)) and not stop.signal:
-            # What is left of the epoch, or as much as --max_steps or a signal lets be done
-            sampler.begin(args.seed, run.epoch, skip=run.batch)
-            loader.dataset.epoch = run.epoch
+        while (progress["step"] < last_step or progress["pending"]) and not stop.signal:
+            # The rest of an epoch, up to --max_steps or a signal
+            set_training(network, args)
+            sampler.begin(args.seed, progress["epoch"], skip=progress["batch"])
+            loader.dataset.epoch = progress["epoch"]
             meter.begin_epoch()
             for rgb, broken in meter.timed(from_workers(loader, stop)):
-                loss, figures = objective(model, to_device(rgb), ab_bins, bin_weights, args, autocast)
+                loss, values = objective(model, gpu.to_device(rgb), ab_bins, bin_weights, args, autocast)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.clear_grad()
+                optimizer.clear_grad(set_to_zero=model is not network)  # DataParallel keeps its gradients
                 schedule.step()
-                del loss  # and with it what it was computed from
-                meter.add(figures, broken)
-                run.step += 1
-                run.batch += 1
-                progress.update()
+                del loss  # and the graph that it was computed from
+                meter.add(values, broken)
+                step, batch = progress["step"] + 1, progress["batch"] + 1
+                progress.update(step=step, batch=batch, pending=batch == len(sampler))
+                bar.update()
                 if args.sync_bn and meter.steps == 1:
-                    check_synchronized(network)
-                if run.step % args.loss_step == 0 or run.step == last_step:
+                    processes.check_synchronized(network)
+                if step % args.loss_step == 0 or step in (first_step, last_step):
                     means = meter.read(args.max_broken)
-                    figures = {"step": run.step, "epoch": run.epoch, **means, "lr": schedule.get_lr()}
-                    log.write(LINE.format(**figures), figures)
-                if run.step % args.save_latest == 0:
-                    meter.check(args.max_broken)  # weights that went bad must not replace good ones
+                    line = {"step": step, "epoch": progress["epoch"], **means, "lr": schedule.get_lr()}
+                    log.write(LINE.format(**line), line)
+                if step % args.save_latest == 0:
+                    meter.check(args.max_broken)  # weights that diverged must not replace good ones
                     run.save("latest")
-                if stop.after_step() or run.step >= last_step:
+                if stop.after_step() or step >= last_step:
                     break
-            meter.end_epoch(run.epoch, args.max_broken)
+            if meter.end_epoch(progress["epoch"], args.max_broken) == (0, len(sampler) * args.batch_size):
+                raise UserError(f"{args.image_dir}: all images of the epoch are gray, so there is nothing to learn")
 
-            # Validation, and the epoch's end
+            # Validation, and the end of the epoch
             if not stop.agreed() and val_loader:
-                figures, picture = validate(network, val_loader, ab_bins, args, autocast, stop) or ({}, None)
-                set_training(network, args)
-                if figures:  # not stopped meanwhile
-                    figures = {"step": run.step, **figures}
-                    log.write(VAL_LINE.format(epoch=run.epoch, **figures), figures)
-                    log.picture(PICTURE, picture, run.step)
-                    if figures["val_kl"] < run.best_kl:
-                        run.best_kl = figures["val_kl"]
-                        run.save_weights("best")
-            if run.batch == len(sampler) and not stop.signal:
-                run.epoch, run.batch = run.epoch + 1, 0
-                if run.epoch % args.save_freq == 0 or run.epoch == args.num_epochs:
-                    run.save(run.epoch - 1, "latest")
+                validate(run, val_loader, ab_bins, args, autocast, stop, log)
+            if progress["pending"] and not stop.signal:
+                progress.update(epoch=progress["epoch"] + 1, batch=0, pending=False)
+                if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
+                    run.save(progress["epoch"] - 1, "latest")
         run.save("latest")
+    except UserError as error:
+        saved = (run.folder / "epoch_latest_state.pdopt").exists()
+        advice = "--continue_train resumes from the last save" if saved else "nothing was saved"
+        raise UserError(f"{error}; {advice}") from error
     finally:
-        progress.close()
         stop.restore()
-        log.close()
-
-    latest = run.folder / "epoch_latest_model.pdparams"
-    if stop.signal:
-        if is_first():
-            note(f"stopped at step {run.step}: {latest}; to go on: --continue_train")
-        return 128 + stop.signal
-    if is_first():
-        print(f"{latest}: {run.step} steps; log in {args.log_path} (visualdl --logdir {args.log_path})")
-    return 0
+        for item in (bar, log, *locks):
+            item.close()
+    return report(run, args, stop)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, parse_args))
+    sys.exit(cli.run_script(main, parse_args))

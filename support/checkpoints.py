@@ -1,10 +1,10 @@
 """Checkpoints: states of networks and of whole runs, read as data, written whole."""
 
-import math
+import errno
 import re
 from pathlib import Path
 
-from support.cli import UserError, note, one_line
+from support.cli import UserError, one_line
 from support.files import atomic_path, make_folder
 from support.foreign import is_pytorch, is_safetensors, read_caffe, read_metadata, read_pytorch, read_safetensors
 from support.pickles import read_pickle
@@ -14,7 +14,14 @@ import numpy as np
 import paddle
 import safetensors.numpy
 
-# Entries that a training run adds to its network's weights: how large the network's inputs were, and how long it ran.
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+# Entries (int64) that a training run adds to its network's weights: the size of its inputs, and how long it ran
 TRAINED = ("load_size", "epoch", "step")
 
 
@@ -133,118 +140,130 @@ def _describe(array):
 # -------------------------------------------------------------------------------------------------
 # A run, saved and resumed
 
+WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"  # in a run's model folder
+LOGGED = r"train\.jsonl|vdlrecords\.\d+\.log"  # in its log folder
+LOCK = ".lock"
+PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # of a training state
 
-def claim(model_path, log_path, replace):
-    """Makes the folders that a run will write to. Raises UserError where they cannot be, or hold an earlier run.
 
-    `replace`: that may be there.
+def claim(model_path, log_path, advice=None):
+    """Make the folders that a run writes to, and lock them until the returned files are closed or the process ends.
+
+    Raise UserError if they cannot be written to or another process holds them; with `advice`, which becomes part of
+    the message, also if they contain an earlier run. A log whose run never saved a checkpoint does not count as one.
     """
     if not is_first():
-        return
+        return []
     for folder in (model_path, log_path):
         make_folder(folder)
-    theirs = [path for path in Path(model_path).iterdir() if re.fullmatch(WRITTEN, path.name)]
-    log = Path(log_path) / "train.jsonl"
-    if not replace and (theirs or (log.exists() and log.stat().st_size)):
-        raise UserError(
-            f"{model_path if theirs else log}: an earlier run's; go on with it by --continue_train, "
-            "replace it by --overwrite, or choose another --model_path and --log_path"
-        )
+    saved, log = _matching(model_path, WRITTEN), Path(log_path, "train.jsonl")
+    unsaved = not saved and Path(model_path, LOCK).exists()
+    if advice and (saved or (not unsaved and log.exists() and log.stat().st_size)):
+        raise UserError(f"{model_path if saved else log}: belongs to an earlier run; {advice}")
+    return [hold(folder) for folder in {model_path, log_path}]
 
 
-WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"
+def hold(folder):
+    """Lock a folder until the returned file is closed or this process ends. Raise UserError if another one holds it."""
+    file = open(Path(folder, LOCK), "a")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, worker processes do not inherit it
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: the file system has no locks
+            raise UserError(f"{folder}: another run is writing to this folder") from error
+    return file
+
+
+def _matching(folder, names):
+    return [path for path in Path(folder).iterdir() if re.fullmatch(names, path.name)]
+
+
+def remove_run(model_path, log_path):
+    """Remove the checkpoints, training states and logs of an earlier run."""
+    if is_first():
+        for path in _matching(model_path, WRITTEN) + _matching(log_path, LOGGED):
+            path.unlink()
 
 
 class Run:
-    """Network, optimizer, scaler and how far they are: what a checkpoint holds.
+    """The network, optimizer and loss scaler of a training run, and its progress: everything that a checkpoint holds.
 
-    `epoch` and `batch` are what comes next, `step` counts the steps done. Of random state there is only the
-    seed: which image comes when, and its crop, follow from seed, epoch and index.
-
-    `flags`, numbers, strings and arrays, say how it is trained; `keep` is how many numbered checkpoints stay (0: all).
+    `flags` (numbers, strings and arrays) and `progress` (non-negative numbers, updated by the caller) are dicts. They
+    include the entries TRAINED. `keep` is the number of numbered checkpoints to keep (0: all).
     """
 
-    def __init__(self, folder, network, optimizer, scaler, flags, keep=0):
+    def __init__(self, folder, network, optimizer, scaler, flags, progress, keep=0):
         self.folder, self.network, self.optimizer, self.scaler = Path(folder), network, optimizer, scaler
-        self.flags, self.keep = flags, keep
-        self.epoch = self.batch = self.step = 0
-        self.best_kl = math.inf
+        self.flags, self.progress, self.keep = flags, progress, keep
 
     def save(self, *names):
-        """Writes `epoch_{name}_model.pdparams`, and beside it all that is needed to go on.
+        """Write `epoch_{name}_model.pdparams`, and next to it the state that is needed to resume.
 
-        The training state holds the weights as well, so that it is whole by itself: a stop between the two
-        files leaves no weights beside another step's moments.
+        The state also contains the weights: if the process is killed between the two files, weights and Adam's
+        moments of different steps are never combined.
         """
         share_statistics(self.network)
         if is_first():
             self._write(names)
-        all_reduce(np.zeros(1))  # wait: a launcher that sees the others end gives the first process 3 seconds
+        all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
     def _write(self, names):
         weights = self.network.state_dict()
         if not all(bool(paddle.isfinite(tensor).all()) for tensor in weights.values()):
-            raise UserError("the weights are not finite, so they are not saved: try a lower --lr, or --continue_train")
+            raise UserError("the weights are not finite and were not saved: try a lower --lr")
         state = {
             "network": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": {k: getattr(self, k) for k in ("epoch", "batch", "step", "best_kl")},
+            "progress": self.progress,
             "flags": self.flags,
         }
         for name in names:
             save_checkpoint(state, self.folder / f"epoch_{name}_state.pdopt")
             self.save_weights(name)
-        self._prune()
+        self._prune(max((name for name in names if isinstance(name, int)), default=0))
 
     def save_weights(self, name):
         if is_first():
-            save_checkpoint(self.network.state_dict(), self.folder / f"epoch_{name}_model.pdparams")
+            known = {**self.flags, **self.progress}
+            trained = {entry: np.array(known[entry], np.int64) for entry in TRAINED}
+            save_checkpoint({**self.network.state_dict(), **trained}, self.folder / f"epoch_{name}_model.pdparams")
 
-    def _prune(self):
-        """Removes numbered checkpoints beyond the newest to keep; never `latest` nor `best`."""
+    def _prune(self, newest):
+        """Remove numbered checkpoints up to `newest`, except for the last ones to keep; never `latest` or `best`."""
         matches = [re.fullmatch(r"epoch_(\d+)_model\.pdparams", path.name) for path in self.folder.glob("epoch_*")]
-        # Later ones than this run's are another's, and not newer.
-        epochs = sorted(int(match[1]) for match in matches if match and int(match[1]) < self.epoch)
+        # Later epochs remain from before a run was resumed at an earlier one.
+        epochs = sorted(int(match[1]) for match in matches if match and int(match[1]) <= newest)
         for epoch in epochs[: -self.keep] if self.keep else []:
             for name in ("model.pdparams", "state.pdopt"):
                 (self.folder / f"epoch_{epoch}_{name}").unlink(missing_ok=True)
 
-    def resume(self, name, objective, order):
-        """Restores all that `save` wrote.
-
-        Flags may have changed but for those of the `objective`, which raise UserError: the run would be neither the
-        one nor the other. With others of the `order` a place within an epoch means nothing, so the epoch begins again.
-        """
+    def resume(self, name):
+        """Restore what `save` wrote. Return the flags that have changed since, as {name: message}."""
         path = self.folder / f"epoch_{name}_state.pdopt"
-        if not path.exists() and path.with_name(f"epoch_{name}_model.pdparams").exists():
-            raise UserError(f"{path}: not there; weights alone can start a training: --init_from FILE")
         state = load_checkpoint(path)
-        if missing := {"network", "optimizer", "scaler", "progress", "flags"} - state.keys():
-            raise UserError(f"{path}: not a training state of train.py, it lacks {', '.join(sorted(missing))}")
-        changed = {name: text for name in self.flags if (text := self._change(name, state["flags"].get(name)))}
-        if other := [text for name, text in changed.items() if name in objective]:
-            raise UserError(f"{path}: trained otherwise: {'; '.join(other)} (to start anew from it: --init_from)")
-        for text in changed.values():
-            note(f"continuing with a changed setting: {text}")
+        if not all(isinstance(state.get(part), dict) for part in PARTS):
+            raise UserError(f"{path}: not a training state, which has {', '.join(PARTS)}")
+        for key, before in self.progress.items():
+            value = state["progress"].get(key, before)
+            if not (isinstance(value, type(before)) and value >= 0):
+                raise UserError(f"{path}: not a training state: its {key} is {value!r}")
+            self.progress[key] = value
         set_weights(self.network, state["network"], path)
         self.optimizer.set_state_dict(to_tensors(state["optimizer"]))
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        for key, value in state["progress"].items():
-            setattr(self, key, value)
-        if self.batch and changed.keys() & set(order):
-            note(f"beginning epoch {self.epoch} again: its order of images is another one now")
-            self.batch = 0
+        return {key: text for key in self.flags if (text := self._change(key, state["flags"].get(key)))}
 
     def _change(self, name, before):
-        """How a flag differs from what it was, in words; None if it does not."""
         now = self.flags[name]
         if isinstance(now, np.ndarray):
             same = before is not None and np.shape(before) == now.shape and np.allclose(before, now)
-            return None if same else f"--{name} is another one now"
-        label = "number of images" if name == "images" else f"--{name}"
-        return None if before == now else f"{label} {before} is now {now}"
+            return None if same else f"{name} has changed"
+        return None if before == now else f"{name} {before} is now {now}"
 
 
 def to_tensors(state):

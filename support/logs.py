@@ -1,8 +1,8 @@
-"""A run's log: lines on the terminal, JSON lines, and VisualDL."""
+"""The log of a training run: lines on the terminal, JSON lines, and VisualDL."""
 
 import json
-import math
 import os
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 
 class Log:
-    """Lines on the terminal, JSON lines and VisualDL; of the first process, silent in the others.
+    """Lines on the terminal, JSON lines and VisualDL, all written by rank 0.
 
-    `tags`: what VisualDL calls the figures, {name: tag}. Of an earlier run in the folder the lines up to the place
-    `last` stay, (steps done, whether validated since); those beyond it are there when that run was killed. VisualDL
-    shows only the latest file of a folder, so a new one begins with what the kept lines hold (but pictures).
+    `tags` are VisualDL's names of the values, {name: tag}. When a run is resumed, lines of the log up to `last` (step,
+    whether its validation is done) stay. Later lines exist if the run was killed after its last save. VisualDL shows
+    only the latest file of a folder, so a new file begins with the values (not the images) of the lines that stay.
     """
 
     def __init__(self, folder, tags, last=(0, False)):
@@ -33,38 +33,39 @@ class Log:
         LogWriter = _import_visualdl()  # noqa: N806
         path = Path(folder) / "train.jsonl"
         with self._one_line():
-            before = [figures for figures in read_log(path) if _place(figures) <= last] if last[0] else []
+            before = [values for values in read_log(path) if _place(values) <= last]
             with atomic_path(path) as temporary:
-                temporary.write_text("".join(json.dumps(figures) + "\n" for figures in before))
+                temporary.write_text("".join(json.dumps(values) + "\n" for values in before))
             self.file = open(path, "a")  # noqa: SIM115
             with redirect_stdout(None):
                 self.board = LogWriter(logdir=str(folder), file_name=f"vdlrecords.{time.time_ns()}.log")
-            for figures in before:
-                self._show(figures)
+            for values in before:
+                self._show(values)
 
     @contextmanager
     def _one_line(self):
-        """A full disk or a folder that is not writable: what went wrong in one line."""
+        """Report a full disk or a folder that is not writable on one line."""
         try:
             yield
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise UserError(f"{self.folder}: the log cannot be written: {reason}") from error
 
-    def write(self, line, figures):
-        """The line on the terminal, the figures (a dict with "step") in train.jsonl and on the board."""
+    def write(self, line, values):
+        """Print a line, and write its values (a dict with "step") to train.jsonl and VisualDL."""
         if self.file is None:
             return
         tqdm.write(line)
+        sys.stdout.flush()  # for a user who follows a file
         with self._one_line():
-            self.file.write(json.dumps(figures) + "\n")
+            self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-            self._show(figures)
+            self._show(values)
 
-    def _show(self, figures):
+    def _show(self, values):
         for name, tag in self.tags.items():
-            if name in figures:
-                self.board.add_scalar(tag, figures[name], figures["step"])
+            if name in values:
+                self.board.add_scalar(tag, values[name], values["step"])
 
     def picture(self, tag, image, step):
         if self.file is not None and image is not None:
@@ -72,7 +73,7 @@ class Log:
 
     def close(self):
         if self.file is not None:
-            with suppress(OSError):  # told already, when it was written
+            with suppress(OSError):  # `write` has reported it
                 self.file.close()
                 self.board.close()
 
@@ -88,7 +89,7 @@ def _import_visualdl():
 
 
 def read_log(path):
-    """The figures of each line of a train.jsonl; none if it is not there. What a kill cut off ends them."""
+    """Return the values of each line of a train.jsonl, up to a line that a kill cut off; [] without a file."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -98,70 +99,72 @@ def read_log(path):
     return lines
 
 
-def _place(figures):
-    """Of a line: its step, and whether it comes after that step, from a validation."""
-    return figures["step"], any(name.startswith("val_") for name in figures)
+def _place(values):
+    """Return the step of a line, and whether the line is from the validation after that step."""
+    return values["step"], any(name.startswith("val_") for name in values)
 
 
 class Meter:
-    """Sums of the steps' figures, kept on the device: reading them there would make it wait in every step.
+    """Sums of each step's values, kept on the device, because reading them would wait for it in every step.
 
-    `names`: of the figures, the first is the loss.
+    `names` are those of the values; the first is the loss. Time between epochs does not count.
     """
 
     def __init__(self, *names):
         self.names = names
-        self.begin_epoch()
         self.begin_interval()
+        self.begin_epoch()
 
     def begin_epoch(self):
-        self.broken, self.seen = 0, 0
+        self.broken = self.seen = self.epoch_loss = 0
+        self.began = time.perf_counter() - self.elapsed
 
     def begin_interval(self):
-        self.sums, self.steps, self.images, self.waited, self.began = 0, 0, 0, 0.0, time.perf_counter()
+        self.sums = self.steps = self.images = self.waited = self.elapsed = 0
+        self.began = time.perf_counter()
 
-    def add(self, figures, broken):
-        """`figures`: of a step, a tensor [len(names)]; `broken`: int64 [N], files that failed, for each image."""
-        self.sums = self.sums + figures
-        self.broken += int(broken.numpy().sum())  # in the host's memory, also on a GPU: pinned
+    def add(self, values, broken):
+        """Add a step: `values`, a tensor [len(names)], and `broken`, int64 [N], the unreadable files per image."""
+        self.sums = self.sums + values
+        self.epoch_loss = self.epoch_loss + values[0]
+        self.broken += int(broken.numpy().sum())  # in the host's memory (pinned), also with a GPU
         self.steps += 1
         self.images += len(broken)
         self.seen += len(broken)
 
     def timed(self, batches):
-        """The batches, with the time spent waiting for them added up."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+        """Yield the batches and add up the time spent waiting for them."""
+        start = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - start
-            if batch is None:
-                return
             yield batch
+            start = time.perf_counter()
 
     def check(self, max_broken):
-        """Raises UserError for a loss that is not finite and for too many broken images, over all processes."""
-        local = [*np.asarray(self.sums + paddle.zeros([len(self.names)])), self.broken, self.seen]
-        *sums, broken, seen = all_reduce(np.array(local, np.float64)).tolist()
-        tried = seen + broken  # a broken image is replaced by another one
-        if not math.isfinite(sums[0]):
-            raise UserError(
-                f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr, "
-                "or go on from the last checkpoint with --continue_train"
-            )
-        if broken > max_broken * max(tried, 20):  # a few are let pass in the smallest sets
+        """Return sums over all processes. Raise UserError for a loss that is not finite or too many broken images."""
+        sums = self.sums + paddle.zeros([len(self.names)])  # also before the first step
+        local = [*sums.tolist(), float(self.epoch_loss), self.broken, self.seen]
+        *sums, epoch_loss, broken, seen = all_reduce(np.array(local, np.float64)).tolist()
+        tried = seen + broken  # a different image replaces each unreadable one
+        if not np.isfinite(sums[0]):
+            raise UserError(f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr")
+        if broken > max_broken * max(tried, 20):  # tolerates a few in very small sets
             raise UserError(f"{broken:.0f} of {tried:.0f} images cannot be read: more than --max_broken {max_broken:g}")
-        return sums, int(broken), int(tried)
+        return sums, epoch_loss, int(broken), int(seen)
 
     def end_epoch(self, epoch, max_broken):
-        _, broken, tried = self.check(max_broken)
+        """Return the sum of the losses since `begin_epoch`, and the number of images, over all processes."""
+        _, loss, broken, seen = self.check(max_broken)
         if broken and is_first():
-            note(f"epoch {epoch}: {broken} of {tried} images could not be read; others took their place")
+            note(f"epoch {epoch}: {broken} of {seen + broken} images could not be read; others took their place")
+        self.elapsed = time.perf_counter() - self.began
+        return loss, seen
 
     def read(self, max_broken):
-        """The means of the interval that ends here, over all processes."""
-        sums, _, _ = self.check(max_broken)
+        """Return the means over the interval that ends here, over all processes, and begin the next interval."""
+        sums, *_ = self.check(max_broken)
         world, seconds = dist.get_world_size(), time.perf_counter() - self.began
-        figures = {name: x / (self.steps * world) for name, x in zip(self.names, sums)}
-        figures.update(images_per_second=self.images * world / seconds, waiting=self.waited / seconds)
+        means = {name: x / (self.steps * world) for name, x in zip(self.names, sums)}
+        means.update(images_per_second=self.images * world / seconds, waiting=self.waited / seconds)
         self.begin_interval()
-        return figures
+        return means

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 AGREE_SECONDS = 1  # between two agreements on whether to stop: after Ctrl-C, a launcher may wait for only 4
 
 
@@ -69,10 +69,18 @@ class StopRequest:
         self.noticed = 0  # the signal that this process received
         self.signal = 0  # the signal that all processes agreed to obey
         self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
-        self.before = {number: signal.signal(number, self.notice) for number in STOP_SIGNALS}
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        self.before = {
+            number: signal.signal(number, self.notice)
+            for number in STOP_SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN  # as after `nohup`
+        }
 
     def notice(self, number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM, which a launcher sends several times
+        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: writing to the closed terminal would fail
+            for stream in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.noticed and is_first():
             # Not print, which this signal may have interrupted
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")

@@ -13,6 +13,8 @@ from support.cli import UserError, progress
 from support.cpu import cores_each
 from support.processes import STOP_SIGNALS
 
+import numpy as np
+import paddle
 import paddle.distributed as dist
 
 # `from_workers` reports lost workers on one line; Paddle's loader reports them too, through the root logger.
@@ -55,7 +57,10 @@ def from_workers(loader, stop=None):
     With `stop`, a StopRequest, the batches end instead if it has noticed a signal, as that signal may have ended the
     worker, too: the caller has something to save.
     """
-    iterator = _start(loader) if loader.num_workers else iter(loader)
+    if not loader.num_workers:
+        yield from _from_thread(loader)
+        return
+    iterator = _start(loader)
     try:
         yield from iterator
     except SystemError as error:
@@ -82,6 +87,24 @@ def _start(loader):
         # Paddle's handler would raise an error anywhere in this process, even during a save, once for each worker that
         # ends. Without it, the loader notices within seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _from_thread(loader):
+    """Yield a loader's batches, and load the next one in a thread meanwhile.
+
+    Paddle's own thread ends silently at an error in the dataset, and whoever waits for its batches waits forever.
+    """
+
+    def load(indices):
+        return [np.stack(column) for column in zip(*(loader.dataset[index] for index in indices))]
+
+    with ThreadPoolExecutor(1) as thread:
+        batches = (thread.submit(load, indices) for indices in loader.batch_sampler)
+        current = next(batches, None)
+        while current:
+            following, batch = next(batches, None), current.result()
+            yield [paddle.to_tensor(x, place=paddle.CPUPlace()) for x in batch]
+            current = following
 
 
 def parallel_map(function, items, num_workers, title, setup=None):
