@@ -338,7 +338,9 @@ def announce(args, network, loader, val_loader, autocast):
     megabytes = 4 * 4 * sum(math.prod(x.shape) for x in network.state_dict().values()) / 1e6
     folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
     if processes.is_first():
-        print(f"data: {cli.counted(len(loader.dataset), 'image')}{validation}; {len(loader)} steps per epoch")
+        print(
+            f"data: {cli.counted(len(loader.dataset), 'image')}{validation}; {cli.counted(len(loader), 'step')} per epoch"
+        )
         print(f"device: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}", flush=True)
 
 

@@ -1,10 +1,17 @@
-"""A run that was stopped in any way goes on as if it had not been."""
+"""A run that was stopped in any way continues as if it had not been stopped."""
 
 import contextlib
+import fcntl
+import math
 import os
+import pty
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import termios
+import threading
 import time
 
 from support.checkpoints import load_checkpoint, save_checkpoint
@@ -14,7 +21,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import recorded
-from processes import flags, gone, log, run, started, steps_done, stopped_at_random, wait_for
+from processes import SMALL, flags, gone, log, run, started, steps_done, stopped_at_random, wait_for
 
 import train
 
@@ -36,8 +43,8 @@ def same(a, b):
     return np.array_equal(a, b)
 
 
-def figures(folder):
-    """What the log says of each step, but for times; of a step that was done twice, both."""
+def values(folder):
+    """The log without its times; a step that was repeated appears twice."""
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in log(folder)]
 
 
@@ -45,7 +52,7 @@ def figures(folder):
 
 
 def killed_at_random(folder, images, steps, kills, *more):
-    """Runs `steps` steps, killed by SIGKILL that often: at first once there is a save, then at any moment."""
+    """Run `steps` steps, killed `kills` times by SIGKILL: first after a save, later at any moment."""
     moment, saved = random.Random(0), folder / "model" / "epoch_latest_state.pdopt"
     for _ in range(kills):
         resume = ["--continue_train"] if saved.exists() else []
@@ -61,20 +68,20 @@ def killed_at_random(folder, images, steps, kills, *more):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, squares):
-    """It saves after every second step, so that most of its time goes into writing: some kills fall into that."""
+def test_run_killed_at_random_moments_equals_one_that_was_not(tmp_path, squares):
+    """It saves after every second step, so most of its time is spent writing, and some kills happen during that."""
     (whole := tmp_path / "whole").mkdir()
     more = ["--save_latest", 2, "--batch_size", 1, "--num_workers", 1, "--val_dir", squares, "--num_epochs", 500]
     killed_at_random(tmp_path / "parts", squares, 80, 3, *more)
     assert run(whole, *flags(whole, squares, "--max_steps", 80, *more))[0] == 0
     assert same(state(whole), state(tmp_path / "parts"))
-    assert figures(whole) == figures(tmp_path / "parts")
-    assert not list((tmp_path / "parts" / "model").glob(".*"))
+    assert values(whole) == values(tmp_path / "parts")
+    assert not list((tmp_path / "parts" / "model").glob(".*.tmp"))
 
 
 @pytest.mark.slow
-def test_killed_while_it_writes_each_part_of_a_checkpoint(run_training, tmp_path, monkeypatch, squares):
-    """Stopped dead after each of the calls that write, as a kill would: what is there can be gone on from."""
+def test_run_killed_after_any_write_of_a_checkpoint_can_be_resumed(run_training, tmp_path, monkeypatch, squares):
+    """An exception that nothing catches ends it after each call that writes, as a kill would."""
     args = ["--batch_size", 1, "--save_latest", 1, "--loss_step", 1]
     run_training(*args, "--max_steps", 4, folder="whole")
 
@@ -100,7 +107,7 @@ def test_killed_while_it_writes_each_part_of_a_checkpoint(run_training, tmp_path
 
 
 @pytest.mark.slow
-def test_the_real_network_killed_while_it_writes_goes_on(tmp_path, squares):
+def test_real_network_killed_while_it_writes_can_be_resumed(tmp_path, squares):
     more = ["--batch_size", 1, "--save_latest", 1]
     script = train.__file__
     with started(tmp_path, *flags(tmp_path, squares, *more), script=script) as process:
@@ -114,14 +121,14 @@ def test_the_real_network_killed_while_it_writes_goes_on(tmp_path, squares):
         tmp_path, *flags(tmp_path, squares, *more, "--max_steps", done + 1, "--continue_train"), script=script
     )
     assert code == 0 and state(tmp_path)["progress"]["step"] == done + 1
-    assert not list((tmp_path / "model").glob(".*"))
+    assert not list((tmp_path / "model").glob(".*.tmp"))
 
 
 @pytest.mark.slow
 def test_workers_end_with_a_killed_run(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 2, "--batch_size", 1)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
-        process.send_signal(signal.SIGSTOP)  # no new workers meanwhile
+        process.send_signal(signal.SIGSTOP)  # so that it starts no new workers
         family = process.family()
         process.kill()
         wait_for(lambda: all(gone(pid) for pid in family))
@@ -131,9 +138,9 @@ def test_workers_end_with_a_killed_run(tmp_path, squares):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, squares, number, code):
-    """Sent to the whole group of processes, workers too, as a terminal or a launcher does."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_signal_saves_and_sets_the_exit_code(tmp_path, squares, number, code):
+    """A terminal or a launcher sends it to the whole group of processes, workers included."""
     more = ["--batch_size", 1, "--num_workers", 2]
     with started(tmp_path, *flags(tmp_path, squares, *more)) as process:
         wait_for(lambda: steps_done(tmp_path) > 5, process)
@@ -146,23 +153,68 @@ def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, squares, number, co
     whole = tmp_path / "whole"
     code, _ = run(tmp_path, *flags(tmp_path, squares, *more, "--continue_train", "--max_steps", done + 3))
     assert code == 0 and run(whole, *flags(whole, squares, *more, "--max_steps", done + 3))[0] == 0
-    assert same(state(tmp_path), state(whole)) and figures(tmp_path) == figures(whole)
+    assert same(state(tmp_path), state(whole)) and values(tmp_path) == values(whole)
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_at_a_signal_at_whatever_moment(tmp_path, squares):
+def test_signal_at_any_moment_loses_no_step(tmp_path, squares):
     """The workers of the next epoch may just be starting."""
     for code, right, said in stopped_at_random(tmp_path, squares, signals=12):
         assert code == right, said
-        assert "Traceback" not in said and "to go on" in said
+        assert "Traceback" not in said and "resume with" in said
         assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_of_the_same_signal_does_not_keep_the_run_from_saving(tmp_path, squares):
+def test_closed_terminal_loses_no_step(tmp_path, squares):
+    """A terminal of its own, whose other end is closed: the kernel sends SIGHUP, and writing fails from then on."""
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    command = [sys.executable, str(SMALL), *flags(tmp_path, squares, "--batch_size", 1, "--save_latest", 10**6)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal)
+    os.close(theirs)
+    reader = threading.Thread(target=lambda: read_all(ours), daemon=True)
+    reader.start()
+    try:
+        wait_for(lambda: steps_done(tmp_path) > 5, process)
+        os.close(ours)
+        assert process.wait(60) == 129
+    finally:
+        process.kill()
+        process.wait()
+    assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
+
+
+def read_all(descriptor):
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 1000):
+            pass
+
+
+@pytest.mark.slow
+def test_nohup_keeps_a_run_alive_after_sighup(tmp_path, squares):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run inherits it
+    try:
+        with started(tmp_path, *flags(tmp_path, squares, "--batch_size", 1)) as process:
+            wait_for(lambda: steps_done(tmp_path) > 2, process)
+            process.send_signal(signal.SIGHUP)
+            before = steps_done(tmp_path)
+            wait_for(lambda: steps_done(tmp_path) > before + 3, process)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.slow
+def test_worker_that_dies_of_the_same_signal_does_not_prevent_the_save(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 2, "--batch_size", 1)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
-        process.send_signal(signal.SIGSTOP)  # no new workers meanwhile
+        process.send_signal(signal.SIGSTOP)  # so that it starts no new workers
         for pid in process.family() - {process.pid}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -172,7 +224,7 @@ def test_a_worker_that_dies_of_the_same_signal_does_not_keep_the_run_from_saving
     assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
 
 
-def test_a_second_ctrl_c_leaves_at_once_but_not_a_second_sigterm(squares):
+def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not(squares):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = StopRequest()
     for _ in range(3):
@@ -183,60 +235,235 @@ def test_a_second_ctrl_c_leaves_at_once_but_not_a_second_sigterm(squares):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_signal_amid_validation_does_not_wait_for_its_end(run_training, squares, tmp_path, monkeypatch):
-    """And what goes on validates then."""
-    original = train.soft_encode
+def test_signal_during_validation_ends_it_and_the_resumed_run_validates(run_training, squares, tmp_path, monkeypatch):
+    original = train.evaluate
 
     def signalled(*x):
-        if not paddle.is_grad_enabled() and x[0].shape[-1] == 10:  # a quarter of --load_size 40
+        if not paddle.is_grad_enabled():
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*x)
 
     flags_ = ["--val_dir", squares, "--num_epochs", 1, "--max_steps", 5]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "soft_encode", signalled)
-        with pytest.raises(AssertionError):  # the fixture's, of the exit code
+        patch.setattr(train, "evaluate", signalled)
+        with pytest.raises(AssertionError):  # the fixture checks the exit code
             run_training(*flags_)
+    assert state(tmp_path / "run")["progress"]["pending"] is True
     assert not any("val_kl" in line for line in log(tmp_path / "run"))
     lines = run_training(*flags_, "--continue_train")
     assert [line["step"] for line in lines if "val_kl" in line] == [1]
     assert (tmp_path / "run" / "model" / "epoch_0_model.pdparams").exists()
 
 
-# Other flags, other files
+# States of earlier versions
 
 
-def test_other_settings_than_the_checkpoints(run_training, stopped, tmp_path, capsys, squares):
+def written_by_an_earlier_version(path):
+    """Rewrites a training state in the layout of the versions without "pending"."""
+    saved = load_checkpoint(path)
+    optimizer = {name: value for name, value in saved["optimizer"].items() if not isinstance(value, dict)}
+    progress = {name: saved["progress"][name] for name in ("epoch", "batch", "step")}
+    earlier = {
+        "network": {name: paddle.to_tensor(value) for name, value in saved["network"].items()},
+        "optimizer": {
+            **{name: paddle.to_tensor(value) for name, value in optimizer.items()},
+            "LR_Scheduler": saved["optimizer"]["LR_Scheduler"],
+        },
+        "scaler": {},
+        "progress": {**progress, "best_kl": np.float64(saved["progress"]["best_kl"])},
+        "flags": {**saved["flags"], "prior": np.asarray(saved["flags"]["prior"])},
+    }
+    paddle.save(earlier, str(path))
+
+
+def test_state_of_an_earlier_version_can_be_resumed(run_training, tmp_path, squares):
+    flags_ = ["--batch_size", 1, "--num_epochs", 3, "--val_dir", squares]
+    whole = run_training(*flags_, "--max_steps", 11, folder="whole")
+    run_training(*flags_, "--max_steps", 6, folder="parts")
+    written_by_an_earlier_version(tmp_path / "parts" / "model" / "epoch_latest_state.pdopt")
+    parts = run_training(*flags_, "--max_steps", 11, "--continue_train", folder="parts")
+    assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert [line["nats"] for line in whole if "nats" in line] == [line["nats"] for line in parts if "nats" in line]
+
+
+def test_pending_validation_of_an_earlier_version_is_done(run_training, tmp_path, squares):
+    """It saved at the last step of an epoch and was killed during the validation."""
+    run_training("--batch_size", 1, "--max_steps", 4, "--num_epochs", 1)
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    saved = load_checkpoint(path)
+    saved["progress"].update(epoch=0, batch=4)
+    save_checkpoint(saved, path)
+    written_by_an_earlier_version(path)
+    lines = run_training(
+        "--batch_size", 1, "--num_epochs", 1, "--max_steps", 9, "--val_dir", squares, "--continue_train"
+    )
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4] and "val_kl" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "7"), ("step", -1), ("batch", 0.5), ("epoch", None), ("best_kl", math.nan), ("pending", 1)],
+)
+def test_progress_of_a_wrong_type_prints_one_line(run_training, stopped, tmp_path, key, value):
+    run_training()
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    saved = load_checkpoint(path)
+    saved["progress"][key] = value
+    save_checkpoint(saved, path)
+    message = stopped(lambda _: run_training("--continue_train"), None)
+    assert f"epoch_latest_state.pdopt: not a training state: its {key} is " in message
+
+
+def test_unknown_progress_is_ignored(run_training, tmp_path):
+    """It once set any attribute of the run: `keep` deleted checkpoints."""
+    run_training("--num_epochs", 2, "--max_steps", 9)
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    saved = load_checkpoint(path)
+    saved["progress"].update(keep=1, folder="/nowhere", save=None)
+    save_checkpoint(saved, path)
+    run_training("--num_epochs", 3, "--max_steps", 9, "--continue_train")
+    names = {path.name for path in (tmp_path / "run" / "model").glob("*.pdparams")}
+    assert names == {f"epoch_{x}_model.pdparams" for x in ("0", "1", "2", "latest")}
+
+
+# Folders
+
+
+def test_overwrite_removes_all_files_of_the_earlier_run(run_training, tmp_path, squares):
+    run_training("--num_epochs", 3, "--max_steps", 9, "--val_dir", squares)
+    for other in ("notes.txt", "epoch_mine_model.pdparams"):
+        (tmp_path / "run" / "model" / other).touch()
+    run_training("--num_epochs", 1)
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    written = {f"epoch_{name}_{file}" for name in ("0", "latest") for file in ("model.pdparams", "state.pdopt")}
+    assert names == {*written, ".lock", "notes.txt", "epoch_mine_model.pdparams"}
+    assert {line["step"] for line in log(tmp_path / "run")} == {1}
+    assert len(list((tmp_path / "run" / "log").glob("vdlrecords*"))) == 1
+
+
+def test_overwrite_with_a_wrong_flag_removes_nothing(run_training, stopped, tmp_path, squares):
+    run_training("--num_epochs", 3, "--max_steps", 9)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "empty").mkdir()
+    for wrong in (["--init_from", tmp_path / "none"], ["--prior", "none"], ["--val_dir", tmp_path / "empty"]):
+        stopped(lambda _, wrong=wrong: run_training("--overwrite", *wrong), None)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty"])
+
+
+def test_overwrite_can_fine_tune_the_run_that_it_replaces(run_training, tmp_path):
+    run_training()
+    path = tmp_path / "run" / "model" / "epoch_latest_model.pdparams"
+    before = load_checkpoint(path)
+    run_training("--init_from", path, "--lr", 1e-30, "--weight_decay", 0, "--max_steps", 1)
+    assert np.array_equal(load_checkpoint(path)["head.weight"], before["head.weight"])
+
+
+@pytest.mark.slow
+def test_replaced_run_cannot_be_resumed_after_a_kill(run_training, tmp_path, squares):
+    """--overwrite is killed before its first save."""
+    folder = tmp_path / "run"
+    run_training("--num_epochs", 2, "--max_steps", 9)
+    with started(folder, *flags(folder, squares, "--overwrite")) as process:
+        wait_for(lambda: log(folder) and "Traceback" not in (folder / "out").read_text(), process)
+        wait_for(lambda: "columns:" in (folder / "out").read_text(), process)
+        process.kill()
+        process.wait()
+    code, err = run(folder, *flags(folder, squares, "--continue_train", "--max_steps", 9))
+    assert code == 1 and "no such checkpoint" in err
+    assert run(folder, *flags(folder, squares, "--max_steps", 2))[0] == 0  # the original command is not refused
+    assert [line["step"] for line in log(folder)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_folder_of_a_running_training_is_refused_until_it_ends(tmp_path, squares):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with started(first, *flags(first, squares, "--num_workers", 1, "--save_latest", 1)) as process:
+        wait_for(lambda: steps_done(first) > 2, process)
+        for shared in (["--model_path", first / "model"], ["--log_path", first / "log"]):
+            code, err = run(second, *flags(second, squares, *shared, "--overwrite"))
+            assert code == 1 and "another run is writing to this folder" in err
+        before = state(first)["progress"]["step"]
+        process.kill()
+        process.wait()  # its worker may live a little longer
+        more = ["--max_steps", before + 9, "--continue_train"]
+        code, err = run(first, *flags(first, squares, *more))
+        assert code == 0, err
+
+
+@pytest.mark.slow
+def test_advice_after_a_lost_worker_depends_on_a_save(tmp_path, squares):
+    for i in range(500):  # an epoch of half a minute
+        shutil.copytree(squares, tmp_path / "images" / str(i))
+    more = ["--num_workers", 1, "--batch_size", 1]
+    for save_latest, advice in ((10**6, "nothing was saved"), (1, "--continue_train resumes from the last save")):
+        folder = tmp_path / str(save_latest)
+        arguments = flags(folder, tmp_path / "images", *more, "--save_latest", save_latest)
+        with started(folder, *arguments) as process:
+            wait_for(lambda folder=folder: steps_done(folder) > 2, process)
+            for pid in process.family() - {process.pid}:
+                os.kill(pid, signal.SIGKILL)
+            assert process.wait(60) == 1
+        assert (folder / "err").read_text().rstrip().endswith(f"try fewer --num_workers; {advice}")
+        resume = ["--continue_train"] if save_latest == 1 else []  # the original command is not refused
+        code, err = run(folder, *arguments, *resume, "--max_steps", steps_done(folder) + 5)
+        assert code == 0, err
+
+
+# Other flags and files
+
+
+def test_changed_settings_are_reported_or_refused(run_training, stopped, tmp_path, capsys, squares):
     run_training("--batch_size", 1, "--max_steps", 2)
 
     def message(*flags):
         return stopped(lambda _: run_training("--batch_size", 1, "--max_steps", 3, "--continue_train", *flags), None)
 
-    assert "--rebalance True is now False" in message("--no-rebalance")
-    assert "--gamma 0.5 is now 0" in message("--gamma", 0)
-    assert "--NN 5 is now 3" in message("--NN", 3)
+    assert "rebalance True is now False" in message("--no-rebalance")
+    assert "gamma 0.5 is now 0" in message("--gamma", 0)
+    assert "NN 5 is now 3" in message("--NN", 3)
     np.save(tmp_path / "prior.npy", np.arange(313.0))
-    assert "--prior is another one" in message("--prior", tmp_path / "prior.npy")
+    assert "prior has changed" in message("--prior", tmp_path / "prior.npy")
     assert "exclude" in message("--init_from", "x")
     capsys.readouterr()
     run_training("--batch_size", 1, "--max_steps", 3, "--continue_train", "--lr", 1e-3, "--crop_size", 24, "--seed", 5)
     notes = capsys.readouterr().err
-    assert "--lr 3.16e-05 is now 0.001" in notes and "--crop_size 32 is now 24" in notes
-    assert "--seed 0 is now 5" in notes and "beginning epoch 0 again" in notes
+    assert "lr 3.16e-05 is now 0.001" in notes and "crop_size 32 is now 24" in notes
+    assert "seed 0 is now 5" in notes and "starting epoch 0 again" in notes
     assert state(tmp_path / "run")["progress"]["batch"] == 1
 
 
-def test_a_folder_of_another_size(run_training, tmp_path, capsys, squares):
+@pytest.mark.parametrize(("batch_size", "images"), [(2, 4), (1, 3), (1, 6)])
+def test_resumed_run_trains_the_epochs_left_with_a_changed_batch_or_folder(
+    run_training, tmp_path, squares, batch_size, images
+):
+    """Stopped in the middle of the third epoch of five, which begins again."""
+    run_training("--batch_size", 1, "--num_epochs", 5, "--max_steps", 10, "--loss_step", 1)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, path in enumerate([*sorted(squares.iterdir())] * 2):
+        if i < images:
+            shutil.copy(path, folder / f"{i}.png")
+    more = ["--batch_size", batch_size, "--num_epochs", 5, "--max_steps", 999, "--continue_train"]
+    lines = run_training(*more, image_dir=folder)
+    steps_per_epoch = images // batch_size
+    assert [line["epoch"] for line in lines[10:]] == [2] * steps_per_epoch + [3] * steps_per_epoch + [
+        4
+    ] * steps_per_epoch
+    progress = state(tmp_path / "run")["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (5, 0, 10 + 3 * steps_per_epoch)
+
+
+def test_changed_number_of_images_is_reported(run_training, tmp_path, capsys, squares):
     run_training("--batch_size", 1, "--max_steps", 2)
     os.link(squares / "coffee.png", squares / "more.png")
     try:
         run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
     finally:
         (squares / "more.png").unlink()
-    assert "number of images 4 is now 5" in capsys.readouterr().err
+    assert "images 4 is now 5" in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_gone_on_from(run_training, stopped, tmp_path):
+def test_unusable_training_states_print_one_line(run_training, stopped, tmp_path):
     run_training()
     path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
 
@@ -253,7 +480,7 @@ def test_files_that_cannot_be_gone_on_from(run_training, stopped, tmp_path):
     assert "no such checkpoint" in message("--which_epoch", 7)
 
 
-def test_a_log_that_was_cut_off_is_mended(run_training, tmp_path):
+def test_incomplete_last_line_of_the_log_is_removed(run_training, tmp_path):
     run_training("--batch_size", 1, "--max_steps", 2)
     with open(tmp_path / "run" / "log" / "train.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')
@@ -261,8 +488,8 @@ def test_a_log_that_was_cut_off_is_mended(run_training, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3] and "nats" in lines[2]
 
 
-def test_visualdl_shows_a_run_that_was_stopped_or_killed_as_one(run_training, tmp_path, squares, capsys):
-    """Its curves, that is: of pictures those since the last start."""
+def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_path, squares, capsys):
+    """Pictures are shown since the last start only."""
     shown = (("scalar", train.TAGS["loss"]), ("scalar", train.TAGS["val_kl"]), ("image", train.PICTURE))
     model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
 
@@ -281,11 +508,12 @@ def test_visualdl_shows_a_run_that_was_stopped_or_killed_as_one(run_training, tm
     assert "exists" not in capsys.readouterr().out
 
 
-def test_keep_leaves_later_checkpoints_of_another_run(run_training, tmp_path):
-    save_checkpoint({"x": paddle.ones([1])}, tmp_path / "run" / "model" / "epoch_19_model.pdparams")
-    run_training("--num_epochs", 3, "--keep", 1, "--max_steps", 100)
+def test_keep_leaves_later_checkpoints_when_an_earlier_epoch_is_resumed(run_training, tmp_path):
+    run_training("--num_epochs", 4, "--max_steps", 100)
+    more = ["--num_epochs", 3, "--max_steps", 100, "--continue_train", "--which_epoch", 1]
+    run_training(*more, "--keep", 1)
     names = {path.name for path in (tmp_path / "run" / "model").glob("*.pdparams")}
-    assert names == {f"epoch_{x}_model.pdparams" for x in ("2", "19", "latest")}
+    assert names == {f"epoch_{x}_model.pdparams" for x in ("2", "3", "latest")}
 
 
 def test_fine_tuning_starts_from_weights_alone(run_training, tmp_path):
