@@ -333,14 +333,13 @@ def begin_or_resume(run, args, steps_per_epoch):
 def announce(args, network, loader, val_loader, autocast):
     """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
     validation = f", {len(val_loader.dataset.dataset)} for validation" if val_loader else ""
+    images = cli.counted(len(loader.dataset), "image")
     precision = autocast["dtype"] if autocast["enable"] else "float32"
     # The weights, and a training state of the weights and Adam's two moments, all float32
     megabytes = 4 * 4 * sum(math.prod(x.shape) for x in network.state_dict().values()) / 1e6
     folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
     if processes.is_first():
-        print(
-            f"data: {cli.counted(len(loader.dataset), 'image')}{validation}; {cli.counted(len(loader), 'step')} per epoch"
-        )
+        print(f"data: {images}{validation}; {cli.counted(len(loader), 'step')} per epoch")
         print(f"device: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}", flush=True)
 
 

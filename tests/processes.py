@@ -1,4 +1,4 @@
-"""`train.py` in processes of their own: to be killed, sent signals, and counted."""
+"""Run `train.py` in processes that tests kill, stop by signals, and count."""
 
 import contextlib
 import json
@@ -12,18 +12,18 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 SMALL = TESTS / "train_small.py"
-LIMIT = 120  # seconds for what takes a few on an idle machine
+LIMIT = 120  # seconds; an idle machine needs a few
 
 
 def flags(folder, images, *more, size=32):
-    """Of a run that never ends by itself, on crops of 32 pixels; `more` overrides."""
+    """Flags of a run that does not end by itself, on crops of 32 pixels; `more` overrides them."""
     where = ["--image_dir", images, "--model_path", folder / "model", "--log_path", folder / "log"]
     sizes = ["--load_size", size + 8, "--crop_size", size, "--batch_size", 4, "--num_workers", 0, "--loss_step", 1]
     return [str(x) for x in [*where, *sizes, "--num_epochs", 10**6, "--save_freq", 10**6, *more]]
 
 
 def launched(count, folder):
-    """What comes ahead of the script's name to run it in `count` processes."""
+    """Arguments in front of the script's name that run it in `count` processes."""
     return ["-m", "paddle.distributed.launch", "--nproc_per_node", str(count), "--backend", "gloo"] + [
         *("--log_dir", str(folder / "launch"))
     ]
@@ -31,7 +31,7 @@ def launched(count, folder):
 
 @contextlib.contextmanager
 def started(folder, *arguments, script=SMALL, launcher=()):
-    """A running process; its output is in `folder`. Whatever is left of it and its children is killed afterwards."""
+    """Start a process whose output goes to `folder`; at the end, kill it and its children if they still run."""
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
@@ -55,7 +55,7 @@ def started(folder, *arguments, script=SMALL, launcher=()):
 
 
 def run(folder, *arguments, **settings):
-    """Runs to the end. Returns the exit code and what was written to standard error."""
+    """Run to the end. Return the exit code and the standard error."""
     with started(folder, *arguments, **settings) as process:
         return process.wait(LIMIT), (folder / "err").read_text()
 
@@ -70,17 +70,17 @@ def descendants(pid):
 
 
 def wait_for(condition, process=None):
-    """Waits until the condition holds; fails when it never does or the process ends before."""
+    """Wait until the condition holds. Fail after LIMIT seconds, or if the process ends first."""
     end = time.monotonic() + LIMIT
     while not (result := condition()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         assert process is None or process.poll() is None or condition(), f"ended with {process.returncode}"
         time.sleep(0.05)
     return result
 
 
 def log(folder):
-    """The lines of train.jsonl that are whole."""
+    """Return the complete lines of train.jsonl."""
     path = folder / "log" / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -91,7 +91,7 @@ def steps_done(folder):
 
 
 def gone(pid):
-    """Whether a process has ended (or waits, ended, for its parent to take notice)."""
+    """Return whether a process has ended (or is a zombie)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -99,10 +99,10 @@ def gone(pid):
 
 
 def stopped_at_random(folder, images, signals, seed=0):
-    """Stops runs of very short epochs at any moment from their first step on; each goes on where the last one stopped.
+    """Stop runs of very short epochs at random moments after their first step; each resumes the previous one.
 
-    The signal goes to the whole group of processes, as a terminal sends it. Yields the exit code, the one that it
-    should be, and what the run said.
+    The signal goes to the whole group of processes, as from a terminal. Yields the exit code, the expected one, and the
+    standard error.
     """
     moment = random.Random(seed)
     resume = []

@@ -1,4 +1,4 @@
-"""Networks for tests of what is around the network: a small one, and random ones of a usual size."""
+"""Networks for tests: a small one, and random ones whose outputs have a realistic scale."""
 
 import paddle
 
@@ -6,7 +6,7 @@ from model import NUM_BINS, conv_stage
 
 
 class SmallNetwork(paddle.nn.Layer):
-    """Reads and returns what CIC does, with 1/500 of its parameters: for tests of what is around the network."""
+    """A network with the inputs and outputs of CIC and 1/500 of its parameters."""
 
     def __init__(self):
         super().__init__()
@@ -20,13 +20,12 @@ class SmallNetwork(paddle.nn.Layer):
 
 @paddle.no_grad()
 def standardize(network, lightness):
-    """Scales each convolution so that its outputs have mean 0 and variance 1 on these images, channel by channel.
+    """Scale each convolution so that its outputs have mean 0 and variance 1 on these images, channel by channel.
 
-    So that a network with random weights gives outputs of a usual size. One forward pass: every layer is mended as the
-    images reach it, so the next one already sees mended inputs.
+    One forward pass is enough: each layer is scaled when the images reach it, so the next layer gets scaled inputs.
     """
 
-    def mend(layer, _, output):
+    def rescale(layer, _, output):
         mean = output.mean(axis=[0, 2, 3])
         centered = output - mean.reshape([1, -1, 1, 1])
         scale = 1 / ((centered**2).mean(axis=[0, 2, 3]) + 1e-8).sqrt()
@@ -36,7 +35,7 @@ def standardize(network, lightness):
         return centered * scale.reshape([1, -1, 1, 1])
 
     convolutions = [x for x in network.sublayers() if isinstance(x, (paddle.nn.Conv2D, paddle.nn.Conv2DTranspose))]
-    hooks = [layer.register_forward_post_hook(mend) for layer in convolutions]
+    hooks = [layer.register_forward_post_hook(rescale) for layer in convolutions]
     network(lightness - 50)
     for hook in hooks:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Several processes, by `paddle.distributed.launch` with gloo on the CPU, are one."""
+"""Several processes (`paddle.distributed.launch` with gloo on the CPU) train as one process does."""
 
 import os
 import re
@@ -48,8 +48,8 @@ def compare(one, two, rtol=1e-4):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares):
-    """Losses, weights, a validation of three images; with batch norm frozen, whose statistics are each one's own."""
+def test_two_processes_equal_one_with_the_same_batch(tmp_path, photographs, squares):
+    """Losses, weights, and a validation of three images. Batch norm is frozen: its statistics are per process."""
     for i, path in enumerate(sorted(photographs.iterdir())[:3]):
         (tmp_path / "three").mkdir(exist_ok=True)
         (tmp_path / "three" / f"{i}.png").write_bytes(path.read_bytes())
@@ -65,9 +65,9 @@ def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares
     assert sum("val_kl" in line for line in log(two)) == 5
     names = [sorted(path.name for path in (folder / "model").iterdir()) for folder in (one, two)]
     assert names[0] == names[1]
-    assert len(list((two / "log").glob("vdlrecords*"))) == 1  # the first process alone writes
+    assert len(list((two / "log").glob("vdlrecords*"))) == 1  # only rank 0 writes
     assert (two / "out").read_text().count("validation:") == 5
-    # Going on with another number of processes goes on with the same images.
+    # A run can be resumed with another number of processes, and the images stay the same.
     for folder, launcher in ((one, launched(2, one)), (two, ())):
         more[more.index("--num_epochs") + 1] = 7
         assert run(folder, *flags(folder, tmp_path / "five", *more, "--continue_train"), launcher=launcher)[0] == 0
@@ -75,7 +75,7 @@ def test_two_processes_are_one_of_twice_the_batch(tmp_path, photographs, squares
 
 
 @pytest.mark.slow
-def test_two_processes_of_the_real_network(tmp_path, squares):
+def test_two_processes_of_the_real_network_equal_one(tmp_path, squares):
     more = ["--freeze_bn", "--max_steps", 2, "--batch_size", 2]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(one, *flags(one, squares, *more), script=train.__file__)[0] == 0
@@ -85,7 +85,7 @@ def test_two_processes_of_the_real_network(tmp_path, squares):
 
 @pytest.mark.slow
 def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squares):
-    """After one step at a rate of nothing: those of one process are of half of the images each."""
+    """After one step with a learning rate of almost 0; each process has half of the images."""
     more = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(one, *flags(one, squares, *more))[0] == 0
@@ -96,7 +96,7 @@ def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_saves(tmp_path, squares, number):
+def test_signal_to_the_launcher_saves(tmp_path, squares, number):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 1), launcher=launched(2, tmp_path)) as process:
         wait_for(lambda: steps_done(tmp_path) > 5, process)
         trainers = ranks(process)
@@ -109,7 +109,7 @@ def test_a_signal_to_the_launcher_saves(tmp_path, squares, number):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_takes_the_others_with_it(tmp_path, squares):
+def test_lost_process_ends_the_others(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, squares, "--num_workers", 1), launcher=launched(2, tmp_path)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2, process)
         trainers = ranks(process)
@@ -117,13 +117,13 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path, squares):
         os.kill(trainers[1], signal.SIGKILL)
         assert process.wait(LIMIT) != 0
         wait_for(lambda: all(gone(pid) for pid in family))
-    # The first process may be named as well, when it has noticed before the launcher looked.
+    # Rank 0 may be named as well, if it ended before the launcher looked.
     message = (tmp_path / "out").read_text() + (tmp_path / "err").read_text()
     assert re.search(r"rank=\[(0, )?1\] was aborted", message)
 
 
-def test_processes_ask_each_other_about_once_a_second(monkeypatch):
-    """Whatever a step takes, and however many were done before."""
+def test_processes_agree_about_once_per_second(monkeypatch):
+    """With steps of any length, and after any number of steps."""
     clock, questions = [0.0], []
     monkeypatch.setattr(processes.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
@@ -139,8 +139,8 @@ def test_processes_ask_each_other_about_once_a_second(monkeypatch):
     assert np.diff(late).max() == 3  # after each step
 
 
-def test_the_order_of_images_does_not_depend_on_the_number_of_processes():
-    """And each image comes once in an epoch, but for those that do not fill a batch."""
+def test_image_order_does_not_depend_on_the_number_of_processes():
+    """Each image appears once per epoch, except for those that do not fill a batch."""
 
     def batches(rank, count, skip=0, epoch=0):
         sampler = EpochSampler(range(37), 12 // count, num_replicas=count, rank=rank)

@@ -1,4 +1,4 @@
-"""Broken files, full disks, lost worker processes, steps that wait, memory that grows."""
+"""Unreadable files, full disks, lost worker processes, steps that wait, memory that grows."""
 
 import os
 import resource
@@ -16,6 +16,7 @@ from support.cli import UserError
 from support.files import atomic_path
 from support.gpu import HALF, autocast, check_gpu, mixed_precision, to_device
 from support.processes import check_synchronized
+from support.workers import from_workers
 
 import numpy as np
 import paddle
@@ -24,6 +25,7 @@ from processes import TESTS, flags, gone, run, started, steps_done, wait_for
 from small_network import SmallNetwork
 
 import train
+import utils
 from dataset import ColorizationDataset
 
 
@@ -33,7 +35,7 @@ def _small(small_network):
 
 
 def bomb():
-    """A PNG of a few bytes that claims 50,000 by 50,000 pixels."""
+    """A PNG of a few bytes whose header declares 50,000 by 50,000 pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -44,7 +46,7 @@ def bomb():
 
 @pytest.fixture
 def damaged(tmp_path, squares):
-    """A folder of twelve good images and five that are not."""
+    """A folder of twelve readable images and five unreadable ones."""
     folder = tmp_path / "damaged"
     folder.mkdir()
     whole = {path.stem: path.read_bytes() for path in squares.iterdir()}
@@ -62,7 +64,7 @@ def damaged(tmp_path, squares):
 # Files
 
 
-def test_broken_images_are_skipped_replaced_and_counted(run_training, damaged, capfd):
+def test_unreadable_images_are_skipped_replaced_and_counted(run_training, damaged, capfd):
     flags = ["--batch_size", 17, "--num_epochs", 1, "--max_broken", 0.9, "--num_workers", 2]
     assert len(run_training(*flags, image_dir=damaged)) == 1
     err = capfd.readouterr().err
@@ -74,14 +76,13 @@ def test_broken_images_are_skipped_replaced_and_counted(run_training, damaged, c
     assert "Traceback" not in err
 
 
-def test_too_many_broken_images_stop_the_run(run_training, stopped, damaged):
+def test_too_many_unreadable_images_stop_the_run(run_training, stopped, damaged):
     message = stopped(lambda _: run_training("--batch_size", 17, image_dir=damaged), None)
     assert "cannot be read: more than --max_broken 0.1" in message
 
 
 @pytest.mark.slow
-def test_images_that_vanish_during_the_run(tmp_path, squares):
-    """All of them: the run ends, with a line, instead of learning nothing for days."""
+def test_run_stops_when_all_images_vanish(tmp_path, squares):
     images = shutil.copytree(squares, tmp_path / "images")
     with started(tmp_path, *flags(tmp_path, images, "--num_workers", 1)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2, process)
@@ -90,14 +91,14 @@ def test_images_that_vanish_during_the_run(tmp_path, squares):
     assert "cannot be read: more than --max_broken" in (tmp_path / "err").read_text().splitlines()[-1]
 
 
-def test_validation_leaves_broken_images_out(run_training, damaged, squares):
+def test_validation_skips_unreadable_images(run_training, damaged, squares):
     whole = run_training("--val_dir", squares, folder="a")
-    part = run_training("--val_dir", damaged, folder="b")  # the same four images, thrice
+    part = run_training("--val_dir", damaged, folder="b")  # the same four images, three times
     names = ("val_kl", "val_auc")
     assert [whole[-1][x] for x in names] == pytest.approx([part[-1][x] for x in names], rel=1e-5)
 
 
-def test_paths_of_any_bytes(tmp_path):
+def test_dataset_keeps_paths_of_any_bytes(tmp_path):
     paths = [str(tmp_path / "é\udcff\n.png"), "b.png", ""]
     dataset = ColorizationDataset(paths, 40, 32)
     assert [dataset.path(i) for i in range(len(dataset))] == paths
@@ -106,8 +107,7 @@ def test_paths_of_any_bytes(tmp_path):
 # Disks
 
 
-def test_a_folder_without_room_left(run_training, stopped, tmp_path, monkeypatch):
-    """The last good checkpoint stays, and can be gone on from."""
+def test_failed_save_keeps_the_last_checkpoint(run_training, stopped, tmp_path):
     run_training("--batch_size", 1, "--max_steps", 2)
     path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
     before = path.read_bytes()
@@ -118,14 +118,14 @@ def test_a_folder_without_room_left(run_training, stopped, tmp_path, monkeypatch
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, original)
     assert "epoch_latest_state.pdopt: cannot be written: file too large" in message
-    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 3  # with the lock
     run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="mounts a file system")
 @pytest.mark.parametrize("full", ["model", "log"])
-def test_a_full_disk(tmp_path, squares, full):
+def test_full_disk_stops_the_run_with_one_line(tmp_path, squares, full):
     (disk := tmp_path / full).mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
         pytest.skip("cannot mount a file system here")
@@ -148,7 +148,7 @@ def test_a_full_disk(tmp_path, squares, full):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_written_prints_one_line(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -174,10 +174,10 @@ def test_weights_that_are_not_finite_are_not_saved(run_training, stopped, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "count"), [(signal.SIGKILL, 2), (signal.SIGBUS, 1)])
-def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
-    """As by the kernel when memory runs out, or with SIGBUS when /dev/shm does.
+def test_killed_worker_stops_the_run(tmp_path, squares, number, count):
+    """The kernel kills one with SIGKILL when memory runs out, with SIGBUS when /dev/shm is full.
 
-    Not amid the last batches of an epoch: a worker that has done its part is no loss, and the next epoch has others.
+    This happens before the last batches of an epoch. Later a lost worker does no harm, as the next epoch has new ones.
     """
     more = ["--num_workers", 2, "--batch_size", 1]
     for i in range(500):  # an epoch of half a minute
@@ -187,9 +187,38 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
         for pid in sorted(process.family() - {process.pid})[:count]:
             os.kill(pid, number)
         assert process.wait(60) == 1
-    message = (tmp_path / "err").read_text()  # among it, perhaps, what the worker said itself
+    message = (tmp_path / "err").read_text()
     assert "images was killed or failed" in message and "Traceback (most recent" not in message
-    assert "exit unexpectedly" not in message  # Paddle's word for it
+    assert "exit unexpectedly" not in message  # Paddle's own message
+
+
+class FailingDataset(paddle.io.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise ZeroDivisionError
+        return np.full(2, index, np.uint8), np.int64(index)
+
+
+def test_error_in_a_dataset_without_workers_is_raised():
+    """Paddle's loader would wait forever."""
+    batches = from_workers(paddle.io.DataLoader(FailingDataset(), batch_size=2, num_workers=0))
+    read = [[x.tolist() for x in next(batches)] for _ in range(2)]
+    assert read == [[[[0, 0], [1, 1]], [0, 1]], [[[2, 2], [3, 3]], [2, 3]]]
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_yields_equal_batches_with_and_without_workers(squares, workers):
+    dataset = ColorizationDataset([str(path) for path in sorted(squares.iterdir())], 40, 32)
+    loader = paddle.io.DataLoader(dataset, batch_size=3, num_workers=workers)
+    batches = list(from_workers(loader))
+    assert [len(rgb) for rgb, _ in batches] == [3, 1]
+    assert all(rgb.dtype == paddle.uint8 and broken.dtype == paddle.int64 for rgb, broken in batches)
+    assert np.array_equal(batches[1][0].numpy()[0], dataset[3][0])
 
 
 @pytest.mark.slow
@@ -197,29 +226,29 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path, squares, number, count):
     "script", ["train", "test", "metrics_auc", "metrics_acc", "get_invalid_images", "resources.estimate_prior"]
 )
 def test_every_script_reads_png(squares, script):
-    """With some builds of Paddle only when the system's zlib is there first."""
+    """Some builds of Paddle need the system's zlib to be loaded first."""
     code = f"import sys, {script}; from dataset import read_rgb; print(read_rgb(sys.argv[1]).shape)"
     command = [sys.executable, "-W", "ignore", "-c", code, str(squares / "coffee.png")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     assert "(64, 64, 3)" in done.stdout, done.stderr
 
 
-# Steps that nothing waits for
+# Steps without waiting
 
 
 READERS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__", "cpu")
 
 
-def test_a_step_waits_for_nothing(run_training, monkeypatch):
-    """Between two lines of the log no value is read from the device: each time it would have to run dry first.
+def test_steps_read_no_value_from_the_device(run_training, monkeypatch):
+    """Between two lines of the log, as each reading would wait until the device has finished.
 
-    What a loader yields is in the host's memory, pinned, on a GPU too: it may be read, but an operator that is given
-    it copies it and waits. So it must go through `to_device`.
+    A loader's batches are in the host's memory (pinned, with a GPU). They may be read there, but must pass through
+    `to_device`, because an operator would copy them and wait.
     """
     reads, batches, copies = [], [], []
     read_batches = train.from_workers
     monkeypatch.setattr(train, "from_workers", lambda *x: (batches.append(y) or y for y in read_batches(*x)))
-    monkeypatch.setattr(train, "to_device", lambda x: copies.append(x.clone()) or copies[-1])
+    monkeypatch.setattr(train.gpu, "to_device", lambda x: copies.append(x.clone()) or copies[-1])
 
     def objective(model, rgb, *more, original=train.objective):
         assert rgb is copies[-1]
@@ -242,9 +271,10 @@ def test_a_step_waits_for_nothing(run_training, monkeypatch):
     monkeypatch.setattr(train.Meter, "add", lambda *x: original(*x) or counts.append(len(reads)))
     run_training("--batch_size", 1, "--max_steps", 24, "--loss_step", 12, "--num_epochs", 6, "--save_latest", 100)
     assert len(counts) == 24
-    within = [b - a for i, (a, b) in enumerate(zip(counts, counts[1:]), 1) if i % 4]  # an epoch has 4 steps
-    assert len(within) == 18 and set(within) == {0}
-    assert counts[-1] > counts[0]  # that is: the count works, at the ends of epochs
+    # An epoch has 4 steps, and the first step is logged.
+    within = [b - a for i, (a, b) in enumerate(zip(counts, counts[1:]), 1) if i % 4 and i > 1]
+    assert len(within) == 17 and set(within) == {0}
+    assert counts[-1] > counts[0]  # the count works: values are read at the end of each epoch
 
 
 # Mixed precision
@@ -268,7 +298,7 @@ def pretend_gpu(monkeypatch, *capability):
     ],
 )
 def test_mixed_precision_on_a_gpu(monkeypatch, choice, capability, expected):
-    """Which kind is chosen; there is no GPU here to try it on."""
+    """Only the choice is tested, as there is no GPU here."""
     scalers = []
     pretend_gpu(monkeypatch, *capability)
     monkeypatch.setattr(paddle.amp, "GradScaler", lambda **settings: scalers.append(settings))
@@ -276,8 +306,8 @@ def test_mixed_precision_on_a_gpu(monkeypatch, choice, capability, expected):
     assert (autocast["enable"], autocast["dtype"], scalers[0]["enable"]) == expected
 
 
-def test_what_autocast_is_told_does_not_contradict_paddles_lists():
-    """Of these operators the ones that are in neither list would be computed in float32."""
+def test_autocast_arguments_do_not_contradict_paddles_lists():
+    """Operators in neither list would be computed in float32."""
     from paddle.amp.amp_lists import black_list, white_list
 
     for dtype in ("float16", "bfloat16"):
@@ -339,16 +369,15 @@ def test_batch_norm_that_is_not_synchronized_stops_the_run(monkeypatch, other):
 
 
 def test_paddle_has_no_mixed_precision_on_the_cpu():
-    """What `mixed_precision` relies on when it says that a run goes on in float32."""
+    """`mixed_precision` relies on this when it reports that a run is in float32."""
     with pytest.warns(UserWarning, match="amp_guard can only be enabled"), paddle.amp.auto_cast(dtype="bfloat16"):
         assert paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2])).dtype == paddle.float32
 
 
-def test_loss_and_softmax_are_in_float32(run_training, monkeypatch):
-    """Also when the network's output is not."""
+def test_loss_of_a_float16_output_is_computed_in_float32(run_training, monkeypatch):
     seen = []
-    original = train.soft_cross_entropy
-    monkeypatch.setattr(train, "soft_cross_entropy", lambda x, *y: seen.append(x.dtype) or original(x, *y))
+    original = utils.soft_cross_entropy
+    monkeypatch.setattr(utils, "soft_cross_entropy", lambda x, *y: seen.append(x.dtype) or original(x, *y))
     forward = train.CIC.forward
     monkeypatch.setattr(train.CIC, "forward", lambda self, x: forward(self, x).astype("float16"))
     line = run_training("--max_steps", 1)[0]
@@ -360,10 +389,10 @@ def test_loss_and_softmax_are_in_float32(run_training, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_a_thousand_steps_in_steady_memory(tmp_path, squares):
-    """Resident memory and open files after 200 steps and after 1,200; the worker's memory too.
+def test_memory_is_steady_over_a_thousand_steps(tmp_path, squares):
+    """Compare resident memory, the worker's too, and open files after 200 steps and after 1,200.
 
-    Paddle ends a loader's thread, and closes its pipes, some seconds after an epoch: hence a long one.
+    Within one long epoch, because Paddle ends a loader's thread and closes its pipes seconds after an epoch.
     """
 
     def usage(process):
@@ -379,7 +408,7 @@ def test_a_thousand_steps_in_steady_memory(tmp_path, squares):
         samples = []
         for step in (200, 1200):
             wait_for(lambda step=step: steps_done(tmp_path) >= step, process)
-            # The least of ten looks: a save, which holds a file open, may fall into one.
+            # The lowest of ten samples: a save opens a file.
             samples.append(np.min([usage(process) for _ in range(10)], axis=0))
     before, after = samples
     assert len(before) == 3 and (after[:2] < before[:2] + 20).all() and after[2] <= before[2], samples

@@ -1,4 +1,4 @@
-"""Runs `train.py` with the tests' small network, in a process of its own: a second or two a run."""
+"""Run `train.py` with the tests' small network in a process of its own: one or two seconds per run."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from support.cli import run_script  # noqa: E402
 import train  # noqa: E402
 
 if __name__ == "__main__":
-    from small_network import SmallNetwork  # not earlier: what train.py imports first matters
+    from small_network import SmallNetwork  # after train.py, whose order of imports matters
 
     train.CIC = SmallNetwork
     sys.exit(run_script(train.main, train.parse_args))

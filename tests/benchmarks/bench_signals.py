@@ -1,10 +1,10 @@
-"""Stops short runs by SIGTERM and Ctrl-C at random moments: how many end with the right code and a state that resumes.
+"""Stop short runs by SIGTERM and Ctrl-C at random moments; count correct exit codes and states that can be resumed.
 
     python tests/benchmarks/bench_signals.py [--signals 100] [--load 4]
 
---load: so many processes that compute meanwhile. Prints a line for each that does not, and at last
+--load is the number of processes that compute at the same time. Prints a line for each failure, and at the end
 
-    100 signals: 100 ended with their code and a state that the next run went on from
+    100 signals: 100 ended with their exit code and a state that the next run resumed
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main():
                 right += 1
             else:
                 print(f"code {code} instead of {expected}, saved at {step} of {steps_done(run)}: {said}", flush=True)
-    print(f"{args.signals} signals: {right} ended with their code and a state that the next run went on from")
+    print(f"{args.signals} signals: {right} ended with their exit code and a state that the next run resumed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A long run of `train.py`: resident memory of the training process and its workers, and open files, along the way.
+"""Sample resident memory (training process and workers) and open files during a long run of `train.py`.
 
     python tests/benchmarks/bench_soak.py --image_dir DIR [--steps 1200] [flags of train.py]
 
-Prints a line every 100 steps. Of those with --crop_size 32 --load_size 40 --batch_size 1 --num_workers 2 on 800
-photographs (a checkpoint is written every 500 steps; workers are forked anew for each epoch, so that the second
-epoch's share with the training process what its weights and moments take):
+Prints a line every 100 steps. With --crop_size 32 --load_size 40 --batch_size 1 --num_workers 2 on 800 images (some
+of the lines; a checkpoint is written every 500 steps; workers are forked again for each epoch, so in the second epoch
+they share the memory of weights and Adam's moments with the training process):
 
     step   100  935 MB  workers 311 311 MB  14 open files
     step   400  955 MB  workers 311 311 MB  14 open files
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def resident(pid):
-    """MB; 0 when the process is gone."""
+    """Return megabytes; 0 if the process has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
     except FileNotFoundError:
