@@ -164,7 +164,7 @@ def claim(model_path, log_path, advice=None):
 
 
 def hold(folder):
-    """Lock a folder until the returned file is closed or this process ends. Raise UserError if another one holds it."""
+    """Lock a folder until the returned file is closed or this process ends. Raise UserError if it is locked already."""
     file = open(Path(folder, LOCK), "a")  # noqa: SIM115
     try:
         if fcntl:

@@ -123,7 +123,7 @@ def test_lost_process_ends_the_others(tmp_path, squares):
 
 
 def test_processes_agree_about_once_per_second(monkeypatch):
-    """With steps of any length, and after any number of steps."""
+    """The steps may have any length and number."""
     clock, questions = [0.0], []
     monkeypatch.setattr(processes.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)

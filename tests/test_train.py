@@ -159,7 +159,7 @@ def test_runs_are_equal_only_with_equal_seeds(run_training, tmp_path):
 
 
 def test_adam_steps_equal_those_in_numpy():
-    """With weight decay as an L2 penalty, which is part of the gradient, and the learning rate of the schedule."""
+    """Weight decay is an L2 penalty, which is part of the gradient, and the learning rate follows the schedule."""
     lr, beta1, beta2, decay = 0.01, 0.8, 0.9, 0.5
     adam = f"--lr {lr} --beta1 {beta1} --beta2 {beta2} --weight_decay {decay} --lr_steps 1"
     random = np.random.default_rng(0)
