@@ -1,262 +1,208 @@
-"""Colors photographs with a checkpoint: files and folders, nested or flat.
+"""Colorize images with a checkpoint: files and folders, nested or flat.
 
     python test.py photo.jpg                                                writes result/photo.png
     python test.py photo.jpg --output colored.png                           writes colored.png
     python test.py a.jpg b.jpg holiday                                      writes result/a.png, …, result/holiday/…
     python test.py --image_dir DIR --load_model 7                           writes result/<same path>.png
-    python test.py --image_dir DIR --load_size 256 --crop_size 224          squares, as papers evaluate
+    python test.py --image_dir DIR --load_size 256 --crop_size 224          writes square crops, as papers evaluate
 
-Each photograph comes out at its own, full resolution: the network sees it smaller, with a short side of 256 pixels or
-what its checkpoint says, and the ab that it predicts goes back up and joins the photograph's own lightness. Without a
-checkpoint of one's own it is colored with the small one that comes with the project. Ends with what was written:
+Results have the full resolution of their images: the network reads an image resized to a shorter side of 256 pixels,
+or to the size stored in the checkpoint. The ab that it predicts is upsampled and joined with the image's own lightness.
+Without a checkpoint, the bundled `small` weights are used. The last line names the results and the weights:
 
-    result: 200 images colored with model/epoch_7_model.pdparams in bf16
+    result: 200 images colorized with model/epoch_7_model.pdparams in bf16
 """
 
-import errno
+import glob
 import math
 import os
+import stat
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
-from support.cli import (
-    EXIT_SKIPPED,
-    SIDE,
-    Parser,
-    UserError,
-    add_bool_flag,
-    check_crop,
-    counted,
-    note,
-    number,
-    printable,
-    progress,
-    run_script,
-    whole,
-)
+from support import cli
+from support.cli import UserError, counted, note, printable
 from support.cpu import available_cores, lower_priority, use_all_cores
-from support.files import make_folder, provenance, read_json, remove_temporaries, sha256, write_json
+from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
 from support.gpu import check_gpu
-from support.images import COLORING, InvalidImageError, crop_resized, has_more_frames, image_size, named_images
+from support.images import COLORING, InvalidImageError, crop_resized, has_more_frames, named_images, open_image
+from support.records import absolute, append_record, make_record, read_records
 from support.sheets import Sheets, fit
 
 import numpy as np
 from PIL import Image
 
-from colorizer import FORMATS, LARGEST_SIDE, Colorizer, join, network_size, read_photograph, save
-from pretrained import best_load_size, find_weights
+from colorizer import FORMATS, LARGEST_SIDE, Colorizer, checkpoint_info, colored, decode, network_input, save
+from pretrained import LOAD_SIZE, find_weights
 from utils import TEMPERATURE
 
-PIXELS_AHEAD = 32_000_000  # decoded ahead of the network, and again waiting to be written
-NEARLY_BLACK = 17  # of 255: 12 bits in 16 stay below, unless scaled
+PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
+IMAGES_AHEAD = 64  # at most, as each may be an open file
+NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
 COLUMNS = ("gray", "colored", "original")  # of a contact sheet
 
-
-@dataclass
-class Photograph:
-    """One photograph on its way from file to file."""
-
-    path: str
-    target: Path
-    size: tuple  # of the result: width, height
-    network_size: tuple  # of what the network sees
-    rgb: np.ndarray = None  # uint8 [H, W, 3] of the photograph
-    small: np.ndarray = None  # uint8 [h, w, 3], what the network sees
-    colored: np.ndarray = None  # uint8 [H, W, 3]
-    info: dict = None  # metadata that the result keeps
-    failure: str = None  # why there is no result
-
-    @property
-    def pixels(self):
-        return self.size[0] * self.size[1]
-
-
 # -------------------------------------------------------------------------------------------------
-# What is to be done
+# Plan
 
 
-def plan(args):
-    """The photographs to color, those that the network sees at one size together."""
+def plan(args, settings):
+    """Return the images to colorize, {path: name of the result}, and why others are skipped, one line for each."""
     named = named_images(*args.images)
     if args.output and len(named) > 1:
-        raise UserError(f"--output names one file, but there are {len(named)} photographs: use --result_path FOLDER")
-    folder = Path(args.result_path)
-    targets = {path: Path(args.output or folder / f"{name}.{args.format}") for name, path in named.items()}
-    check_apart(targets, args)
-    paths = sorted(targets)[: args.max_samples]
-    if args.skip_existing:
-        paths = [path for path in paths if not targets[path].exists()]
-    with background_threads(args.num_workers) as pool:
-        photographs = list(pool.map(partial(prepare, args=args, targets=targets), paths))
-    return sorted(photographs, key=lambda x: x.network_size)
+        raise UserError(f"--output names one file, but there are {len(named)} images: use --result_path FOLDER")
+    folder, output = result_folder(args), args.output and Path(args.output).name
+    results = {path: output or f"{Path(name).as_posix()}.{args.format}" for name, path in named.items()}
+    check_apart(results, args)
+    records = {} if args.output else read_records(folder)
+    todo, skipped = {}, []
+    for path, name in islice(results.items(), args.max_samples):
+        record = records.get(name)
+        if args.skip_existing and record == make_record(path, settings, folder, name):
+            continue
+        if problem := obstacle(folder / name, path, not args.skip_existing and record):
+            skipped.append(f"{path}: {folder / name} {problem}")
+        else:
+            todo[path] = name
+    return todo, skipped
 
 
-def check_apart(targets, args):
-    """Raises UserError where results would lie among photographs: the next run would take them for such."""
-    result = os.path.realpath(args.result_path)
-    if not args.output:
-        for folder in {os.path.dirname(path) for path in targets}:
-            if os.path.commonpath([os.path.realpath(folder), result]) == result:
-                raise UserError(
-                    f"{args.result_path}: results would lie among the photographs, or overwrite them; "
-                    "choose another --result_path, or for one photograph --output FILE"
-                )
-    for path, target in targets.items():
-        if os.path.realpath(target) == os.path.realpath(path):
+def result_folder(args):
+    return Path(args.output).parent if args.output else Path(args.result_path)
+
+
+def check_apart(results, args):
+    """Raise UserError if results would overwrite images or lie among them, where the next run would colorize them."""
+    folder = result_folder(args)
+    for path, name in results.items():
+        if os.path.exists(folder / name) and os.path.exists(path) and os.path.samefile(folder / name, path):
             raise UserError(f"{path}: the result would overwrite it; choose another name")
+    for parent in {os.path.realpath(os.path.dirname(path)) for path in results}:
+        if not args.output and Path(os.path.realpath(folder)) in (Path(parent), *Path(parent).parents):
+            raise UserError(
+                f"{folder}: contains input images, so results would mix with them; "
+                "choose another --result_path, or pass --output FILE for a single image"
+            )
 
 
-def prepare(path, args, targets):
-    """Reads a photograph's size and from it says what the network will see."""
+def obstacle(target, path, record):
+    """Return why the result of `path` cannot be written to `target`, which may have the record of an earlier result."""
     try:
-        width, height = image_size(path)
-        if has_more_frames(path):
-            note(f"{path}: only the first of its frames or pages is colored")
-    except InvalidImageError as error:
-        return Photograph(path, targets[path], (0, 0), (0, 0), failure=str(error))
-    if not args.crop_size and max(width, height) > LARGEST_SIDE.get(args.format, math.inf):
-        failure = f"{printable(path)}: {width}x{height} is too large for {args.format}"
-        return Photograph(path, targets[path], (0, 0), (0, 0), failure=failure)
-    if args.crop_size:
-        square = (args.crop_size, args.crop_size)
-        return Photograph(path, targets[path], square, square)
-    return Photograph(path, targets[path], (width, height), network_size(width, height, args.load_size))
+        if stat.S_ISDIR(os.stat(target).st_mode):
+            return "is a folder"
+    except OSError as error:  # a name too long
+        return None if isinstance(error, FileNotFoundError) else f"cannot be written: {error.strerror.lower()}"
+    if record and record["source"]["path"] != absolute(path):
+        return f"is the result of {record['source']['path']}; choose another --result_path"
+    return None
 
 
 # -------------------------------------------------------------------------------------------------
-# The way of a photograph: load (threads), color (the device), write (threads)
+# Read (threads), colorize (the device), write (threads)
 
 
-def load(photograph, args):
-    if photograph.failure:
-        return photograph
-    try:
-        image = read_photograph(photograph.path, args.load_size if args.crop_size else None)
-        photograph.info = image.info
-        if args.crop_size:
-            photograph.rgb = photograph.small = crop_resized(image, args.load_size, args.crop_size)
+def open_images(paths, args):
+    """Open one image after another. Yield its number of pixels and the function that loads it."""
+    for path in paths:
+        file = ExitStack()
+        try:
+            opened = file.enter_context(open_image(path, args.load_size if args.crop_size else None))
+        except InvalidImageError as error:
+            yield 0, partial(tuple, (error, None))
         else:
-            photograph.small = np.asarray(image.resize(photograph.network_size, Image.Resampling.BILINEAR))
-            photograph.rgb = np.asarray(image)
-        if photograph.small.max() < NEARLY_BLACK:
-            note(f"{photograph.path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
-    except InvalidImageError as error:
-        photograph.failure = str(error)
-    return photograph
+            yield opened.width * opened.height, partial(load, path, opened, file, args)
 
 
-@contextmanager
-def background_threads(count):
-    """Threads that leave the cores to the network's: one of these that has to wait makes all of them wait."""
-    pool = ThreadPoolExecutor(count, initializer=lower_priority)
+def load(path, opened, file, args):
+    """Return an opened image, a Pillow image, and the network's input; or the error that makes it be skipped, None."""
     try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)  # of a run that is stopped; else there are none
+        with file:
+            if not args.crop_size and max(opened.size) > LARGEST_SIDE.get(args.format, math.inf):
+                raise ValueError(f"{opened.width}x{opened.height} is too large for {args.format}")
+            if has_more_frames(opened):
+                note(f"{path}: only the first of its frames or pages is colorized")
+            image = decode(opened)
+    except InvalidImageError as error:
+        return error, None
+    if args.crop_size:
+        info = image.info
+        image = Image.fromarray(crop_resized(image, args.load_size, args.crop_size))
+        image.info = info
+    inputs = network_input(image, args.crop_size or args.load_size)
+    if inputs.max() < NEARLY_BLACK:
+        note(f"{path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
+    return image, inputs
 
 
-def ahead(pool, function, photographs, pixels=PIXELS_AHEAD, at_once=False):
-    """`function` of each photograph, in order, done by the pool's threads so many pixels ahead of the reader.
-
-    `at_once`: what is done is handed on, so that it counts, instead of waiting until as much is on its way.
-    """
-    pending, waiting = deque(), 0
-    for photograph in photographs:
-        while pending and (waiting + photograph.pixels > pixels or (at_once and pending[0].done())):
-            done = pending.popleft().result()
-            waiting -= done.pixels
-            yield done
-        pending.append(pool.submit(function, photograph))
-        waiting += photograph.pixels
-    while pending:
-        yield pending.popleft().result()
+def colorize(loaded, colorizer, temperature, batch_size):
+    """Yield each image and its result, in order; errors as they are."""
+    for batch in batches(loaded, batch_size):
+        images, inputs = zip(*batch)
+        if inputs[0] is None:
+            yield from batch
+        else:
+            predicted = colorizer.predict_ab(np.stack(inputs), temperature)
+            yield from ((image, colored(image, ab)) for image, ab in zip(images, predicted))
 
 
-def batches(photographs, batch_size):
-    """Runs of photographs that the network sees at one size, at most `batch_size` long."""
-    for _, group in groupby(photographs, key=lambda x: (x.network_size, x.failure)):
-        batch = []
-        for photograph in group:
-            batch.append(photograph)
-            if len(batch) == batch_size or sum(x.pixels for x in batch) > PIXELS_AHEAD:
+def batches(loaded, batch_size):
+    """Yield lists of consecutive images whose network inputs have one shape, at most `batch_size` long."""
+    for _, group in groupby(loaded, key=lambda x: np.shape(x[1])):
+        batch, pixels = [], 0
+        for image, inputs in group:
+            batch.append((image, inputs))
+            pixels += 0 if inputs is None else image.width * image.height
+            if len(batch) == batch_size or pixels > PIXELS_AHEAD:
                 yield batch
-                batch = []
+                batch, pixels = [], 0
         if batch:
             yield batch
 
 
-def color(photographs, colorizer, temperature, batch_size):
-    """Gives each photograph its colors, a batch at a time."""
-    for batch in batches(photographs, batch_size):
-        if not batch[0].failure:
-            predicted = colorizer.predict_ab(np.stack([x.small for x in batch]), temperature)
-            for photograph, ab in zip(batch, predicted):
-                photograph.colored = join(photograph.rgb, ab)
-        yield from batch
+def write(image, result, target, args):
+    """Write a result; return it to the contact sheet as thumbnails: gray, colored, original. Errors as they are."""
+    if result is None:
+        return image
+    save(result, target, args.format)
+    if args.compare:
+        original = fit(image)
+        return original.convert("L").convert("RGB"), fit(result), original
+    return ()
 
 
-def write(photograph, format):
-    if not photograph.failure:
-        image = Image.fromarray(photograph.colored)
-        image.info = photograph.info
-        try:
-            save(image, photograph.target, format)
-        except UserError as error:
-            if error.__cause__.errno != errno.ENAMETOOLONG:  # the only one that is this photograph's own
-                raise
-            photograph.failure = str(error)
-    return photograph
+def in_threads(pool, jobs, at_once=False):
+    """Call functions in a pool's threads and yield what they return, in order.
+
+    Args:
+        pool (ThreadPoolExecutor): The threads.
+        jobs (Iterable): Pairs of a number of pixels and a function. Jobs are started while all that are not yielded
+            yet have at most PIXELS_AHEAD pixels.
+        at_once (bool): Yield what is done whenever a job is started, so that it counts and is released.
+    """
+    pending, waiting = deque(), 0
+    for pixels, function in jobs:
+        pixels = max(pixels, PIXELS_AHEAD // IMAGES_AHEAD)
+        while pending and (waiting + pixels > PIXELS_AHEAD or (at_once and pending[0][1].done())):
+            waiting -= pending[0][0]
+            yield pending.popleft()[1].result()
+        pending.append((pixels, pool.submit(function)))
+        waiting += pixels
+    while pending:
+        yield pending.popleft()[1].result()
 
 
-def thumbnails(photograph):
-    """gray, colored, original, for a contact sheet."""
-    original, colored = (fit(Image.fromarray(rgb)) for rgb in (photograph.rgb, photograph.colored))
-    return original.convert("L").convert("RGB"), colored, original
-
-
-# -------------------------------------------------------------------------------------------------
-# What is said of the results
-
-
-def describe(colorizer, args):
-    """How the results come about, for the coloring.json beside them, which the metrics put into theirs."""
-    return {
-        "checkpoint": printable(colorizer.checkpoint),
-        "sha256": sha256(colorizer.checkpoint),
-        "precision": colorizer.precision,
-        "temperature": args.temperature,
-        "load_size": args.load_size,
-        "crop_size": args.crop_size,
-        **provenance(),
-    }
-
-
-def check_alike(made_by, folder):
-    """Raises UserError where the folder's results were made otherwise: those that are added would be taken for such."""
-    before = read_json(folder / COLORING) or {}
-    for name in ("sha256", "temperature", "load_size", "crop_size"):
-        if name in before and before[name] != made_by[name]:
-            raise UserError(
-                f"{folder / COLORING}: the results there have the {name} {before[name]}, not "
-                f"{made_by[name]}: choose another --result_path, or leave --skip_existing out"
-            )
-
-
-def announced(photographs, made_by, folders):
-    """The photographs; ahead of the first with a result the folders' coloring.json: it is there however this ends."""
-    written = False
-    for photograph in photographs:
-        if not photograph.failure and not written:
-            for folder in folders:
-                write_json(made_by, folder / COLORING)
-            written = True
-        yield photograph
+@contextmanager
+def background_threads(count):
+    """Yield a pool of threads that leave the cores to the network: one delayed compute thread would delay all."""
+    pool = ThreadPoolExecutor(count, initializer=lower_priority)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # pending jobs are left if the run is stopped
 
 
 # -------------------------------------------------------------------------------------------------
@@ -264,74 +210,50 @@ def announced(photographs, made_by, folders):
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Colors photographs with a checkpoint.")
-    group = parser.add_argument_group("what to color")
-    add = group.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="photographs and folders, nested or flat")
-    add("--image_dir", help="a folder of photographs, or one file; the same as without --image_dir")
-    add("--max_samples", type=whole(), help="color only so many, the first by name (default: all)")
+    parser = cli.Parser(description="Colorize images with a checkpoint.")
+    add = parser.add_argument_group("input").add_argument
+    add("images", nargs="*", metavar="IMAGE", help="images and folders, nested or flat")
+    add("--image_dir", help="a folder of images, or one file; the same as without --image_dir")
+    add("--max_samples", type=cli.whole(), help="number of images to colorize, the first by name (default: all)")
 
-    group = parser.add_argument_group("how")
-    add = group.add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--model_path", default="./model", help="folder of the checkpoints")
-    add(
-        "--load_model",
-        metavar="NAME",
-        help="epoch_{NAME}_model.pdparams there; small: what comes with the project; official: the authors'; or a path "
-        "(default: 19; where that is not there, latest, then the highest number, then small)",
-    )
-    add(
-        "--temperature",
-        type=number(1e-3, 1e6),
-        default=TEMPERATURE,
-        help="of the annealed mean: 1 is dull, 0 vivid but patchy",
-    )
-    add(
-        "--precision",
-        choices=("auto", "float32", "bf16"),
-        default="auto",
-        help="bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware",
-    )
-    add(
-        "--load_size",
-        type=SIDE,
-        help="short side in pixels as the network sees it (default: what the checkpoint says, 96 for small; else 256)",
-    )
-    add(
-        "--crop_size",
-        type=SIDE,
-        help="color only the center square of so many pixels, as papers do (default: all)",
-    )
-    add("--batch_size", type=whole(), default=8, help="photographs of equal size that the network colors at a time")
-    add(
-        "--num_workers",
-        type=whole(1, 1024),
-        default=available_cores(),
-        help="threads that decode, and as many that write",
-    )
+    name = "epoch_{NAME}_model.pdparams in --model_path; small: the bundled weights; official: the authors'; or a path"
+    default = "(default: 19; if missing, latest, then the highest number, then small)"
+    add("--load_model", metavar="NAME", help=f"{name} {default}")
+    annealing = "temperature of the annealed mean; 1: mean over all colors, toward 0: the most likely color"
+    add("--temperature", type=cli.number(1e-3, 1e6), default=TEMPERATURE, help=annealing)
+    bf16 = "bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware"
+    add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=bf16)
+    shorter = f"shorter side of the network's input in pixels (default: the checkpoint's own, otherwise {LOAD_SIZE})"
+    add("--load_size", type=cli.SIDE, help=shorter)
+    add("--crop_size", type=cli.SIDE, help="colorize only a center crop with this side in pixels (default: all)")
+    add("--batch_size", type=cli.whole(), default=8, help="number of consecutive images of equal size per batch")
+    workers = "number of threads that read, and of those that write"
+    add("--num_workers", type=cli.whole(1, 1024), default=available_cores(), help=workers)
 
-    group = parser.add_argument_group("what to write")
-    add = group.add_argument
-    add("--result_path", default="./result", help="folder of the results, laid out as the photographs are")
-    add("--output", metavar="FILE", help="the result of a single photograph, instead of --result_path")
-    add("--format", choices=FORMATS, help="of the results (default: that of --output, else png)")
-    add_bool_flag(
-        group, "--compare", False, "also write contact sheets (gray, colored, original) to <result_path>_compare"
-    )
-    add_bool_flag(group, "--skip_existing", False, "leave out what already has a result, to go on after a stop")
+    group = parser.add_argument_group("output")
+    add, add_bool = group.add_argument, partial(cli.add_bool_flag, group)
+    add("--result_path", default="./result", help="folder of the results, with the same subfolders as the images")
+    add("--output", metavar="FILE", help="the result of a single image, instead of --result_path")
+    add("--format", choices=FORMATS, help="format of the results (default: that of --output, otherwise png)")
+    add_bool("--compare", False, "also write contact sheets (gray, colored, original) to <result_path>_compare")
+    add_bool("--skip_existing", False, "skip images whose result in --result_path is up to date, to resume a run")
     args = parser.parse_args(argv)
     if args.image_dir is not None:
         args.images.append(args.image_dir)
-    args.images = list(dict.fromkeys(args.images))
+    # On Windows the shell leaves patterns as they are.
+    found = [[path] if os.path.exists(path) else sorted(glob.glob(path)) or [path] for path in args.images]
+    args.images = list(dict.fromkeys(sum(found, [])))
     if not args.images:
-        parser.error("name a photograph or a folder")
+        parser.error("no image or folder given")
     return args
 
 
 def check_args(args):
     suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
     args.format = args.format or suffix or "png"
-    if args.output and (suffix != args.format or suffix not in FORMATS):
+    if args.output and (suffix not in FORMATS or FORMATS[suffix] != FORMATS.get(args.format)):
         raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(FORMATS)}")
 
 
@@ -341,51 +263,66 @@ def main(args):
     check_args(args)
     use_all_cores()
 
-    # What is to be colored, and with what: mistakes show before the network is made
+    # Plan: usage errors appear before the network is loaded
     checkpoint = find_weights(args.model_path, args.load_model)
-    args.load_size = args.load_size or best_load_size(checkpoint)
-    check_crop(args, multiple=8)
-    photographs = plan(args)
-    result = Path(args.output).parent if args.output else Path(args.result_path)
-    for folder in {photograph.target.parent for photograph in photographs}:
+    info = checkpoint_info(checkpoint)
+    args.load_size = args.load_size or info["load_size"]
+    cli.check_crop(args, multiple=8)
+    method = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
+    settings = {"sha256": sha256(checkpoint), **method, "format": args.format}
+    todo, skipped = plan(args, settings)
+    result = result_folder(args)
+    for folder in {(result / name).parent for name in todo.values()}:
         remove_temporaries(folder)
     make_folder(result)
-    if not photographs:
-        print(f"{printable(args.output or args.result_path)}: 0 images colored, all have a result")
-        return 0
+    for line in skipped:
+        note(f"skipped {line}")
+    where = printable(args.output or args.result_path)
+    if not todo:
+        print(f"{where}: 0 images colorized, {len(skipped) or 'all'} {'skipped' if skipped else 'are up to date'}")
+        return cli.EXIT_SKIPPED if skipped else 0
     colorizer = Colorizer(checkpoint, precision=args.precision)
-    made_by = describe(colorizer, args)
-    if args.skip_existing and not args.output:
-        check_alike(made_by, result)
-    compare = Path(f"{os.path.splitext(args.output)[0] if args.output else args.result_path.rstrip(os.sep)}_compare")
-    sheets = {}
+    compare = Path(f"{os.path.splitext(args.output)[0] if args.output else result}_compare")
+    made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
+    made_by.update(method, **provenance())
+
+    # Read, colorize and write simultaneously; coloring.json precedes the first result
+    done, sheets = 0, {}
     folders = [folder for folder, given in ((result, not args.output), (compare, args.compare)) if given]
 
-    # Load, color and write, each while the others work
-    done = skipped = 0
+    def writing(colorized):
+        for (image, colored_image), name in zip(colorized, todo.values()):
+            while colored_image and folders:
+                write_json(made_by, folders.pop() / COLORING)
+            yield (
+                colored_image.width * colored_image.height if colored_image else 0,
+                partial(write, image, colored_image, result / name, args),
+            )
+
     with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
-        loaded = ahead(readers, partial(load, args=args), photographs)
-        colored = announced(color(loaded, colorizer, args.temperature, args.batch_size), made_by, folders)
-        written = ahead(writers, partial(write, format=args.format), colored, at_once=True)
-        for photograph in progress(written, len(photographs)):
-            if photograph.failure:
-                note(f"skipped {photograph.failure}")
-                skipped += 1
+        loaded = in_threads(readers, open_images(todo, args))
+        colorized = colorize(loaded, colorizer, args.temperature, args.batch_size)
+        written = in_threads(writers, writing(colorized), at_once=True)
+        for outcome, (path, name) in zip(cli.progress(written, len(todo)), todo.items()):
+            if isinstance(outcome, InvalidImageError):
+                note(f"skipped {outcome}")
+                skipped.append(path)
                 continue
-            if args.compare:
-                name = photograph.target.relative_to(result).with_suffix("")
-                folder = compare / name.parts[0] if len(args.images) > 1 and len(name.parts) > 1 else compare
-                sheets.setdefault(folder, Sheets(folder, COLUMNS)).add(printable(name), thumbnails(photograph))
-            photograph.rgb = photograph.small = photograph.colored = None
             done += 1
+            if not args.output:
+                append_record(make_record(path, settings, result, name), result)
+            if args.compare:
+                stem = Path(name).with_suffix("")
+                folder = compare / stem.parts[0] if len(args.images) > 1 and len(stem.parts) > 1 else compare
+                sheets.setdefault(folder, Sheets(folder, COLUMNS)).add(printable(stem), outcome)
     for folder, of_folder in sheets.items():
         of_folder.flush()
         print(f"{printable(folder)}: {counted(of_folder.written, 'contact sheet')} (gray, colored, original)")
-    left_out = f", {skipped} skipped" if skipped else ""
-    made_with = f"with {printable(colorizer.checkpoint)} in {colorizer.precision}"
-    print(f"{printable(args.output or args.result_path)}: {counted(done, 'image')} colored {made_with}{left_out}")
-    return EXIT_SKIPPED if skipped else 0
+    trained = f" (epoch {info['epoch']}, {counted(info['step'], 'step')})" if "step" in info else ""
+    made_with = f"with {printable(checkpoint)}{trained} in {colorizer.precision}"
+    print(f"{where}: {counted(done, 'image')} colorized {made_with}" + (f", {len(skipped)} skipped" if skipped else ""))
+    return cli.EXIT_SKIPPED if skipped else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, parse_args, after_stop="to go on: the same command with --skip_existing"))
+    sys.exit(cli.run_script(main, parse_args, after_stop="to resume: the same command with --skip_existing"))

@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 
-from support.cli import UserError, note, note_some
+from support.cli import UserError, counted, note, note_some
+from support.records import absolute, read_records
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -120,7 +121,7 @@ def named_images(*roots):
             raise UserError(f"{' '.join(roots)}: on different drives; process one drive at a time") from error
     paths = {os.path.abspath(path): path for root in roots for path in list_images(root)}
     images = {}
-    for path in sorted(paths.values()):
+    for path in sorted(paths.values(), key=lambda path: relative_path(path, top)):  # the order of the names is kept
         name = relative_path(path, top)
         stem = os.path.splitext(name)[0]
         images[name if stem in images else stem] = path
@@ -128,17 +129,30 @@ def named_images(*roots):
 
 
 def pair_images(true_dir, colored_dir):
-    """Images of two folders that belong together, by the names of `named_images`.
+    """Pair the images of a folder with their results: by the results' records, by name where these do not help.
 
-    Returns a list of (name, path of the true image, path of the colored one) and what is left out, a dict from the
-    problem to the names. Raises UserError when not one pair is left.
+    Returns a list of (name, path of the original, path of the result), and what is left out, {problem: names}. Raises
+    UserError if there are no pairs.
     """
     true, colored = named_images(true_dir), named_images(colored_dir)
-    left_out = {
-        "no colored image": [name for name in true if name not in colored],
-        "no true image": [name for name in colored if name not in true],
+    originals = {absolute(path): name for name, path in true.items()}
+    top = os.path.join(os.path.realpath(true_dir if os.path.isdir(true_dir) else os.path.dirname(true_dir)), "")
+    results = {relative_path(path, colored_dir).replace(os.sep, "/"): name for name, path in colored.items()}
+    sources = {
+        results[result]: record["source"]["path"]
+        for result, record in read_records(colored_dir).items()
+        if result in results and record["source"]["path"].startswith(top)
     }
-    pairs = [(name, true[name], colored[name]) for name in true if name in colored]
+    by_name = {name: name for name in colored if name not in sources}  # others' results, or the images were moved
+    if by_name:
+        note(f"{colored_dir}: {counted(len(by_name), 'image')} paired by name, without a record of the original")
+    result_of = {**by_name, **{originals[x]: name for name, x in sources.items() if x in originals}}
+    pairs = [(name, true[name], colored[result_of[name]]) for name in true if name in result_of]
+    paired = {path for *_, path in pairs}
+    left_out = {
+        "no colored image": [name for name in true if name not in result_of],
+        "no true image": [name for name, path in colored.items() if path not in paired],
+    }
     if not pairs:
         raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path but for the suffix)")
     return pairs, {problem: names for problem, names in left_out.items() if names}

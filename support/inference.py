@@ -1,48 +1,44 @@
-"""A layer as an exported program, run by Paddle's inference engine: on CPUs several times faster than eager mode."""
+"""Paddle Inference: on CPUs with oneDNN it runs a layer several times faster than eager mode."""
 
-import atexit
-import shutil
+import os
 import tempfile
-from pathlib import Path
+import threading
 
 from support.cpu import available_cores
-from support.files import remove_temporaries
 
-import numpy as np
 import paddle
-from paddle import nn
+from paddle import inference, nn
 
 
-def exported(make_layer, inputs, folder, stamp):
-    """The folder of the exported program of `make_layer()`; made anew when the stamp in it is another one.
+def has_engine():
+    """Return whether this build of Paddle contains oneDNN, without which the engine is no faster than eager mode."""
+    return paddle.base.core.is_compiled_with_mkldnn()
 
-    inputs: a list of `paddle.static.InputSpec`. Where the folder cannot be written it is a temporary one.
+
+def temporary_folder():
+    """Return a temporary folder that Paddle can write to, as a context manager.
+
+    On Windows Paddle writes only to paths that are ASCII. PUBLIC names such a folder; other systems do not set it.
     """
-    if (folder / "stamp").is_file() and (folder / "stamp").read_text() == stamp:
-        return folder
-    layer = make_layer()
+    return tempfile.TemporaryDirectory(dir=None if tempfile.gettempdir().isascii() else os.environ.get("PUBLIC"))
+
+
+def export(layer, inputs, folder):
+    """Export a layer, with its batch norm folded in place, as a program in a folder.
+
+    Args:
+        layer (Layer): The layer.
+        inputs (list[InputSpec]): Shapes of its inputs.
+        folder (str): An existing folder.
+    """
     layer.eval()
     fold_batch_norm(layer)
     program = paddle.jit.to_static(layer, input_spec=inputs, full_graph=True)
-    remove_temporaries(folder.parent)
-    try:
-        _save(program, stamp, folder)
-    except OSError:  # a folder that is only to be read, or full
-        elsewhere = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
-        folder = Path(elsewhere) / folder.name
-        _save(program, stamp, folder)
-    return folder
-
-
-def _save(program, stamp, folder):
-    folder.mkdir(exist_ok=True)
-    paddle.jit.save(program, str(folder / "program"))
-    (folder / "stamp").write_text(stamp)
+    paddle.jit.save(program, os.path.join(folder, "program"))
 
 
 class Affine(nn.Layer):
-    """What batch norm is once its statistics stand still: x [N, C, H, W] * scale + offset."""
+    """Batch norm with fixed statistics: x [N, C, H, W] * scale + offset."""
 
     def __init__(self, norm):
         super().__init__()
@@ -56,10 +52,10 @@ class Affine(nn.Layer):
 
 @paddle.no_grad()
 def fold_batch_norm(layer):
-    """Puts a product and a sum in the place of each batch norm, in place.
+    """Replace each batch norm by a product and a sum, in place.
 
-    oneDNN's batch norm exists in float32 alone: in bf16 every one of them, and a transposed convolution after it,
-    would be computed in float32, with a change of format before and behind.
+    oneDNN's batch norm exists in float32 only: in bf16, each of them, and a transposed convolution after it, would be
+    computed in float32, with a conversion before and after.
     """
     for parent in layer.sublayers(include_self=True):
         for name, child in list(parent.named_children()):
@@ -68,30 +64,29 @@ def fold_batch_norm(layer):
 
 
 def engine(folder, precision="float32"):
-    """The function that runs an exported program on the CPU: float32 arrays, one for each input -> one of its outputs.
+    """Load the program that `export` wrote, and return the function that runs it on the CPU.
 
-    Arrays may have another shape in each call. `precision` "bf16" computes in bfloat16 where the processor and Paddle
-    (3.x) have it. Raises whatever the engine lacks on this platform, or in this version of Paddle.
+    The function takes a contiguous float32 array of any shape that the program accepts, returns the output as an array
+    and may be called from several threads. "bf16" computes in bfloat16 where the processor and Paddle (3.x) support it.
+    Raises any error of the engine on this platform or in this version of Paddle.
     """
-    from paddle import inference
-
-    program = next(path for path in folder.iterdir() if path.suffix in (".json", ".pdmodel"))  # Paddle 3, Paddle 2
-    config = inference.Config(str(program), str(program.with_suffix(".pdiparams")))
-    config.disable_gpu()
-    config.disable_glog_info()
+    suffix = "json" if os.path.exists(os.path.join(folder, "program.json")) else "pdmodel"  # Paddle 3, Paddle 2
+    config = inference.Config(*(os.path.join(folder, f"program.{name}") for name in (suffix, "pdiparams")))
     config.set_cpu_math_library_num_threads(available_cores())
     config.enable_mkldnn()
-    config.set_mkldnn_cache_capacity(1)  # else each new size keeps some 120 MB
+    config.set_mkldnn_cache_capacity(1)  # otherwise each new size keeps about 120 MB
     if precision == "bf16":
         config.enable_mkldnn_bfloat16()
     predictor = inference.create_predictor(config)
-    handles = [predictor.get_input_handle(name) for name in predictor.get_input_names()]
+    source = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
+    lock = threading.Lock()
 
-    def run(*arrays, output=0):
-        for handle, array in zip(handles, arrays):
-            handle.reshape(array.shape)
-            handle.copy_from_cpu(np.ascontiguousarray(array, np.float32))
-        predictor.run()
-        return predictor.get_output_handle(predictor.get_output_names()[output]).copy_to_cpu()
+    def run(array):
+        with lock:
+            source.reshape(array.shape)
+            source.copy_from_cpu(array)
+            predictor.run()
+            return result.copy_to_cpu()
 
     return run
