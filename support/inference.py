@@ -33,8 +33,7 @@ def export(layer, inputs, folder):
     """
     layer.eval()
     fold_batch_norm(layer)
-    program = paddle.jit.to_static(layer, input_spec=inputs, full_graph=True)
-    paddle.jit.save(program, os.path.join(folder, "program"))
+    paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs, full_graph=True), os.path.join(folder, "program"))
 
 
 class Affine(nn.Layer):
@@ -72,6 +71,7 @@ def engine(folder, precision="float32"):
     """
     suffix = "json" if os.path.exists(os.path.join(folder, "program.json")) else "pdmodel"  # Paddle 3, Paddle 2
     config = inference.Config(*(os.path.join(folder, f"program.{name}") for name in (suffix, "pdiparams")))
+    config.disable_glog_info()
     config.set_cpu_math_library_num_threads(available_cores())
     config.enable_mkldnn()
     config.set_mkldnn_cache_capacity(1)  # otherwise each new size keeps about 120 MB
