@@ -22,17 +22,11 @@ import paddle
 from PIL import ExifTags, Image
 
 from dataset import lab_to_photograph, photograph_lightness, rgb_to_lightness
-from pretrained import best_load_size, find_weights, load_network
+from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
 STRIP_PIXELS = 1_000_000  # converted at a time, so that a large image needs little more memory than itself
-
-
-def checkpoint_info(path):
-    # TODO: replace by `from pretrained import checkpoint_info` ("load_size", and where stored "epoch", "step") once
-    # that exists; test.py and export_onnx.py take it from here.
-    return {"load_size": best_load_size(path)}
 
 
 class Colorizer:
@@ -51,7 +45,7 @@ class Colorizer:
 
     def __init__(self, weights=None, model_path="./model", precision="auto"):
         self.checkpoint = find_weights(model_path, weights)
-        self.load_size = checkpoint_info(self.checkpoint)["load_size"]
+        self.load_size = checkpoint_info(self.checkpoint).get("load_size", LOAD_SIZE)
         self.network, self.precision = make_predictor(self.checkpoint, precision)
         self.ab_bins = load_ab_bins()
 

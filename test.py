@@ -37,8 +37,8 @@ from support.sheets import Sheets, fit
 import numpy as np
 from PIL import Image
 
-from colorizer import FORMATS, LARGEST_SIDE, Colorizer, checkpoint_info, colored, decode, network_input, save
-from pretrained import LOAD_SIZE, find_weights
+from colorizer import FORMATS, LARGEST_SIDE, Colorizer, colored, decode, network_input, save
+from pretrained import LOAD_SIZE, checkpoint_info, find_weights
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
@@ -78,15 +78,15 @@ def result_folder(args):
 def check_apart(results, args):
     """Raise UserError if results would overwrite images or lie among them, where the next run would colorize them."""
     folder = result_folder(args)
-    for path, name in results.items():
-        if os.path.exists(folder / name) and os.path.exists(path) and os.path.samefile(folder / name, path):
-            raise UserError(f"{path}: the result would overwrite it; choose another name")
     for parent in {os.path.realpath(os.path.dirname(path)) for path in results}:
         if not args.output and Path(os.path.realpath(folder)) in (Path(parent), *Path(parent).parents):
             raise UserError(
                 f"{folder}: contains input images, so results would mix with them; "
                 "choose another --result_path, or pass --output FILE for a single image"
             )
+    for path, name in results.items():
+        if os.path.exists(folder / name) and os.path.exists(path) and os.path.samefile(folder / name, path):
+            raise UserError(f"{path}: the result would overwrite it; choose another name")
 
 
 def obstacle(target, path, record):
@@ -266,7 +266,7 @@ def main(args):
     # Plan: usage errors appear before the network is loaded
     checkpoint = find_weights(args.model_path, args.load_model)
     info = checkpoint_info(checkpoint)
-    args.load_size = args.load_size or info["load_size"]
+    args.load_size = args.load_size or info.get("load_size", LOAD_SIZE)
     cli.check_crop(args, multiple=8)
     method = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
     settings = {"sha256": sha256(checkpoint), **method, "format": args.format}

@@ -1,4 +1,7 @@
-"""`Colorizer`: one way from a photograph to the colored one, whoever asks."""
+"""`Colorizer`: the same results as test.py for files, Pillow images and arrays, also from several threads."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 from support.checkpoints import save_checkpoint
 from support.cli import UserError
@@ -23,7 +26,7 @@ def checkpoint(tmp_path, small_network):
     return path
 
 
-def test_a_path_an_image_and_an_array_give_what_test_py_writes(checkpoint, photographs, tmp_path):
+def test_path_image_and_array_give_the_pixels_of_test_py(checkpoint, photographs, tmp_path):
     coffee = photographs / "coffee.png"
     where = ["--model_path", str(checkpoint.parent), "--result_path", str(tmp_path / "result")]
     assert test.main(test.parse_args([str(coffee), *where, "--temperature", "0.2"])) == 0
@@ -37,22 +40,41 @@ def test_a_path_an_image_and_an_array_give_what_test_py_writes(checkpoint, photo
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_the_logits_give_ab_at_any_temperature(checkpoint, photographs, monkeypatch, eager):
-    """So that who moves the temperature need not run the network again."""
+def test_annealed_mean_of_logits_equals_predicted_ab(checkpoint, photographs, monkeypatch, eager):
     if eager:
         monkeypatch.setattr(colorizer, "engine_predictor", lambda *_: 1 / 0)
     colorize = colorizer.Colorizer(checkpoint)
     logits = colorize.logits(photographs / "coffee.png", load_size=64)
     assert logits.shape == [1, 313, 16, 24]
-    seen = colorizer.as_seen(Image.open(photographs / "coffee.png"), 64)
+    seen = colorizer.network_input(Image.open(photographs / "coffee.png"), 64)
     for temperature in (0.05, 0.38, 1):
         ab = annealed_mean(logits, load_ab_bins(), temperature)
         assert np.abs(ab.numpy() - colorize.predict_ab(seen[None], temperature).numpy()).max() < 0.01
 
 
-def test_errors_are_the_ones_that_are_documented(checkpoint, tmp_path):
+def test_documented_errors(checkpoint, tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         colorizer.Colorizer("7", model_path=checkpoint.parent)
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(InvalidImageError, match=r"text.jpg: not an image"):
         colorizer.Colorizer(checkpoint)(tmp_path / "text.jpg")
+    colorize = colorizer.Colorizer(checkpoint)
+    for array in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)):
+        with pytest.raises(ValueError, match=rf"uint8 \[H, W, 3\], not {array.dtype} {re.escape(str([*array.shape]))}"):
+            colorize(array)
+    with pytest.raises(UserError, match="photo.xyz: its suffix must be one of png, jpg"):
+        colorizer.save(Image.new("RGB", (8, 8)), tmp_path / "photo.xyz")
+
+
+def test_suffix_jpeg_writes_a_jpeg(tmp_path):
+    colorizer.save(Image.new("RGB", (8, 8)), tmp_path / "x.jpeg")
+    assert Image.open(tmp_path / "x.jpeg").format == "JPEG"
+
+
+def test_threads_get_the_colors_of_their_own_images(checkpoint, photographs):
+    colorize = colorizer.Colorizer(checkpoint, precision="float32")
+    paths = sorted(photographs.iterdir()) * 8
+    expected = [np.asarray(colorize(path, load_size=64)) for path in paths[:4]] * 8
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda path: np.asarray(colorize(path, load_size=64)), paths))
+    assert [np.array_equal(a, b) for a, b in zip(results, expected)] == [True] * len(paths)
