@@ -1,9 +1,9 @@
-"""What `paddle.hub` offers of this project; DIR is this folder.
+"""Entry points for `paddle.hub`; DIR is this folder.
 
     colorize = paddle.hub.load(DIR, "colorizer", source="local", weights="official")
     colorize("photo.jpg").save("colored.png")
 
-From GitHub: "OWNER/REPOSITORY:main" for DIR, and no `source`.
+From GitHub: "OWNER/REPOSITORY:main" for DIR, without `source`.
 """
 
 import os as _os
@@ -16,19 +16,28 @@ _OURS = {"colorizer", "dataset", "model", "pretrained", "support", "utils"}
 
 
 def colorizer(weights=None, **settings):
-    """An object that colors photographs at full resolution: `colorizer(...)("photo.jpg")` is a Pillow image.
+    """Return an object that colorizes images at full resolution: `colorizer(...)("photo.jpg")` is a Pillow image.
 
-    weights: a checkpoint's name in `model_path` (./model by default), "official" for the authors', or a path; without
-    it the one that `test.py` takes. Other settings are those of the class `Colorizer` in colorizer.py, which also says
-    what photographs can be and which errors there are.
+    Args:
+        weights (str, optional): A checkpoint's name in `model_path`, "official" for the authors' weights, "small" for
+            the bundled ones, or a path; by default the checkpoint that test.py would use.
+        **settings: `model_path` and `precision` of the class `Colorizer` in colorizer.py.
+
+    Raises:
+        UserError: If there are no such weights, or they are damaged.
     """
     return _import("colorizer").Colorizer(weights, **settings)
 
 
 def network(weights=None, model_path="./model"):
-    """The network alone, to evaluate: float32 [N, 1, H, W] of L - 50 -> logits over the ab bins [N, 313, H/4, W/4].
+    """Return the network in evaluation mode: float32 [N, 1, H, W] of L - 50 -> logits [N, 313, H/4, W/4].
 
-    H and W are multiples of 8; weights as for `colorizer`.
+    Args:
+        weights (str, optional): As for `colorizer`.
+        model_path (str): Folder of the checkpoints.
+
+    Raises:
+        UserError: If there are no such weights, or they are damaged.
     """
     pretrained = _import("pretrained")
     network = pretrained.load_network(pretrained.find_weights(model_path, weights))
@@ -37,16 +46,16 @@ def network(weights=None, model_path="./model"):
 
 
 def _import(name):
-    """A module of this folder; the caller's own by such names (`utils`, `model`) neither get in its way nor change."""
-    theirs = _take_away()
+    """Import a module of this folder. The caller's modules of the same names (`utils`, `model`) stay as they are."""
+    theirs = _remove_modules()
     _sys.path.insert(0, _HERE)
     try:
         return __import__(name)
     finally:
         _sys.path.remove(_HERE)
-        _take_away()
+        _remove_modules()
         _sys.modules.update(theirs)
 
 
-def _take_away():
+def _remove_modules():
     return {name: _sys.modules.pop(name) for name in list(_sys.modules) if name.split(".")[0] in _OURS}

@@ -1,13 +1,13 @@
-"""Writes a network with its annealed mean as one ONNX file, to color where there is no Paddle.
+"""Export a network with its annealed mean as one ONNX file, to colorize images without Paddle.
 
     pip install paddle2onnx                                  once; it needs Paddle 3
     python resources/export_onnx.py --load_model small       writes small.onnx
 
-Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and `temperature`, float32 [1]; the
-output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to color a photograph with it. The last line says
-what was written, and at which short side the network is at its best:
+Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and `temperature`, float32 [1]. The
+output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to colorize an image with it. The last line names
+the file and the shorter side that the network's input should have:
 
-    small.onnx: 129 MB, for photographs with a short side of 96 pixels
+    small.onnx: 129 MB, for images with a shorter side of 96 pixels
 """
 
 import os
@@ -23,24 +23,36 @@ from support.files import atomic_path
 
 import paddle
 
-from colorizer import NetworkToAb
 from pretrained import best_load_size, find_weights, load_network
+from utils import annealed_mean, load_ab_bins
 
-OPSET = 13  # of 2021: whatever runs ONNX today knows it
-SIDES = {"lightness": ("N", 1, "H", "W"), "ab": ("N", 2, "H/4", "W/4")}  # what a viewer shows
+OPSET = 13  # of 2021, which all current ONNX runtimes support
+SIDES = {"lightness": ("N", 1, "H", "W"), "ab": ("N", 2, "H/4", "W/4")}  # shown by viewers
+
+
+class NetworkToAb(paddle.nn.Layer):
+    """The network with the annealed mean: lightness [N, 1, H, W], temperature [1] -> ab [N, 2, H/4, W/4]."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("ab_bins", load_ab_bins())
+
+    def forward(self, lightness, temperature):
+        return annealed_mean(self.network(lightness), self.ab_bins, temperature)
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Writes a network with its annealed mean as one ONNX file.")
+    parser = Parser(description="Export a network with its annealed mean as one ONNX file.")
     parser.add_argument("--model_path", default="./model", help="folder of the checkpoints")
-    parser.add_argument("--load_model", metavar="NAME", help="the one to write, as in test.py")
+    parser.add_argument("--load_model", metavar="NAME", help="checkpoint to export, as in test.py")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: NAME.onnx)")
     return parser.parse_args(argv)
 
 
 @contextmanager
 def printed_to(path):
-    """Sends to a file what is printed, also by native code."""
+    """Redirect standard output and standard error to a file, also those of native code."""
     kept = [os.dup(1), os.dup(2)]
     sys.stdout.flush()
     with open(path, "wb") as file:
@@ -56,38 +68,37 @@ def printed_to(path):
 
 
 def convert(checkpoint):
-    """The ONNX model of a checkpoint's network. Raises UserError when paddle2onnx cannot make it."""
+    """Return the ONNX model of a checkpoint's network. Raises UserError if paddle2onnx cannot convert it."""
     try:
         import onnx
         import paddle2onnx
     except ImportError:
-        raise UserError("this needs Paddle 3 and paddle2onnx: pip install paddle2onnx") from None
+        raise UserError("Paddle 3 and paddle2onnx are needed: pip install paddle2onnx") from None
     inputs = [
         paddle.static.InputSpec([None, 1, None, None], name="lightness"),
         paddle.static.InputSpec([1], name="temperature"),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        network = load_network(checkpoint)
-        program = inference.exported(lambda: NetworkToAb(network), inputs, Path(folder) / "exported", stamp="")
-        files = [str(program / f"program.{suffix}") for suffix in ("json", "pdiparams")]
+        inference.export(NetworkToAb(load_network(checkpoint)), inputs, folder)
+        files = [os.path.join(folder, f"program.{suffix}") for suffix in ("json", "pdiparams")]
+        log = Path(folder) / "log"
         try:
-            with printed_to(log := Path(folder) / "log"):
-                # Its optimizer would install packages, from an index of its own.
+            with printed_to(log):
+                # Its optimizer would install packages.
                 converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
-        except Exception as error:  # its own errors it only prints, and goes on to one that says nothing
-            said = log.read_text(errors="replace").strip().splitlines() or [str(error)]
-            raise UserError(f"paddle2onnx cannot convert this: {said[-1]}") from error
-    return tidied(onnx.load_from_string(converted))
+        except Exception as error:  # paddle2onnx prints the reason; the error that it raises later does not contain it
+            printed = log.read_text(errors="replace").strip().splitlines() or [str(error)]
+            raise UserError(f"paddle2onnx cannot convert this: {printed[-1]}") from error
+    return named(onnx.load_from_string(converted))
 
 
-def tidied(model):
-    """The model with ab as its one output, sides that have names, and no constants that nothing reads."""
+def named(model):
+    """Return the ONNX model with its output named ab, and with names for the sides of its input and output."""
     graph = model.graph
     ab = graph.output[0].name
     for node in graph.node:
         node.output[:] = ["ab" if name == ab else name for name in node.output]
     graph.output[0].name = "ab"
-    del graph.output[1:]  # the logits
     for value in (graph.input[0], graph.output[0]):
         for dimension, side in zip(value.type.tensor_type.shape.dim, SIDES[value.name]):
             setattr(dimension, "dim_value" if isinstance(side, int) else "dim_param", side)
@@ -101,7 +112,7 @@ def main(args):
     with atomic_path(output) as temporary:
         temporary.write_bytes(model.SerializeToString())
     size = f"{output.stat().st_size / 1e6:.0f} MB"
-    print(f"{printable(output)}: {size}, for photographs with a short side of {best_load_size(checkpoint)} pixels")
+    print(f"{printable(output)}: {size}, for images with a shorter side of {best_load_size(checkpoint)} pixels")
     return 0
 
 

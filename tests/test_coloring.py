@@ -37,7 +37,7 @@ def run(tmp_path, small_network, monkeypatch):
     def run(images, *flags, result="result"):
         where = ["--model_path", str(tmp_path / "model"), "--result_path", os.path.join(tmp_path, result), *EXACT]
         images = images if isinstance(images, tuple) else (images,)
-        return test.main(test.parse_args([*where, *map(str, (*flags, *images))])), tmp_path / result
+        return test.main(test.parse_args([*map(str, images), *where, *map(str, flags)])), tmp_path / result
 
     run.network = network
     return run

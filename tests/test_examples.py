@@ -1,4 +1,4 @@
-"""The examples of docs/coloring.md, as they stand there: each colors a photograph as test.py does."""
+"""The examples in docs/coloring.md, unchanged: each colorizes an image as test.py does."""
 
 import re
 import subprocess
@@ -12,7 +12,6 @@ from PIL import Image
 from skimage import data
 
 import test
-from colorizer import NetworkToAb
 from pretrained import SMALL, load_network
 from resources import export_onnx
 
@@ -21,7 +20,7 @@ EXAMPLES = re.findall("```python\n(.*?)```", (ROOT / "docs" / "coloring.md").rea
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With photo.jpg, what test.py makes of it, and small.onnx if that can be made here."""
+    """A folder with photo.jpg and its result by test.py."""
     folder = tmp_path_factory.mktemp("examples")
     Image.fromarray(data.coffee()).save(folder / "photo.jpg")
     flags = ["--load_model", "small", "--result_path", str(folder / "result")]
@@ -30,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def difference(folder, example, *path):
-    """Of what an example of the docs writes from what test.py wrote: uint8 steps, [H, W, 3]."""
+    """Run an example. Return the absolute difference of its result and that of test.py: uint8 steps, [H, W, 3]."""
     setup = f"import sys; DIR = {str(ROOT)!r}; sys.path[:0] = {list(path)!r}\n"
     subprocess.run([sys.executable, "-W", "ignore", "-c", setup + example], cwd=folder, check=True)
     images = (Image.open(folder / name) for name in ("colored.png", "result/photo.png"))
@@ -45,22 +44,21 @@ def test_python_and_the_hub_give_the_same_pixels(folder):
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_same_ab_at_any_size_and_number_and_the_same_colors(folder):
+def test_onnx_gives_the_same_ab_at_any_size_and_the_same_colors(folder):
     pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     output = folder / "small.onnx"
     assert export_onnx.main(export_onnx.parse_args(["--load_model", "small", "--output", str(output)])) == 0
     session = onnxruntime.InferenceSession(str(output))
-    network = NetworkToAb(load_network(SMALL))
+    network = export_onnx.NetworkToAb(load_network(SMALL))
     network.eval()
     for shape in ((1, 1, 96, 144), (3, 1, 64, 40), (2, 1, 8, 8)):
         lightness = np.random.default_rng(0).uniform(-50, 50, shape).astype(np.float32)
         for temperature in np.float32([[0.38], [1]]):
             (ab,) = session.run(None, {"lightness": lightness, "temperature": temperature})
             with paddle.no_grad():
-                expected, _ = network(paddle.to_tensor(lightness), paddle.to_tensor(temperature))
+                expected = network(paddle.to_tensor(lightness), paddle.to_tensor(temperature))
             assert np.abs(ab - expected.numpy()).max() < 0.01
-    steps = difference(
-        folder, EXAMPLES[2]
-    )  # scikit-image's Lab, float64, against ours; bf16 where the processor has it
+    # The example uses scikit-image's Lab in float64. test.py uses bf16 where the CPU supports it.
+    steps = difference(folder, EXAMPLES[2])
     assert steps.mean() < 1 and np.quantile(steps, 0.99) <= 4

@@ -1,4 +1,4 @@
-"""`hubconf.py`, by the conventions of paddle.hub."""
+"""`hubconf.py`, used through paddle.hub."""
 
 import subprocess
 import sys
@@ -15,20 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = {"repo_dir": str(ROOT), "source": "local"}
 
 
-def test_what_there_is_and_how_to_use_it():
+def test_entry_points_are_listed_and_documented():
     assert paddle.hub.list(**HERE) == ["colorizer", "network"]
     for name in paddle.hub.list(**HERE):
         assert "weights" in paddle.hub.help(model=name, **HERE)
 
 
 @pytest.mark.slow
-def test_it_colors_as_elsewhere_beside_other_modules_of_the_same_names(trained, photographs, tmp_path):
+def test_hub_gives_the_same_pixels_next_to_modules_of_the_same_names(trained, photographs, tmp_path):
     (tmp_path / "utils.py").write_text("theirs = True")
     (tmp_path / "model.py").write_text("theirs = True")
     (tmp_path / "notebook.py").write_text("""if True:
         import sys
         import utils
-        import zlib  # see support/__init__.py: Paddle itself is imported ahead of it here
+        import zlib  # before Paddle: see support/__init__.py
         import paddle
 
         where = {"repo_dir": sys.argv[1], "source": "local", "weights": sys.argv[2]}
