@@ -1,9 +1,9 @@
-"""Coloring beside OpenCV's DNN module, with which most people run this network: the same weights, in turn; ratios.
+"""Compare the time per image with OpenCV's DNN module, which can run the same weights; both run alternately.
 
     pip install "opencv-python-headless<5"                        (for this benchmark alone)
     python tests/benchmarks/against_opencv.py [float32] [bf16] [--rounds 7]
 
-Random weights are written as a Caffe file, which OpenCV reads by itself, and `pretrained.py` for this project.
+Random weights are written as a Caffe file, which both OpenCV and `pretrained.py` read.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from PIL import Image
 from colorizer import make_predictor
 from dataset import rgb_to_lightness
 from pretrained import read_network
-from utils import TEMPERATURE
+from utils import annealed_mean, load_ab_bins
 
 
 def photograph(side):
@@ -37,7 +37,7 @@ def photograph(side):
 
 
 def seconds(run):
-    run()  # untimed: what was idle meanwhile is cold
+    run()  # untimed, to warm up after the pause
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -61,9 +61,14 @@ def main():
     theirs = run_by_opencv(caffemodel, 224, 224)
     expected = theirs(x.numpy())
     for precision in args.precisions:
-        predict, _ = make_predictor(folder / "epoch_0_model.pdparams", precision)
-        difference = np.abs(predict(x, TEMPERATURE).numpy() - expected)
-        ours_and_theirs = (partial(predict, x, TEMPERATURE), partial(theirs, x.numpy()))
+        network, _ = make_predictor(folder / "epoch_0_model.pdparams", precision)
+        ab_bins = load_ab_bins()
+
+        def predict(lightness, network=network, ab_bins=ab_bins):
+            return annealed_mean(network(lightness), ab_bins)
+
+        difference = np.abs(predict(x).numpy() - expected)
+        ours_and_theirs = (partial(predict, x), partial(theirs, x.numpy()))
         times = [tuple(map(seconds, ours_and_theirs)) for _ in range(args.rounds)]
         ratios = [a / b for a, b in times]
         ours, opencvs = (statistics.median(t) for t in zip(*times))

@@ -87,7 +87,7 @@ def paddle_side(job, threads, batch, size):
         path = Path(tempfile.mkdtemp()) / "epoch_0_model.pdparams"
         save_checkpoint(network.state_dict(), path)
         predict, _ = make_predictor(path, job)
-        return lambda: predict(x, 0.38)
+        return lambda: predict(x)
     convolve_in_parts(network, threads)  # as train.py does
     keep_freed_memory()
     optimizer = paddle.optimizer.Adam(3e-5, 0.9, 0.99, parameters=network.parameters(), weight_decay=1e-3)

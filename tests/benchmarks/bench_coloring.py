@@ -1,11 +1,10 @@
-"""`test.py` end to end: what share of the time is the network's, and how fast beside a plain loop; peak memory.
+"""Measure test.py: the network's share of the time, the speed compared with a plain loop, and peak memory.
 
     python tests/benchmarks/bench_coloring.py --image_dir DIR [--max_samples 50] [--precision bf16]
     python tests/benchmarks/bench_coloring.py --megapixels 50
 
-On one core (`taskset -c 0`) it is the processor's time that counts, which hardly depends on what else the machine does.
-
-A random network serves: its time does not depend on the weights.
+On one core (`taskset -c 0`) CPU time is measured, which hardly depends on the load of the machine. The network has
+random weights, on which its time does not depend.
 """
 
 import argparse
@@ -29,6 +28,7 @@ import test
 from dataset import rgb_to_lightness
 from model import CIC
 from tests.small_network import standardize
+from utils import annealed_mean, load_ab_bins
 
 clock = time.process_time if available_cores() == 1 else time.perf_counter
 
@@ -36,20 +36,21 @@ clock = time.process_time if available_cores() == 1 else time.perf_counter
 def timed(predict, seconds):
     def run(*arguments):
         start = clock()
-        ab = predict(*arguments)
+        logits = predict(*arguments)
         seconds.append(clock() - start)
-        return ab
+        return logits
 
     return run
 
 
 def plain_loop(paths, predict, folder):
-    """The same steps, one after the other."""
+    """Take the same steps one after another."""
+    ab_bins = load_ab_bins()
     for i, path in enumerate(paths):
         rgb = read_rgb(path)
         size = colorizer.network_size(rgb.shape[1], rgb.shape[0], 256)
         small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
-        ab = predict(rgb_to_lightness(paddle.to_tensor(small.transpose(2, 0, 1)[None])) - 50, 0.38)[0]
+        ab = annealed_mean(predict(rgb_to_lightness(paddle.to_tensor(small.transpose(2, 0, 1)[None])) - 50), ab_bins)[0]
         Image.fromarray(colorizer.join(rgb, ab)).save(folder / f"{i}.png", **colorizer.FORMATS["png"])
 
 
@@ -59,7 +60,7 @@ def main():
     parser.add_argument("--max_samples", type=int)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--megapixels", type=int, help="color one photograph of this size and report memory")
+    parser.add_argument("--megapixels", type=int, help="colorize one image of this size and report memory")
     args = parser.parse_args()
     use_all_cores()
     folder = Path(tempfile.mkdtemp())
@@ -89,13 +90,14 @@ def main():
         if not args.megapixels:
             plain_loop(paths, timed(predict, alone), folder)
         loop = clock() - start
-        share, speeds = sum(seconds) / wall, (len(paths) / wall, len(paths) / max(loop, 1e-9))
-        print(f"{len(paths)} photographs, {precision}: network {share:.0%} of the time; ", end="")
-        print(f"{speeds[0]:.2f} a second, plain loop {speeds[1]:.2f}; ", end="")
-        own = max(sum(alone), 1e-9)  # one photograph at a time, and nothing beside it
-        print(f"{wall / own:.2f} and {loop / own:.2f} of the network's own time", flush=True)
+        print(f"{len(paths)} images, {precision}: network {sum(seconds) / wall:.0%} of the time; ", end="")
+        print(f"{len(paths) / wall:.2f} images per second", end="\n" if args.megapixels else ", ", flush=True)
+        if not args.megapixels:
+            own = sum(alone)  # of the network, one image at a time and no other work
+            print(f"plain loop {len(paths) / loop:.2f}; ", end="")
+            print(f"{wall / own:.2f} and {loop / own:.2f} of the network's own time", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"resident memory: {before:.0f} MB before coloring, {peak:.0f} MB at the peak")
+    print(f"resident memory: {before:.0f} MB before colorizing, {peak:.0f} MB at the peak")
 
 
 if __name__ == "__main__":
