@@ -1,22 +1,22 @@
-"""A page that colors photographs: drop one, drag the line between gray and colored, move the temperature.
+"""A web page that colorizes photos: drop one, compare gray with colorized, change the temperature.
 
     pip install -r requirements-app.txt
-    python app.py                               for this machine alone, at http://127.0.0.1:7860
-    python app.py --host 0.0.0.0 --port 8000    for the network that it is in
+    python app.py                               only on this machine, at http://127.0.0.1:7860
+    python app.py --host 0.0.0.0 --port 8000    on every network of this machine
 
-It works without a network: fonts and scripts come with Gradio, and nothing is reported to anyone. Of a photograph
-nothing stays: what the page needs of it is in memory until its visitor has been away for a quarter of an hour.
+The page works offline: fonts and scripts are part of Gradio, and nothing is reported to anyone. Photos are kept in
+memory for 15 minutes after the user's last action, and never stored permanently.
 """
 
 import html
-import io
 import logging
 import os
+import socket
 import sys
 import tempfile
-import threading
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from support.images import InvalidImageError, image_size, open_rgb
 import numpy as np
 import paddle
 import skimage
-from PIL import Image
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
-from colorizer import Colorizer, join, save
+from colorizer import Colorizer, join, read_photograph, save
+from dataset import lab_to_rgb, rgb_to_lab
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
 
@@ -39,25 +41,25 @@ try:
 except ImportError:
     gr = None
 
-PREVIEW = 1200  # long side in pixels of what the page shows; the download has the photograph's own size
-MAX_MEGABYTES, MAX_MEGAPIXELS = 40, 50  # of a photograph
-MAX_VISITORS = 32  # with a photograph in memory, some 10 MB each; the one longest away is forgotten first
-MAX_WAITING = 64  # requests; who comes then is told so
-FORGET = 15 * 60  # seconds after a visitor's last request
+PREVIEW = 1200  # longer side in pixels of the pictures on the page; downloads have the photo's own size
+MAX_MEGABYTES, MAX_MEGAPIXELS = 40, 50  # per photo
+MAX_USERS = 32  # with a photo in memory, about 20 MB each; the least recently active one is dropped first
+MAX_WAITING = 64  # requests; later ones are rejected
+KEEP = 15 * 60  # seconds after a user's last action
 LOADED = 2  # networks in memory
-FORGOTTEN = "There is no photograph here; after a quarter of an hour it is forgotten. Please drop it again."
-EXAMPLES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")  # of scikit-image
+NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
+SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
+EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
 
 
 @dataclass
-class Visit:
-    """What is kept of a visitor from one request to the next."""
+class Photo:
+    """A user's photo and the network's output for it, kept from one request to the next."""
 
-    name: str  # of the photograph's file
-    data: bytes  # … what is in it
-    shown: np.ndarray  # uint8 [H, W, 3], the photograph as large as the page shows it
-    gray: bytes  # a JPEG of its lightness
-    weights: str = None  # the name of those that gave the logits
+    name: str
+    data: bytes  # the uploaded file
+    preview: np.ndarray  # uint8 [H, W, 3]
+    weights: str = None  # name of the weights that computed the logits
     logits: paddle.Tensor = None  # [1, 313, h/4, w/4]
 
     @contextmanager
@@ -67,52 +69,74 @@ class Visit:
             path.write_bytes(self.data)
             yield path
 
+    def gray(self):
+        return store(Image.fromarray(join(self.preview, paddle.zeros([2, 1, 1]))))
+
+    def ab(self, temperature):
+        return annealed_mean(self.logits, load_ab_bins(), temperature)[0]  # [2, h/4, w/4]
+
 
 # -------------------------------------------------------------------------------------------------
 # What the page does
 
 
 def take(path):
-    """A photograph that has come, shown in gray until it is its turn; the third output empties the field again."""
+    """Read a photo and show it in gray. The third output empties the upload field."""
     try:
         width, height = image_size(path)
         if width * height > MAX_MEGAPIXELS * 1e6:
-            raise InvalidImageError(path, f"{width}x{height} pixels; here {MAX_MEGAPIXELS} megapixels are the most")
-        image = open_rgb(path)
+            raise InvalidImageError(path, f"{width}x{height} pixels are more than {MAX_MEGAPIXELS} megapixels")
+        image = open_rgb(path, least_side=PREVIEW)
     except InvalidImageError as error:
-        gr.Warning(html.escape(f"{Path(path).name} cannot be read as a photograph: {error.reason}."))
+        gr.Warning(html.escape(f"{Path(path).name} cannot be read as a photo: {error.reason}."))
         return gr.skip(), gr.skip(), None
     image.thumbnail((PREVIEW, PREVIEW))
-    shown = np.asarray(image)
-    visit = Visit(Path(path).name, Path(path).read_bytes(), shown, jpeg(join(shown, paddle.zeros([2, 1, 1]))))
-    gray = file_of(visit.gray)
-    return visit, (gray, gray), None
+    photo = Photo(Path(path).name, Path(path).read_bytes(), np.asarray(image))
+    return photo, (photo.gray(), photo.gray()), None
 
 
-def example(name):
-    return os.path.join(os.path.dirname(skimage.__file__), "data", name)
+def compute(colorizer, photo, weights):
+    """Run the network, unless its output for these weights is kept."""
+    if photo and photo.weights != weights:
+        with photo.file() as path:
+            photo.logits, photo.weights = colorizer(weights).logits(path), weights
 
 
-def color(colorizer, visit, weights, temperature):
-    """Lets the network see the photograph, unless it has."""
-    if visit is None or visit.weights == weights:
+def show(photo, temperature, across, down):
+    """Draw everything that depends on the temperature or the place, from the kept logits."""
+    if photo is None:
+        gr.Info(NO_PHOTO)
+    if photo is None or photo.logits is None:
+        return [gr.skip()] * 5
+    colorized = Image.fromarray(join(photo.preview, photo.ab(temperature)))
+    pictures = photo.gray(), store(colorized)
+    chart, text = distribution(photo, colorized, temperature, across or 0, down or 0)
+    return photo, pictures, store(colorized), chart, text
+
+
+def full_size(suffix, photo, temperature):
+    """Write the file to download: the photo in its own size, colorized from the kept logits."""
+    if photo is None or photo.logits is None:
+        raise gr.Error(NO_PHOTO, print_exception=False)
+    with photo.file() as path:
+        image = read_photograph(path)
+    colorized = Image.fromarray(join(np.asarray(image), photo.ab(temperature)))
+    colorized.info = image.info
+    target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
+    save(colorized, target)
+    return str(target)
+
+
+def position(photo, event: gr.SelectData):
+    """Return the clicked place in percent of the width and the height."""
+    if photo is None:
         return gr.skip(), gr.skip()
-    with visit.file() as path:
-        visit = replace(visit, weights=weights, logits=colorizer(weights).logits(path))
-    return visit, gray_and_colored(visit, temperature)
+    height, width = photo.preview.shape[:2]
+    return [round(100 * (pixel + 0.5) / side, 1) for pixel, side in zip(event.index, (width, height))]
 
 
-def recolor(visit, temperature):
-    """Another temperature: from the logits that are kept."""
-    if visit is None:
-        gr.Info(FORGOTTEN)
-    if visit is None or visit.weights is None:
-        return gr.skip(), gr.skip()
-    return visit, gray_and_colored(visit, temperature)
-
-
-def told(handler):
-    """What would end a script is here a sentence for the visitor."""
+def report_errors(handler):
+    """Turn an error that would end a script into a message on the page."""
 
     def handle(*inputs):
         try:
@@ -123,21 +147,10 @@ def told(handler):
     return handle
 
 
-def gray_and_colored(visit, temperature):
-    (ab,) = annealed_mean(visit.logits, load_ab_bins(), temperature)
-    return file_of(visit.gray), file_of(jpeg(join(visit.shown, ab)))
-
-
-def jpeg(rgb):
-    with io.BytesIO() as file:
-        Image.fromarray(rgb).save(file, "JPEG", quality=90, subsampling=0)
-        return file.getvalue()
-
-
-def file_of(data):
-    """Where the page finds it, for a minute."""
+def store(image):
+    """Write a picture where Gradio finds it, and return its path."""
     path = temporary_path("picture.jpg")
-    path.write_bytes(data)
+    image.save(path, quality=90, subsampling=0)
     return str(path)
 
 
@@ -145,134 +158,206 @@ def temporary_path(name):
     return Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name
 
 
-def full_size(colorizer, visit, weights, temperature):
-    """The file to download: what test.py would write."""
-    if visit is None:
-        raise gr.Error(FORGOTTEN, print_exception=False)
-    with visit.file() as path:
-        colored = colorizer(weights)(path, temperature)
-    target = temporary_path(f"{path.stem}_colored.png")
-    save(colored, target)
-    return str(target)
+def delete_interrupted_uploads(folder):
+    """Delete partial uploads that have not grown for a minute; Gradio deletes only complete ones."""
+    for path in Path(folder).iterdir():
+        if path.is_file() and time.time() - path.stat().st_mtime > 60:
+            path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------
-# How it looks
+# The distribution at one place
+
+
+def distribution(photo, place, temperature, across, down):
+    """Draw the predicted probabilities of the 313 colors at one place.
+
+    Args:
+        photo (Photo): Its logits are needed.
+        place (Image): The colorized preview, in which the place is marked.
+        temperature (float): Temperature of the softmax and of the annealed mean.
+        across (float): Distance from the left edge in percent of the width.
+        down (float): Distance from the top edge in percent of the height.
+
+    Returns:
+        tuple: Path of the chart, and a sentence with its main numbers.
+    """
+    rows, columns = photo.logits.shape[2:]
+    x, y = min(across / 100, 0.999), min(down / 100, 0.999)
+    row, column = int(y * rows), int(x * columns)
+    logits = photo.logits[:, :, row : row + 1, column : column + 1]  # [1, 313, 1, 1]
+    mean = annealed_mean(logits, load_ab_bins(), temperature).flatten().tolist()
+    probability = paddle.nn.functional.softmax(logits.flatten() / temperature, axis=0).numpy()
+
+    center = x * place.width, y * place.height
+    pixel = np.asarray(place)[int(center[1]), int(center[0])]
+    lightness = rgb_to_lab(paddle.to_tensor(pixel.reshape([1, 3, 1, 1])))[0, 0].item()
+    for radius, color in ((11, "black"), (8, "white")):
+        box = [c + sign * radius for sign in (-1, 1) for c in center]
+        ImageDraw.Draw(place).ellipse(box, outline=color, width=3)
+    a, b = load_ab_bins().numpy()[probability.argmax()]
+    text = (
+        f"At {across:g}% from the left and {down:g}% from the top, the most likely color is a = {a:.0f}, b = {b:.0f} "
+        f"(probability {probability.max():.0%}). The annealed mean is a = {mean[0]:.0f}, b = {mean[1]:.0f}."
+    )
+    return draw_chart(probability, lightness, mean), text
+
+
+def draw_chart(probability, lightness, mean):
+    """Draw the ab plane with a square for each bin, its area proportional to the probability, and mark the mean."""
+    ab = load_ab_bins()
+    lab = paddle.concat([paddle.full([len(ab), 1], lightness), ab], axis=1)  # [313, 3]
+    colors = lab_to_rgb(lab.unsqueeze([2, 3])).squeeze([2, 3]).numpy()
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*ab.numpy().T, s=2, c="lightgray")
+    axes.scatter(*ab.numpy().T, s=180 * probability / probability.max(), c=colors, marker="s")
+    axes.plot(*mean, "o", ms=12, mfc="none", mec="white", mew=5)
+    axes.plot(*mean, "o", ms=12, mfc="none", mec="black", mew=2, label="annealed mean")
+    axes.set(xlabel="a (green to red)", ylabel="b (blue to yellow)", aspect="equal")
+    axes.legend()
+    path = temporary_path("chart.png")
+    figure.savefig(path)
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------------
+# Layout
 
 INTRODUCTION = """
-# Colorful Image Colorization
-A network looks at the **lightness** of a photograph, gray or not, and guesses its **colors**.
+# Colorize a photo
+A neural network predicts a photo's **colors** from its **lightness**. Colors already in the photo are ignored.
+"""
+PLACE = """
+## The prediction at one place
+For each place, the network predicts a probability for each of 313 colors. Click a place, or enter its position.
+"""
+CHART = """
+Each square is one of the colors, at the lightness of this place. Its area is proportional to its probability at the
+current temperature. The circle marks the annealed mean, which is the color used.
 """
 ABOUT = f"""
-**Temperature.** For every place the network says how likely each of 313 colors is. Toward 0 the likeliest one is taken:
-vivid, but patchy. At 1 it is the mean of all: calm, but dull. The paper takes {TEMPERATURE}.
+**Temperature.** At 1, the color of a place is the mean of all 313 colors, weighted by their probabilities. Lower
+temperatures give the more likely colors more weight, and near 0 only the most likely one counts. The paper uses
+{TEMPERATURE}.
 
-**What to expect.** Colors are plausible at best, never a record of what was there: the network cannot know whether a
-dress was red or blue. Do not take its results for evidence of anything.
+**Limits.** The colors are plausible at best. The network cannot know whether a dress was red or blue, so do not use its
+results as evidence of anything.
 
-**Weights.** WEIGHTS
+**Model.** MODELS All other models are checkpoints from a folder of this server.
 
-**Your photograph** goes to the machine that serves this page and no further. A quarter of an hour after you last
-touched it, it is forgotten; nothing of it is kept.
+**Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, or
+earlier if many people use the page.
 """
 KNOWN_WEIGHTS = {
-    "small": "come with the project. They have seen a hundredth of what the paper's network saw: skin, skies, wood and "
-    "stone mostly look right, other things by chance, and plain surfaces may get blotches.",
-    "official": "are the authors', trained on the 1.3 million photographs of ImageNet.",
+    "small": "is part of this project and was trained for a short time: skies mostly turn blue and plants often turn "
+    "green, but clothes, flowers and furniture remain brown or gray, and some surfaces get color patches.",
+    "official": "has the weights of the paper's authors, trained on the 1.3 million photos of ImageNet.",
 }
-STYLE = """
-footer { display: none !important }
-#examples .grid-wrap { min-height: 0; padding-top: 2.2rem; overflow: hidden }
-#examples .grid-container { grid-template-columns: repeat(4, 1fr) !important; grid-auto-rows: auto !important }
-#examples .gallery-item { max-height: 6rem }
-#weights input { text-overflow: ellipsis }
-"""
+STYLE = Path(__file__).resolve().parent / "resources" / "app.css"
 PASTE = """() => document.addEventListener("paste", (event) => {
-    const input = document.querySelector("#photograph input[type=file]");
+    const input = document.querySelector("#photo input[type=file]");
     if (!input || !event.clipboardData.files.length) return;
     input.files = event.clipboardData.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
 })"""
-SAVE = """(file) => {
+DOWNLOAD = """(file) => {
     if (file) Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name }).click();
 }"""
 
 
 def build(names, colorizer):
-    """The page. names: of weights to choose from; colorizer: the function that gives the `Colorizer` of such a name."""
+    """Build the page.
 
-    def take_example(event: gr.SelectData):
-        return take(example(EXAMPLES[event.index]))
+    Args:
+        names (list): Names of the weights to choose from.
+        colorizer (callable): Returns the `Colorizer` of such a name.
 
+    Returns:
+        gr.Blocks: The page, not yet served.
+    """
     with gr.Blocks(title="Colorful Image Colorization", analytics_enabled=False, delete_cache=(30, 60)) as page:
-        # What is to be seen
-        visit = gr.State(time_to_live=FORGET)
+        # Components
+        still = {"show_label": False, "interactive": False}
+        photo = gr.State(time_to_live=KEEP)
         gr.Markdown(INTRODUCTION)
-        with gr.Row(equal_height=True):
-            upload = gr.File(label="Drop, paste or choose a photograph", elem_id="photograph", height=140)
-            thumbnails = [open_rgb(example(name)) for name in EXAMPLES]
-            for image in thumbnails:
-                image.thumbnail((400, 400))
-            examples = gr.Gallery(
-                thumbnails,
-                label="or take one of these",
-                columns=4,
-                object_fit="cover",
-                allow_preview=False,
-                buttons=[],
-                elem_id="examples",
-            )
-        picture = gr.ImageSlider(
-            show_label=False, interactive=False, max_height=620, buttons=["fullscreen"], elem_id="picture"
-        )
-        with gr.Row():
-            temperature = gr.Slider(
-                *(0.02, 1, TEMPERATURE),
-                step=0.02,
-                label="Temperature",
-                info="toward 0 vivid, at 1 calm",
-                min_width=240,
-                buttons=[],
-                elem_id="temperature",
-            )
-            choices = [(Path(name).name, name) for name in names]
-            weights = gr.Dropdown(
-                choices, value=names[0], label="Weights", info="whose guess", min_width=240, elem_id="weights"
-            )
-            button = gr.Button("Download at full size", variant="primary", elem_id="save")
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="choose"):
+                upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
+                with gr.Row(elem_id="examples"):
+                    examples = {example_button(name): example(name) for name in EXAMPLES}
+            picture = gr.ImageSlider(label="Gray and colorized", max_height=520, elem_id="picture", **still)
+            with gr.Column(elem_id="adjust"):
+                slider = {"label": "Temperature", "info": "0: likeliest color, 1: mean of all", "buttons": []}
+                temperature = gr.Slider(0.02, 1, TEMPERATURE, step=0.02, elem_id="temperature", **slider)
+                choices = [(Path(name).name, name) for name in names]
+                weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")
+                with gr.Row():
+                    saves = {name: gr.Button(f"Save as {name}", variant="primary", min_width=100) for name in SUFFIXES}
+                divider = gr.Slider(0, 100, 50, label="Share in gray (%)", buttons=[], elem_id="divider")
         file = gr.DownloadButton(visible=False)
-        known = [f"*{Path(name).name}* {KNOWN_WEIGHTS.get(name, 'are a checkpoint of your own.')}" for name in names]
-        gr.Markdown(ABOUT.replace("WEIGHTS", " ".join(map(html.escape, known))))
+        gr.Markdown(PLACE)
+        with gr.Row():
+            marked = gr.Image(alt_text="The colorized photo, the place marked", buttons=[], elem_id="place", **still)
+            with gr.Column():
+                with gr.Row():
+                    percent = {"value": 50, "minimum": 0, "maximum": 100, "min_width": 120}
+                    across = gr.Number(label="From the left (%)", elem_id="across", **percent)
+                    down = gr.Number(label="From the top (%)", elem_id="down", **percent)
+                text = gr.Markdown(elem_id="distribution")
+                chart = gr.Image(alt_text="Probabilities in the ab plane", buttons=[], elem_id="chart", **still)
+        known = [f"*{name}* {KNOWN_WEIGHTS[name]}" for name in names if name in KNOWN_WEIGHTS]
+        gr.Markdown(ABOUT.replace("MODELS", " ".join(known)))
 
-        # What happens. The network serves one visitor after another; what is quick need not wait for it.
+        # Events. The network runs for one user at a time; quick handlers need not wait for it.
         network = {"concurrency_id": "network", "concurrency_limit": 1, "api_visibility": "private"}
         quick = {"concurrency_limit": 4, "api_visibility": "private"}
-        taken = [visit, picture, upload]
-        colored = {"inputs": [visit, weights, temperature], "outputs": [visit, picture]}
-        colors = told(partial(color, colorizer))
-        upload.upload(take, upload, taken, show_progress_on=picture, **quick).then(colors, **colored, **network)
-        examples.select(take_example, None, taken, show_progress_on=picture, **quick).then(colors, **colored, **network)
-        weights.input(colors, **colored, **network)
-        temperature.input(
-            recolor, [visit, temperature], [visit, picture], trigger_mode="always_last", show_progress="hidden", **quick
-        )
-        whole = told(partial(full_size, colorizer))
-        made = button.click(whole, colored["inputs"], file, show_progress_on=button, **network)
-        made.success(None, file, js=SAVE)
+        taken = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
+        computed = {"fn": report_errors(partial(compute, colorizer)), "inputs": [photo, weights], **network}
+        computed |= {"show_progress_on": picture}
+        shown = {"fn": show, "inputs": [photo, temperature, across, down], "show_progress": "hidden", **quick}
+        shown |= {"outputs": [photo, picture, marked, chart, text]}
+        chosen = [upload.upload(take, upload, **taken)]
+        chosen += [button.click(partial(take, path), **taken) for button, path in examples.items()]
+        for event in chosen:
+            event.then(**computed).success(**shown)
+        weights.input(**computed).success(**shown)
+        gr.on([temperature.input, across.input, down.input], **shown, trigger_mode="always_last")
+        marked.select(position, photo, [across, down], show_progress="hidden", **quick).then(**shown)
+        divider.input(divide, divider, picture, show_progress="hidden", **quick)
+        for name, button in saves.items():
+            write = report_errors(partial(full_size, SUFFIXES[name]))
+            made = button.click(write, [photo, temperature], file, show_progress_on=button, **network)
+            made.success(None, file, js=DOWNLOAD)
     return page
+
+
+def divide(share):
+    return gr.ImageSlider(slider_position=share)
+
+
+def example(name):
+    return os.path.join(os.path.dirname(skimage.__file__), "data", EXAMPLES[name])
+
+
+def example_button(name):
+    image = open_rgb(example(name))
+    image.thumbnail((160, 160))
+    return gr.Button(name, icon=store(image), size="sm", min_width=60)
 
 
 # -------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = Parser(description="A page that colors photographs.")
-    add = parser.add_argument_group("where").add_argument
-    add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: every one that this machine has")
+    parser = Parser(description="Serve a web page that colorizes photos.")
+    add = parser.add_argument_group("address").add_argument
+    add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: all addresses of this machine")
     add("--port", type=whole(1, 65535), default=7860, help="port to serve at")
+    add("--root_path", metavar="PATH", help="path at which a reverse proxy serves the page, such as /color")
     add = parser.add_argument_group("weights to choose from").add_argument
-    add("--model_path", default="./model", help="folder of the checkpoints")
-    add("--load_model", metavar="NAME", help="the one to begin with, as in test.py")
+    add("--model_path", default="./model", help="folder of checkpoints")
+    add("--load_model", metavar="NAME", help="weights selected at first, as in test.py")
     return parser.parse_args(argv)
 
 
@@ -280,39 +365,49 @@ def main(args):
     # Setup
     if gr is None:
         raise UserError("the page needs Gradio and Python 3.10: pip install -r requirements-app.txt")
+    check_port(args.host, args.port)
     use_all_cores()
     return_freed_memory()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's look at its own page
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own page once
 
-    # The weights, and the network of the first
+    # Weights, and the network of the first ones
     first = args.load_model or default_name(Path(args.model_path))
     names = list(dict.fromkeys([first, *checkpoint_names(Path(args.model_path)), "small"]))
     colorizer = lru_cache(LOADED)(partial(Colorizer, model_path=args.model_path))
     colorizer(first)
 
-    # Serve until told to stop
-    with tempfile.TemporaryDirectory() as folder:  # of uploads and of what is shown; each file for a minute or two
+    # Serve until stopped
+    with tempfile.TemporaryDirectory() as folder:  # for uploads and pictures, each for one to two minutes
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(names, colorizer).queue(max_size=MAX_WAITING)
-        serve(page, args.host, args.port)
+        serve(page, args.host, args.port, args.root_path)
         print(f"http://{args.host}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)
         try:
-            threading.Event().wait()
+            while True:
+                time.sleep(30)  # which Ctrl-C interrupts on Windows, too
+                delete_interrupted_uploads(folder)
         finally:
             page.close(verbose=False)
 
 
-def serve(page, host, port):
-    font = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
-    look = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css": STYLE, "js": PASTE}
-    limits = {"max_file_size": f"{MAX_MEGABYTES}mb", "state_session_capacity": MAX_VISITORS}
-    without = {"share": False, "footer_links": [], "run_history": False, "enable_monitoring": False, "ssr_mode": False}
+def check_port(host, port):
+    """Raise UserError if the address cannot be served, before anything is loaded."""
     try:
-        page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **look, **limits, **without
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"http://{host}:{port}: cannot be served ({str(error)})") from error
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: cannot be served ({(error.strerror or str(error)).lower()})"
+        ) from error
+
+
+def serve(page, host, port, root_path):
+    font = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
+    look = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css_paths": [STYLE], "js": PASTE}
+    limits = {"max_file_size": f"{MAX_MEGABYTES}mb", "state_session_capacity": MAX_USERS}
+    without = {"share": False, "footer_links": [], "run_history": False, "enable_monitoring": False, "ssr_mode": False}
+    address = {"server_name": host, "server_port": port, "root_path": root_path}
+    page.launch(**address, prevent_thread_lock=True, quiet=True, **look, **limits, **without)
 
 
 if __name__ == "__main__":
