@@ -198,7 +198,7 @@ def distribution(photo, place, temperature, across, down):
     a, b = load_ab_bins().numpy()[probability.argmax()]
     text = (
         f"At {across:g}% from the left and {down:g}% from the top, the most likely color is a = {a:.0f}, b = {b:.0f} "
-        f"(probability {probability.max():.0%}). The annealed mean is a = {mean[0]:.0f}, b = {mean[1]:.0f}."
+        f"(probability {probability.max():.0%}). The annealed mean is a = {round(mean[0])}, b = {round(mean[1])}."
     )
     return draw_chart(probability, lightness, mean), text
 
@@ -230,11 +230,8 @@ A neural network predicts a photo's **colors** from its **lightness**. Colors al
 """
 PLACE = """
 ## The prediction at one place
-For each place, the network predicts a probability for each of 313 colors. Click a place, or enter its position.
-"""
-CHART = """
-Each square is one of the colors, at the lightness of this place. Its area is proportional to its probability at the
-current temperature. The circle marks the annealed mean, which is the color used.
+At every place, the network predicts a probability for each of 313 colors. Click a place, or enter its position. The
+chart shows the colors at the lightness of this place; the area of a square is the probability at this temperature.
 """
 ABOUT = f"""
 **Temperature.** At 1, the color of a place is the mean of all 313 colors, weighted by their probabilities. Lower
@@ -250,9 +247,9 @@ results as evidence of anything.
 earlier if many people use the page.
 """
 KNOWN_WEIGHTS = {
-    "small": "is part of this project and was trained for a short time: skies mostly turn blue and plants often turn "
-    "green, but clothes, flowers and furniture remain brown or gray, and some surfaces get color patches.",
-    "official": "has the weights of the paper's authors, trained on the 1.3 million photos of ImageNet.",
+    "small": "is bundled with the page. It turns skies blue and plants often green; clothes, flowers and furniture "
+    "mostly remain brown or gray.",
+    "official": "is the model of the paper's authors, trained on the 1.3 million photos of ImageNet.",
 }
 STYLE = Path(__file__).resolve().parent / "resources" / "app.css"
 PASTE = """() => document.addEventListener("paste", (event) => {
@@ -286,7 +283,9 @@ def build(names, colorizer):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
                 with gr.Row(elem_id="examples"):
                     examples = {example_button(name): example(name) for name in EXAMPLES}
-            picture = gr.ImageSlider(label="Gray and colorized", max_height=520, elem_id="picture", **still)
+            picture = gr.ImageSlider(
+                label="Gray and colorized", max_height=520, buttons=["fullscreen"], **still, elem_id="picture"
+            )
             with gr.Column(elem_id="adjust"):
                 slider = {"label": "Temperature", "info": "0: likeliest color, 1: mean of all", "buttons": []}
                 temperature = gr.Slider(0.02, 1, TEMPERATURE, step=0.02, elem_id="temperature", **slider)
@@ -327,7 +326,7 @@ def build(names, colorizer):
         divider.input(divide, divider, picture, show_progress="hidden", **quick)
         for name, button in saves.items():
             write = report_errors(partial(full_size, SUFFIXES[name]))
-            made = button.click(write, [photo, temperature], file, show_progress_on=button, **network)
+            made = button.click(write, [photo, temperature], file, show_progress_on=picture, **network)
             made.success(None, file, js=DOWNLOAD)
     return page
 
