@@ -49,6 +49,7 @@ KEEP = 15 * 60  # seconds after a user's last action
 LOADED = 2  # networks in memory
 NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
+EXAMPLE_FOLDER = Path(skimage.__file__).parent / "data"
 EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
 
 
@@ -182,9 +183,8 @@ def distribution(photo, place, temperature, across, down):
     Returns:
         tuple: Path of the chart, and a sentence with its main numbers.
     """
-    rows, columns = photo.logits.shape[2:]
     x, y = min(across / 100, 0.999), min(down / 100, 0.999)
-    row, column = int(y * rows), int(x * columns)
+    row, column = (int(share * side) for share, side in zip((y, x), photo.logits.shape[2:]))
     logits = photo.logits[:, :, row : row + 1, column : column + 1]  # [1, 313, 1, 1]
     mean = annealed_mean(logits, load_ab_bins(), temperature).flatten().tolist()
     probability = paddle.nn.functional.softmax(logits.flatten() / temperature, axis=0).numpy()
@@ -192,9 +192,8 @@ def distribution(photo, place, temperature, across, down):
     center = x * place.width, y * place.height
     pixel = np.asarray(place)[int(center[1]), int(center[0])]
     lightness = rgb_to_lab(paddle.to_tensor(pixel.reshape([1, 3, 1, 1])))[0, 0].item()
-    for radius, color in ((11, "black"), (8, "white")):
-        box = [c + sign * radius for sign in (-1, 1) for c in center]
-        ImageDraw.Draw(place).ellipse(box, outline=color, width=3)
+    dot = [*(c - 7 for c in center), *(c + 7 for c in center)]
+    ImageDraw.Draw(place).ellipse(dot, fill="white", outline="black", width=3)
     a, b = load_ab_bins().numpy()[probability.argmax()]
     text = (
         f"At {across:g}% from the left and {down:g}% from the top, the most likely color is a = {a:.0f}, b = {b:.0f} "
@@ -212,8 +211,7 @@ def draw_chart(probability, lightness, mean):
     axes = figure.subplots()
     axes.scatter(*ab.numpy().T, s=2, c="lightgray")
     axes.scatter(*ab.numpy().T, s=180 * probability / probability.max(), c=colors, marker="s")
-    axes.plot(*mean, "o", ms=12, mfc="none", mec="white", mew=5)
-    axes.plot(*mean, "o", ms=12, mfc="none", mec="black", mew=2, label="annealed mean")
+    axes.plot(*mean, "o", ms=10, mfc="white", mec="black", mew=3, label="annealed mean")
     axes.set(xlabel="a (green to red)", ylabel="b (blue to yellow)", aspect="equal")
     axes.legend()
     path = temporary_path("chart.png")
@@ -251,7 +249,6 @@ KNOWN_WEIGHTS = {
     "mostly remain brown or gray.",
     "official": "is the model of the paper's authors, trained on the 1.3 million photos of ImageNet.",
 }
-STYLE = Path(__file__).resolve().parent / "resources" / "app.css"
 PASTE = """() => document.addEventListener("paste", (event) => {
     const input = document.querySelector("#photo input[type=file]");
     if (!input || !event.clipboardData.files.length) return;
@@ -282,7 +279,7 @@ def build(names, colorizer):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
                 with gr.Row(elem_id="examples"):
-                    examples = {example_button(name): example(name) for name in EXAMPLES}
+                    examples = {name: example_button(name) for name in EXAMPLES}
             picture = gr.ImageSlider(
                 label="Gray and colorized", max_height=520, buttons=["fullscreen"], **still, elem_id="picture"
             )
@@ -311,19 +308,21 @@ def build(names, colorizer):
         # Events. The network runs for one user at a time; quick handlers need not wait for it.
         network = {"concurrency_id": "network", "concurrency_limit": 1, "api_visibility": "private"}
         quick = {"concurrency_limit": 4, "api_visibility": "private"}
+        hidden = {"show_progress": "hidden", **quick}
         taken = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
         computed = {"fn": report_errors(partial(compute, colorizer)), "inputs": [photo, weights], **network}
         computed |= {"show_progress_on": picture}
-        shown = {"fn": show, "inputs": [photo, temperature, across, down], "show_progress": "hidden", **quick}
-        shown |= {"outputs": [photo, picture, marked, chart, text]}
+        shown = {"inputs": [photo, temperature, across, down], "outputs": [photo, picture, marked, chart, text]}
+        shown |= {"fn": show, **hidden}
         chosen = [upload.upload(take, upload, **taken)]
-        chosen += [button.click(partial(take, path), **taken) for button, path in examples.items()]
+        for name, button in examples.items():
+            chosen.append(button.click(partial(take, EXAMPLE_FOLDER / EXAMPLES[name]), **taken))
         for event in chosen:
             event.then(**computed).success(**shown)
         weights.input(**computed).success(**shown)
         gr.on([temperature.input, across.input, down.input], **shown, trigger_mode="always_last")
-        marked.select(position, photo, [across, down], show_progress="hidden", **quick).then(**shown)
-        divider.input(divide, divider, picture, show_progress="hidden", **quick)
+        marked.select(position, photo, [across, down], **hidden).then(**shown)
+        divider.input(lambda share: gr.ImageSlider(slider_position=share), divider, picture, **hidden)
         for name, button in saves.items():
             write = report_errors(partial(full_size, SUFFIXES[name]))
             made = button.click(write, [photo, temperature], file, show_progress_on=picture, **network)
@@ -331,16 +330,8 @@ def build(names, colorizer):
     return page
 
 
-def divide(share):
-    return gr.ImageSlider(slider_position=share)
-
-
-def example(name):
-    return os.path.join(os.path.dirname(skimage.__file__), "data", EXAMPLES[name])
-
-
 def example_button(name):
-    image = open_rgb(example(name))
+    image = open_rgb(EXAMPLE_FOLDER / EXAMPLES[name])
     image.thumbnail((160, 160))
     return gr.Button(name, icon=store(image), size="sm", min_width=60)
 
@@ -364,7 +355,8 @@ def main(args):
     # Setup
     if gr is None:
         raise UserError("the page needs Gradio and Python 3.10: pip install -r requirements-app.txt")
-    check_port(args.host, args.port)
+    family = socket.getaddrinfo(args.host, args.port)[0][0]
+    socket.create_server((args.host, args.port), family=family).close()  # raises if the port is taken
     use_all_cores()
     return_freed_memory()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own page once
@@ -389,24 +381,17 @@ def main(args):
             page.close(verbose=False)
 
 
-def check_port(host, port):
-    """Raise UserError if the address cannot be served, before anything is loaded."""
-    try:
-        family = socket.getaddrinfo(host, port)[0][0]
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: cannot be served ({(error.strerror or str(error)).lower()})"
-        ) from error
-
-
 def serve(page, host, port, root_path):
     font = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
-    look = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css_paths": [STYLE], "js": PASTE}
+    css = Path(__file__).resolve().parent / "resources" / "app.css"
+    look = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css_paths": [css], "js": PASTE}
     limits = {"max_file_size": f"{MAX_MEGABYTES}mb", "state_session_capacity": MAX_USERS}
     without = {"share": False, "footer_links": [], "run_history": False, "enable_monitoring": False, "ssr_mode": False}
     address = {"server_name": host, "server_port": port, "root_path": root_path}
-    page.launch(**address, prevent_thread_lock=True, quiet=True, **look, **limits, **without)
+    try:
+        page.launch(**address, prevent_thread_lock=True, quiet=True, **look, **limits, **without)
+    except ValueError as error:  # Gradio does not reach its own page, for example through a proxy that http_proxy names
+        raise UserError(f"http://{host}:{port}: cannot be served ({error})") from error
 
 
 if __name__ == "__main__":
