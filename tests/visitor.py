@@ -1,4 +1,4 @@
-"""A visitor of app.py's page who asks what its scripts would, without a browser: many fit on one machine."""
+"""A client that sends the requests of app.py's page without a browser, so that many fit on one machine."""
 
 import json
 import urllib.request
@@ -9,32 +9,37 @@ class Visitor:
     def __init__(self, address):
         self.address, self.session = address, uuid.uuid4().hex
         config = json.loads(self._get("config"))
-        self.components = {x["props"].get("elem_id"): x for x in config["components"]}
+        components = config["components"]
+        self.components = {x["props"].get("elem_id") or str(x["props"].get("value")): x for x in components}
         self.events = config["dependencies"]
         self.weights = self.components["weights"]["props"]["value"]
 
     def take(self, name, data):
-        """Drops a photograph: the addresses of its two pictures, gray both; None if it is none."""
+        """Upload a photo and return the addresses of its two pictures, both gray; None if it is rejected."""
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
         body = head + data + f"\r\n--{boundary}--\r\n".encode()
         (path,) = json.loads(self._get("gradio_api/upload", body, f"multipart/form-data; boundary={boundary}"))
-        self.taken = self._event("photograph", "upload")
+        self.taken = self._event("photo", "upload")
         output = self._run(self.taken, {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}})
         return self._addresses(output[1])
 
     def color(self, temperature=0.38):
-        """What follows by itself: the addresses of gray and colored."""
-        (then,) = (x for x in self.events if x["trigger_after"] == self.taken["id"])
-        return self._addresses(self._run(then, None, self.weights, temperature)[1])
+        """Run the events that follow an upload and return the addresses of gray and colorized."""
+        compute = self._after(self.taken)
+        self._run(compute, None, self.weights)
+        return self._addresses(self._run(self._after(compute), None, temperature, 50, 50)[1])
 
     def move(self, temperature):
-        return self._addresses(self._run(self._event("temperature", "input"), None, temperature)[1])
+        return self._addresses(self._run(self._event("temperature", "input"), None, temperature, 50, 50)[1])
 
-    def download(self, temperature=0.38):
-        """The bytes of the file that the button gives."""
-        (file,) = self._run(self._event("save", "click"), None, self.weights, temperature)
+    def download(self, temperature=0.38, name="PNG"):
+        """Return the bytes of the file that a button creates."""
+        (file,) = self._run(self._event(f"Save as {name}", "click"), None, temperature)
         return self._get(file["url"])
+
+    def _after(self, event):
+        return next(x for x in self.events if x["trigger_after"] == event["id"])
 
     def _event(self, component, kind):
         return next(x for x in self.events if [self.components[component]["id"], kind] in x["targets"])
