@@ -214,7 +214,7 @@ def test_distribution_belongs_to_the_place(tmp_path, monkeypatch):
 def test_interrupted_uploads_are_deleted_after_a_minute(tmp_path):
     for name, age in (("interrupted", 61), ("growing", 1)):
         (tmp_path / name).write_bytes(b"part")
-        os.utime(tmp_path / name, [time.time() - age] * 2)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
     (tmp_path / "folder").mkdir()
     os.utime(tmp_path / "folder", (0, 0))
     app.delete_interrupted_uploads(tmp_path)
