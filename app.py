@@ -5,7 +5,7 @@
     python app.py --host 0.0.0.0 --port 8000    on every network of this machine
 
 The page works offline: fonts and scripts are part of Gradio, and nothing is reported to anyone. Photos are kept in
-memory for 15 minutes after the user's last action, and never stored permanently.
+memory for 15 minutes after the user's last action, or for an hour if the user closes the page.
 """
 
 import html
@@ -43,9 +43,9 @@ except ImportError:
 
 PREVIEW = 1200  # longer side in pixels of the pictures on the page; downloads have the photo's own size
 MAX_MEGABYTES, MAX_MEGAPIXELS = 40, 50  # per photo
-MAX_USERS = 32  # with a photo in memory, about 20 MB each; the least recently active one is dropped first
+MAX_USERS = 32  # with a photo in memory, about 10 MB each; the least recently active one is dropped first
 MAX_WAITING = 64  # requests; later ones are rejected
-KEEP = 15 * 60  # seconds after a user's last action
+KEEP = 15 * 60  # seconds after a user's last action; Gradio makes it an hour if the page is closed
 LOADED = 2  # networks in memory
 NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
@@ -78,7 +78,7 @@ class Photo:
 
 
 # -------------------------------------------------------------------------------------------------
-# What the page does
+# Event handlers
 
 
 def take(path):
@@ -241,8 +241,8 @@ results as evidence of anything.
 
 **Model.** MODELS All other models are checkpoints from a folder of this server.
 
-**Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, or
-earlier if many people use the page.
+**Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, an hour
+after it if you close the page, or earlier if many people use the page.
 """
 KNOWN_WEIGHTS = {
     "small": "is bundled with the page. It turns skies blue and plants often green; clothes, flowers and furniture "

@@ -1,8 +1,8 @@
-"""The page: from its start to the first result, memory over many uploads, and what visitors at once experience.
+"""Measure the page: time to the first result, memory over many uploads, waiting times of simultaneous users.
 
     python tests/benchmarks/bench_app.py [--load_model NAME] [--uploads 200] [--visitors 20]
 
-Photographs are scikit-image's, turned, cropped and saved as JPEG of one megapixel, each another one.
+Photos are those of scikit-image, rotated, cropped and saved as JPEG of one megapixel, a different one per upload.
 """
 
 import argparse
@@ -71,13 +71,13 @@ def main():
         for i in range(1, args.uploads + 1):
             mine = photograph(i)
             start = time.perf_counter()
-            visitor = Visitor(ADDRESS)  # everyone comes but once
+            visitor = Visitor(ADDRESS)  # each user uploads one photo
             visitor.take(f"{i}.jpg", mine)
             visitor.color()
             seconds.append(time.perf_counter() - start)
             if i in (10, args.uploads) or i % 50 == 0:
                 print(
-                    f"{i} uploads: {resident(server):.0f} MB, median {np.median(seconds):.2f} s an upload", flush=True
+                    f"{i} uploads: {resident(server):.0f} MB, median {np.median(seconds):.2f} s per upload", flush=True
                 )
 
         colorize = Colorizer(weights, args.model_path)
@@ -93,14 +93,15 @@ def main():
             colored = time.perf_counter() - start
             visitor.move(0.1)
             moved = time.perf_counter() - start - colored
-            mine = np.array_equal(expected[i], Image.open(io.BytesIO(visitor.download())))
+            difference = np.int16(expected[i]) - Image.open(io.BytesIO(visitor.download()))
+            mine = np.abs(difference).max() <= 1  # the annealed mean is computed by Paddle Inference, or eagerly
             return gray, colored, moved, time.perf_counter() - start, mine
 
         with ThreadPoolExecutor(args.visitors) as pool:
             *times, mine = zip(*pool.map(visit, range(args.visitors)))
-        for name, values in zip(("in gray", "colored", "temperature moved", "downloaded"), times):
-            print(f"{args.visitors} at once, {name}: {min(values):.1f} to {max(values):.1f} s")
-        print(f"{sum(mine)} of {args.visitors} got their own photograph, pixel for pixel; {resident(server):.0f} MB")
+        for name, values in zip(("gray", "colorized", "temperature changed", "downloaded"), times):
+            print(f"{args.visitors} simultaneous users, {name}: {min(values):.1f} to {max(values):.1f} s")
+        print(f"{sum(mine)} of {args.visitors} got their own photo; {resident(server):.0f} MB")
     finally:
         server.terminate()
         server.wait()
