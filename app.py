@@ -241,8 +241,8 @@ results as evidence of anything.
 
 **Model.** MODELS All other models are checkpoints from a folder of this server.
 
-**Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, an hour
-after it if you close the page, or earlier if many people use the page.
+**Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
+hour after it if you close the page, or earlier if many people use the page.
 """
 KNOWN_WEIGHTS = {
     "small": "is bundled with the page. It turns skies blue and plants often green; clothes, flowers and furniture "
