@@ -1,0 +1,160 @@
+"""Draw the paper's figures: bins, prior, rebalancing weights, annealed mean, soft-encoding, and optionally metrics.
+
+    python resources/figures.py --image_dir val
+    python resources/figures.py --image_dir val --results metrics_a metrics_b
+
+`--results` names folders that metrics_auc.py and metrics_acc.py wrote (their --save_path). docs/figures.md shows the
+figures.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.cli import Parser, printable, run_script
+from support.files import atomic_path
+from support.images import list_images, open_rgb
+
+import numpy as np
+import paddle
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from PIL import ImageOps
+
+import metrics_auc
+from colorizer import Colorizer
+from dataset import lab_to_rgb, rgb_to_lab, soft_encode
+from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
+
+TEMPERATURES = (1, 0.77, 0.58, 0.38, 0.29, 0.14, 0.1)
+IMAGE_SIZE = (400, 400)  # in pixels; larger images are resized to fit
+MAX_CLASSES = 20  # in the accuracy plot: at most the 20 largest losses and the 20 largest gains
+
+
+def new_figure(width, height, columns=1):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def draw_plane(axes, bins, values, norm, title):
+    """Draw one value per ab bin [313] on the ab plane."""
+    drawn = axes.scatter(bins[:, 0], bins[:, 1], c=values, marker="s", s=40, norm=norm, linewidths=0)
+    axes.set(title=title, xlabel="a", ylabel="b", aspect="equal", xlim=(-115, 115), ylim=(-120, 115))
+    return drawn
+
+
+def plot_prior(bins, prior):
+    figure, (colors, plane) = new_figure(9, 4, 2)
+    lab = np.column_stack([np.full(len(bins), 60), bins]).astype(np.float32)
+    rgb = lab_to_rgb(paddle.to_tensor(lab.reshape(-1, 3, 1, 1))).numpy().reshape(-1, 3)
+    draw_plane(colors, bins, rgb, None, f"{len(bins)} ab bins, shown at L = 60")
+    figure.colorbar(draw_plane(plane, bins, prior, LogNorm(), "prior (log scale)"), ax=plane)
+    return figure
+
+
+def plot_weights(bins, prior):
+    figure, panels = new_figure(12, 3.8, 3)
+    weights = {lam: rebalancing_weights(prior, lam).numpy() for lam in (0, 0.5, 1)}
+    norm = LogNorm(min(w.min() for w in weights.values()), max(w.max() for w in weights.values()))
+    for axes, (lam, w) in zip(panels, weights.items()):
+        drawn = draw_plane(axes, bins, w, norm, f"λ = {lam}: {w.min():.3g} to {w.max():.3g}")
+    figure.colorbar(drawn, ax=panels, label="weight in the loss (log scale)")
+    return figure
+
+
+def plot_annealed_mean(colorize, image, ab_bins):
+    """Plot the image colorized at several temperatures, and mean chroma against the temperature."""
+    figure = Figure(figsize=(2 * len(TEMPERATURES), 4.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    for axes, temperature in zip(top.subplots(1, len(TEMPERATURES)), TEMPERATURES):
+        axes.imshow(colorize(image, temperature=temperature))
+        axes.set_title(f"T = {temperature}")
+        axes.axis("off")
+    axes, temperatures, logits = bottom.subplots(), np.geomspace(1, 0.1, 25), colorize.logits(image)
+    chroma = [float(annealed_mean(logits, ab_bins, t).square().sum(1).sqrt().mean()) for t in temperatures]
+    axes.plot(temperatures, chroma, "o-", markersize=3)
+    axes.set(xlabel="temperature T", ylabel="mean chroma", xscale="log", xlim=(1.05, 0.095), ylim=(0, None))
+    axes.set_xticks(TEMPERATURES, TEMPERATURES, minor=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_soft_encoding(image, ab_bins):
+    """Plot the five bins that encode the image's most saturated color, with their probabilities."""
+    lab = rgb_to_lab(paddle.to_tensor(np.asarray(image)).transpose([2, 0, 1]).unsqueeze(0)).numpy().reshape(3, -1)
+    color = lab[:, np.hypot(*lab[1:]).argmax()].reshape(1, 3, 1, 1)
+    indices, weights = (x.numpy().ravel() for x in soft_encode(paddle.to_tensor(color[:, 1:]), ab_bins))
+    figure, axes = new_figure(5, 4.5)
+    (a, b), bins = color.ravel()[1:], ab_bins.numpy()
+    axes.scatter(*bins.T, color="0.85", s=60)
+    axes.scatter(*bins[indices].T, s=1500 * weights, label="bins, by probability")
+    for index, weight in zip(indices, weights):
+        axes.annotate(f"{weight:.2f}", bins[index], xytext=(0, 14), textcoords="offset points", ha="center")
+    rgb = lab_to_rgb(paddle.to_tensor(color)).numpy().ravel()
+    axes.scatter(a, b, color=[rgb], marker="*", s=200, edgecolors="black", label=f"ab = ({a:.1f}, {b:.1f})")
+    axes.set(xlim=(a - 25, a + 25), ylim=(b - 25, b + 25), xlabel="a", ylabel="b", aspect="equal")
+    axes.legend(loc="lower left")
+    return figure
+
+
+def read_curves(folders):
+    """Read the AuC curves [3, 151] in each folder's auc.txt, and those of the gray baseline."""
+    curves = {name: np.genfromtxt(folder / "auc.txt", skip_footer=1)[:, 2:].T for name, folder in folders.items()}
+    *_, last = curves.values()
+    return {**{name: six[:3] for name, six in curves.items()}, metrics_auc.GRAY: last[3:]}
+
+
+def plot_gains(folders):
+    """Plot each class's top-1 accuracy on colorized images minus that on gray images, in percentage points."""
+    gains = {}
+    for name, folder in folders.items():
+        with open(folder / "accuracy_per_class.csv", newline="", encoding="utf-8") as file:
+            classes = {line["class"]: line for line in csv.DictReader(file)}
+        gains[name] = {x: 100 * (float(of["colored_top1"]) - float(of["gray_top1"])) for x, of in classes.items()}
+    classes = sorted(gains[name], key=gains[name].get)
+    classes = classes[:MAX_CLASSES] + classes[MAX_CLASSES:][-MAX_CLASSES:]
+    figure, axes = new_figure(max(5, 0.3 * len(classes)), 4)
+    for name, gain in gains.items():
+        axes.plot([gain.get(x, np.nan) for x in classes], "o", label=name)
+    axes.axhline(0, color="0.5")
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+    axes.set(ylabel="top-1 minus that of gray (points)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--image_dir", required=True, help="folder whose first image is drawn, or one file")
+    add("--results", nargs="+", default=[], metavar="DIR", help="folders with the output of the metrics")
+    add("--load_model", metavar="NAME", default="small", help="small, official or a checkpoint's path (default: small)")
+    add("--prior", help="file with 313 probabilities (default: the bundled prior)")
+    add("--save_path", default="./figures", help="folder for the figures")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    ab_bins, prior = load_ab_bins(), load_prior(args.prior)
+    image = ImageOps.contain(open_rgb(list_images(args.image_dir)[0]), IMAGE_SIZE)
+    colorize = Colorizer(args.load_model)
+    figures = {
+        "prior": plot_prior(ab_bins.numpy(), prior.numpy()),
+        "weights": plot_weights(ab_bins.numpy(), prior),
+        "annealed_mean": plot_annealed_mean(colorize, image, ab_bins),
+        "soft_encoding": plot_soft_encoding(image, ab_bins),
+    }
+    folders = {printable(x): Path(x) for x in args.results}
+    if folders:
+        metrics_auc.plot(read_curves(folders), Path(args.save_path, "auc.png"))
+        figures["accuracy_gains"] = plot_gains(folders)
+    for name, figure in figures.items():
+        with atomic_path(Path(args.save_path, f"{name}.png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=80)
+    print(f"{printable(args.save_path)}: {', '.join(figures)}{', auc' * bool(folders)} (.png)")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args))
