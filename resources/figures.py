@@ -7,12 +7,11 @@
 figures.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import Parser, printable, run_script
+from support.cli import Parser, UserError, printable, run_script
 from support.files import atomic_path
 from support.images import list_images, open_rgb
 
@@ -109,9 +108,11 @@ def plot_gains(folders):
     """Plot each class's top-1 accuracy on colorized images minus that on gray images, in percentage points."""
     gains = {}
     for name, folder in folders.items():
-        with open(folder / "accuracy_per_class.csv", newline="", encoding="utf-8") as file:
-            classes = {line["class"]: line for line in csv.DictReader(file)}
-        gains[name] = {x: 100 * (float(of["colored_top1"]) - float(of["gray_top1"])) for x, of in classes.items()}
+        path = folder / "accuracy_per_class.csv"
+        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
+        if not {"colored_top1", "gray_top1"} <= {*table.dtype.names}:
+            raise UserError(f"{path}: needs both colorized and gray images; run metrics_acc.py with --imgs_dir")
+        gains[name] = dict(zip(table["class"].tolist(), 100 * (table["colored_top1"] - table["gray_top1"])))
     classes = sorted(gains[name], key=gains[name].get)
     classes = classes[:MAX_CLASSES] + classes[MAX_CLASSES:][-MAX_CLASSES:]
     figure, axes = new_figure(max(5, 0.3 * len(classes)), 4)

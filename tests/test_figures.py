@@ -15,10 +15,6 @@ from resources import figures
 from utils import load_ab_bins, load_prior, rebalancing_weights
 
 
-def draw(*flags):
-    return figures.main(figures.parse_args([*map(str, flags)]))
-
-
 @pytest.fixture
 def draw(tmp_path, monkeypatch, small_network):
     """Draw figures into ./figures with a small network."""
@@ -70,6 +66,11 @@ def test_accuracy_gains_are_sorted_and_limited_to_both_ends(tmp_path):
     assert np.allclose(drawn, [*range(-50, -30), *range(31, 51)])
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert np.allclose(drawn, [gains[label] for label in labels])
+
+
+def test_accuracy_without_gray_is_rejected(tmp_path, stopped):
+    (tmp_path / "accuracy_per_class.csv").write_text("class,images,colored_top1,colored_top5\nn01440764,1,0.5,1\n")
+    assert "--imgs_dir" in stopped(figures.plot_gains, {"small": tmp_path})
 
 
 def test_weights_figure_has_one_panel_per_lambda():
