@@ -1,4 +1,4 @@
-"""The measuring half of gpu_smoke.sh: prints what it compares, and ends with 1 when that is not as it should be."""
+"""Comparisons for gpu_smoke.sh: print the compared values, and exit with 1 if they differ too much."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import support  # noqa: F401  ahead of Paddle
+import support  # noqa: F401  before Paddle
 
 import numpy as np
 import paddle

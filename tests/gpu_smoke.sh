@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Proves within minutes that training and coloring work on this machine's GPUs; without one, as far as a CPU can.
+# Check within minutes that training and colorization work on this machine's GPUs, or on its CPU if it has none.
 #
-#     bash tests/gpu_smoke.sh            docs/training.md says what it should print
+#     bash tests/gpu_smoke.sh            docs/training.md shows the expected output
 #
-# What it printed is kept in gpu_smoke.log: the file to send when something differs.
+# The output is also written to gpu_smoke.log; send this file when a step fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -18,20 +18,20 @@ train() {  # name, flags: logs to $work/name
 
 compare() { python tests/gpu_smoke.py "$@"; }
 
-echo "1. what is here"
+echo "1. machine"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no NVIDIA driver"
 gpus=$(compare machine "$work")
 
-echo "2. train: 16 steps, then on after a stop"
+echo "2. training: 16 steps, then 4 more after a stop"
 train first --max_steps 16
 train first --max_steps 20 --continue_train
 compare falls "$work/first"
 
-echo "3. mixed precision against float32 (on a CPU: the same)"
+echo "3. mixed precision compared with float32 (on a CPU: the same)"
 train float32 --amp off --max_steps 4
 compare same "$work/first" "$work/float32" 0.03
 
-echo "4. one process against two"
+echo "4. one process compared with two"
 weights="$work/first/epoch_latest_model.pdparams"
 if [ "$gpus" = 1 ]; then
     echo "skipped: one GPU"
@@ -46,10 +46,10 @@ else
     compare same "$work/one" "$work/two" 0.01
 fi
 
-echo "5. color, here and on the CPU alone"
+echo "5. colorization, on this device and on the CPU"
 for where in here cpu; do
     [ $where = here ] || export CUDA_VISIBLE_DEVICES=
     python test.py "$work/originals" --load_model "$weights" --precision float32 --result_path "$work/$where"
 done
 compare pictures "$work/here" "$work/cpu" 1
-echo "gpu_smoke: all of it works ($gpus GPUs)"
+echo "gpu_smoke: passed ($gpus GPUs)"

@@ -1,9 +1,9 @@
-"""Training step and inference beside a PyTorch twin of the network, in turn, in one run; prints ratios of medians.
+"""Compare the training step and inference with a PyTorch copy of the network; print ratios of medians.
 
-    pip install torch==2.13.0                                     (for this benchmark alone)
+    pip install torch==2.13.0                                     (for this benchmark only)
     python tests/benchmarks/against_pytorch.py [step] [float32] [bf16] [--rounds 7]
 
-Each side runs in a process of its own with the same number of threads, and waits while the other works.
+The two run alternately, each in a process of its own with the same number of threads.
 """
 
 import argparse
