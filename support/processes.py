@@ -100,10 +100,9 @@ class StopRequest:
         self.steps += 1
         if self.steps < self.pause:
             return 0
-        now = time.perf_counter()
-        seconds = all_reduce(np.array([now - self.asked]), dist.ReduceOp.MAX)[0]
+        seconds = all_reduce(np.array([time.perf_counter() - self.asked]), dist.ReduceOp.MAX)[0]
         self.pause = max(1, int(AGREE_SECONDS * self.steps / seconds))  # equal in all processes
-        self.steps, self.asked = 0, now
+        self.steps, self.asked = 0, time.perf_counter()
         return self.agreed()
 
     def restore(self):

@@ -17,6 +17,8 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+LOST = "a process that reads images was killed or failed (memory or /dev/shm full?); try fewer --num_workers"
+
 # `from_workers` reports lost workers on one line; Paddle's loader reports them too, through the root logger.
 logging.getLogger().addFilter(lambda record: record.module != "dataloader_iter" or record.levelno > logging.WARNING)
 
@@ -68,10 +70,7 @@ def from_workers(loader, stop=None):
             worker.kill()
         if stop and stop.noticed and dist.get_world_size() == 1:  # several have to take the same steps
             return
-        raise UserError(
-            "a process that reads images was killed or failed "
-            "(too little memory, or too little in /dev/shm?); try fewer --num_workers"
-        ) from error
+        raise UserError(LOST) from error
     finally:
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
 
@@ -107,15 +106,14 @@ def _from_thread(loader):
             current = following
 
 
-def parallel_map(function, items, num_workers, title, setup=None):
+def parallel_map(function, items, num_workers, title, setup=(int,)):
     """Yield function(item) of each item, in order, behind a progress bar.
 
     The work is done by `num_workers` processes, or by threads where processes do not fork; 0 takes one thread.
     `setup`, a function and its arguments, is called once in each process: the place for data that is too large to be
-    sent with every item. Forked processes do not even copy it.
+    sent with every item. Forked processes do not even copy it. The default, int(), does nothing.
     """
     num_workers = min(num_workers, len(items))
-    setup = setup or (int,)
     if num_workers and forks():
         # multiprocessing.Pool would wait forever for a worker that was killed.
         pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=setup)
@@ -126,7 +124,7 @@ def parallel_map(function, items, num_workers, title, setup=None):
         yield from progress(pool.map(function, items, chunksize=8), len(items), title)
     except BrokenProcessPool as error:
         time.sleep(0.5)  # a signal sent to all processes reaches this one, too, and explains more
-        raise UserError("a worker process was killed, perhaps for lack of memory: try fewer --num_workers") from error
+        raise UserError(LOST) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
