@@ -3,7 +3,7 @@
 As a script it runs `test.py`, `get_invalid_images.py` and `metrics_auc.py` on them:
 
     python tests/damaged.py [--count 400] [--seed 0]
-    400 images, 140 of them readable: all colorized, no intact image listed for removal, no traceback
+    400 images, 141 of them readable: all colorized, no intact image listed for removal, no traceback
 """
 
 import argparse

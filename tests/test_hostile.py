@@ -1,4 +1,4 @@
-"""Hurried and hostile use: flags out of range, runs that are stopped, folders full of surprises, results in the way."""
+"""Unusual use: flags out of range, stopped runs, folders with links and other files, existing results."""
 
 import ntpath
 import os
@@ -248,7 +248,7 @@ def test_the_longest_names_are_written(tmp_path):
         assert path.exists()
 
 
-# The walk over folders
+# Lists of images
 
 
 @pytest.fixture
@@ -263,13 +263,13 @@ def photo(photographs):
 def test_linked_folder_is_visited_once_under_its_own_name(tmp_path, photo, capsys):
     photo(tmp_path / "z" / "a.png")
     for name in ("up", "up2"):
-        (tmp_path / "z" / name).symlink_to("..")  # with two of them the ways multiply without end
+        (tmp_path / "z" / name).symlink_to("..")  # with two of them there are endless paths
     (tmp_path / "a").symlink_to("z")
     assert [os.path.relpath(path, tmp_path) for path in list_images(tmp_path)] == ["z/a.png"]
     assert capsys.readouterr().err.count("a link to a folder that is visited anyway") == 3
 
 
-def test_links_to_folders_elsewhere_are_followed(tmp_path, photo):
+def test_links_to_other_folders_are_followed(tmp_path, photo):
     photo(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to("../elsewhere")

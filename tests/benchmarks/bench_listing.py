@@ -1,8 +1,8 @@
-"""Time and memory of listing as many files as ImageNet's training set has: empty ones, in 1,000 folders.
+"""Measure time and memory of listing as many files as ImageNet's training set has: empty ones, in 1,000 folders.
 
-    python tests/benchmarks/bench_listing.py [--folder DIR]      makes the files in a temporary folder of DIR first
+    python tests/benchmarks/bench_listing.py [--folder DIR]      creates the files in a temporary folder in DIR first
 
-On a virtual machine of 2 cores with a local disk, busy with other work (idle, listing took 1.7 s):
+On a virtual machine with 2 cores and a local disk, busy with other work (listing took 1.7 s when idle):
 
     made 1280000 files in 40.8 s
     listed 1280000 files in 4.0 s; resident memory grew by 134 MB, at most by 149 MB
@@ -53,6 +53,6 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", help="where to make the files; default: the system's temporary folder")
+    parser.add_argument("--folder", help="folder for the files (default: the system's temporary folder)")
     parser.add_argument("--files", type=int, default=1_280_000)
     main(parser.parse_args())
