@@ -1,12 +1,12 @@
-"""Converts weights that others trained, so that `test.py` can use them.
+"""Converts the authors' or the earlier port's weights for `test.py`, or this project's for publication.
 
     python resources/convert_weights.py colorization_release_v2-9b330a0b.pth          the authors' PyTorch release
-    python resources/convert_weights.py colorization_release_v2.caffemodel            … their Caffe release
+    python resources/convert_weights.py colorization_release_v2.caffemodel            the authors' Caffe release
     python resources/convert_weights.py ../port/epoch_19_model.pdparams               the earlier Paddle port
-    python resources/convert_weights.py model/epoch_19_model.pdparams                 this project's, as safetensors
+    python resources/convert_weights.py model/epoch_19_model.pdparams                 this project's, to safetensors
 
-What the file is shows in its content. The second argument, ./model by default, is a model folder or the file to
-write, .pdparams or .safetensors. The last line says what was written and how to use it:
+The format is recognized by the file's content. The second argument, ./model by default, is a model folder or the
+.pdparams or .safetensors file to write. The last lines report the result and the command that uses it:
 
     model/epoch_official_model.pdparams: 32,240,377 numbers of the authors' PyTorch release
     python test.py --model_path model --load_model official --image_dir DIR
@@ -21,30 +21,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.checkpoints import save_checkpoint, save_safetensors
 from support.cli import Parser, UserError, number, printable, run_script
 
+import numpy as np
+
 import pretrained
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Converts weights that others trained to this project's.")
+    parser = Parser(description="Convert weights of other projects for this one, or this project's to safetensors.")
     add = parser.add_argument_group("files").add_argument
-    add(
-        "source",
-        help="the authors' .pth or .caffemodel, the earlier port's or this project's .pdparams, or .safetensors",
-    )
+    add("source", help="weights in the format of PyTorch (.pth), Caffe, Paddle (.pdparams) or safetensors")
     add("destination", nargs="?", default="./model", help="model folder, or .pdparams or .safetensors file")
     add = parser.add_argument_group("network").add_argument
     add(
         "--head_temperature",
         type=number(1e-3, 1e3),
         metavar="T",
-        help="temperature that the source's head has taken into its weights, so that its own softmax has none; "
-        "1: it has not (default: 0.38 for the authors' PyTorch release, 1 for the others)",
+        help="temperature by which the source's last layer is already divided, so that its own softmax has none; "
+        "1: not divided (default: 0.38 for the authors' PyTorch release, 1 for the others)",
     )
     return parser.parse_args(argv)
 
 
 def destination_path(source, destination, kind):
-    """The file to write for a source of that kind; in a folder it is named so that nothing of one's own is lost."""
+    """Return the file to write for a source of that kind. In a folder, its name differs from those of training runs."""
     destination = Path(destination)
     if destination.suffix in pretrained.SUFFIXES:
         return destination
@@ -62,27 +61,28 @@ def destination_path(source, destination, kind):
 
 def main(args):
 
-    # Read the source, whatever it is
+    # Read the source
     network, kind = pretrained.read_network(args.source, args.head_temperature)
+    info = pretrained.checkpoint_info(args.source)
 
-    # Write it
+    # Write the destination
     path = destination_path(args.source, args.destination, kind)
     if path.exists() and path.samefile(args.source):
-        raise UserError(f"{path}: is the source itself; name another destination")
-    state = network.state_dict()
+        raise UserError(f"{path}: this is the source; choose another destination")
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     if path.suffix == ".safetensors":
-        save_safetensors({name: tensor.numpy() for name, tensor in state.items()}, path)
+        save_safetensors(state, path, {name: str(value) for name, value in info.items()})
     else:
-        save_checkpoint(state, path)
+        save_checkpoint({**state, **{name: np.array(value) for name, value in info.items()}}, path)
 
-    # Say what it is and how to use it
+    # Report it and the command that uses it
     print(f"{printable(path)}: {sum(p.size for p in network.parameters()):,} numbers of {kind}")
     if match := re.fullmatch(pretrained.CHECKPOINT_NAME, path.name):
         print(
             f"python test.py --model_path {printable(path.parent)} --load_model {printable(match[1])} --image_dir DIR"
         )
     else:
-        print("to use it, put it into test.py's --model_path as epoch_{NAME}_model" + path.suffix)
+        print(f"python test.py --load_model {printable(path)} --image_dir DIR")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ except ImportError:  # Windows
 
     fcntl = None
 
-# Entries (int64) that a training run adds to its network's weights: the size of its inputs, and how long it ran
+# Entries (int64) that a training run adds to the weights: the size of the network's input, and how long the run was
 TRAINED = ("load_size", "epoch", "step")
+ENTRIES = (*TRAINED, "temperature")
 
 
 def save_checkpoint(state, path):
@@ -50,7 +51,7 @@ def load_checkpoint(path):
 
 
 def read_checkpoint(path):
-    """Return what `load_checkpoint` does and, as a dict, what else the checkpoint contains: the entries in TRAINED."""
+    """Return what `load_checkpoint` does and, as a dict, what else the checkpoint contains: its ENTRIES."""
     return read_file(path, _read_state)
 
 
@@ -74,7 +75,7 @@ def _read_state(file):
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not the state of a network")
     state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
-    return state, {name: state.pop(name) for name in TRAINED if name in state}
+    return state, {name: state.pop(name) for name in ENTRIES if name in state}
 
 
 def read_file(path, function):

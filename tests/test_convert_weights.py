@@ -6,10 +6,10 @@ photographs, and the releases' conventions: their scales of input and output, th
 
 import hashlib
 import importlib.util
-import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from support.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_safetensors
 from support.cli import UserError
@@ -20,7 +20,7 @@ import pytest
 import skimage.color
 import skimage.data
 import skimage.transform
-from caffe_files import STAGES, caffe_network, class8_ab, field, run_by_opencv, write_caffe
+from caffe_files import STAGES, caffe_network, class8_ab, field, run_by_opencv, varint, write_caffe
 from paddle import nn
 
 import pretrained
@@ -31,7 +31,6 @@ from utils import annealed_mean, load_ab_bins
 
 SIDE = 64
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
-needs_safetensors = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="safetensors is missing")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,6 @@ def test_official_release_in_the_format_of_before_pytorch_1_6(official, lightnes
 
 
 @needs_torch
-@needs_safetensors
 def test_official_release_as_safetensors(official, lightness, tmp_path):
     import torch
     from safetensors.torch import save_file
@@ -201,10 +199,15 @@ def edited(official, tmp_path):
         (lambda s: s.update({"model_out.weight": s["model_out.weight"][:, :300]}), r"model_out is \[2, 300, 1, 1\]"),
         (lambda s: s.pop("model3.6.running_var"), r"lacks model3.6.running_var$"),
         (lambda s: s.update({"model9.0.weight": s["model1.0.bias"]}), r"also has model9.0.weight$"),
-        (lambda s: s.update({"model2.0.weight": s["model2.0.weight"][:, :1]}), r"conv2.0.weight \[128, 1, 3, 3\] inst"),
+        (
+            lambda s: s.update({"model2.0.weight": s["model2.0.weight"][:, :1]}),
+            r"conv2.0.weight float \[128, 1, ",
+        ),
         (lambda s: s["model4.0.weight"].fill_(float("nan")), r"not finite.*conv4.0.weight"),
+        (lambda s: s.update({"model5.0.bias": s["model5.0.bias"].long()}), r"not an array of floats: model5.0.bias"),
+        (lambda s: s.update({"model5.0.bias": "text"}), r"not an array of floats: model5.0.bias"),
     ],
-    ids=["other order of bins", "other number of bins", "missing", "unexpected", "misshapen", "NaN"],
+    ids=["order of bins", "number of bins", "missing", "unexpected", "misshapen", "NaN", "integers", "text"],
 )
 def test_official_release_that_was_changed_is_refused(edited, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
@@ -318,10 +321,10 @@ def test_caffe_file_of_before_2015_in_double_precision(caffe, lightness, tmp_pat
 
 @pytest.mark.skipif(not importlib.util.find_spec("cv2"), reason="OpenCV is not installed")
 def test_caffe_release_gives_the_colors_that_opencv_gives(caffe, lightness, tmp_path):
-    """OpenCV reads Caffe's files by code of its own, and most people run this network with it."""
+    """OpenCV has its own reader of Caffe's files."""
     path = write_caffe(tmp_path / "release.caffemodel", {**caffe[0], **class8_ab()})
     theirs = np.concatenate([run_by_opencv(path, SIDE, SIDE)(x[None] - 50) for x in lightness])
-    np.testing.assert_allclose(ab_map(read_and_run(path, lightness)), theirs, atol=0.05)
+    np.testing.assert_allclose(ab_map(read_and_run(path, lightness)), theirs, atol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +332,7 @@ def test_caffe_release_gives_the_colors_that_opencv_gives(caffe, lightness, tmp_
     [
         ({"conv6_2": []}, r"lacks conv6_2.0, conv6_2.1$"),
         ({"conv3_3norm": [np.ones(256), np.ones(256), np.zeros(1)]}, "conv3_3norm was never trained"),
-        ({"conv5_1": [np.ones((512, 512, 5, 5)), np.ones(512)]}, r"conv5.0.weight \[512, 512, 5, 5\] instead of"),
+        ({"conv5_1": [np.ones((512, 512, 5, 5)), np.ones(512)]}, r"conv5.0.weight float \[512, 512, 5, 5\] instead of"),
     ],
     ids=["missing", "untrained", "misshapen"],
 )
@@ -342,21 +345,29 @@ def test_other_caffe_networks_are_refused(caffe, tmp_path, change, message):
 # Files that are none of these
 
 
-def test_files_of_other_kinds_cost_one_clear_line(tmp_path):
+def test_files_in_other_formats_are_refused_in_one_line(tmp_path):
+    def blob(shape, data):
+        sizes = field(7, field(1, b"".join(map(varint, shape))))
+        return field(100, field(1, b"conv1_2") + field(7, sizes + field(5, data)))
+
     for content, message in {
         b"": "text or empty",
         b"<!DOCTYPE html><html><body>Not found": "did its download go wrong",
         b'name: "net"\nlayer {\n  name: "conv1"\n}': "text or empty",
-        b"\xff\xd8\xff\xe0 a JPEG": "no format that is known here",
-        field(100, field(1, b"conv1_2"))[:-2]: "no format that is known here",
-        b"PK\x03\x04 cut short": "PyTorch",
+        b"\xff\xd8\xff\xe0 a JPEG": "damaged, or in an unknown format",
+        blob([2], bytes(8))[:-2]: "damaged, or in an unknown format",
+        blob([2], bytes(7)): "7 bytes for a blob of 2 numbers",
+        blob([2**40, 2**40], b""): "0 bytes for a blob of",
+        blob([2**64 - 2, 2**64 - 1], bytes(8)): "negative dimensions",  # -2 and -1
+        b"PK\x03\x04 cut short": "not a zip file",
         b"\x80\x04cut short": "not a readable checkpoint",
     }.items():
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(UserError, match=message) as error:
             pretrained.read_network(tmp_path / "file")
-        assert "\n" not in str(error.value) and str(tmp_path / "file") in str(error.value)
-    with pytest.raises(UserError, match="no such file"):
+        assert str(error.value).startswith(f"{tmp_path / 'file'}: not a readable checkpoint: ")
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such checkpoint"):
         pretrained.read_network(tmp_path / "nothing")
     with pytest.raises(UserError, match="is a directory"):
         pretrained.read_network(tmp_path)
@@ -364,17 +375,8 @@ def test_files_of_other_kinds_cost_one_clear_line(tmp_path):
 
 def test_another_networks_checkpoint_is_refused_by_name(tmp_path):
     paddle.save(nn.Linear(2, 2).state_dict(), str(tmp_path / "linear.pdparams"))
-    with pytest.raises(UserError, match=r"no network that is known here; it holds weight, bias"):
+    with pytest.raises(UserError, match=r"not a known network; it contains weight, bias"):
         pretrained.read_network(tmp_path / "linear.pdparams")
-
-
-def test_pytorch_is_asked_for_only_when_it_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "release.pth").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UserError, match="pip install torch"):
-        pretrained.read_network(tmp_path / "release.pth")
-    with pytest.raises(UserError, match="pip install torch"):
-        pretrained.find_weights(tmp_path, "official")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -400,6 +402,18 @@ def test_safetensors_out_and_in_keep_every_number(port, tmp_path, capsys):
     assert isinstance(load_network(published), PortCIC)
 
 
+def test_conversion_keeps_what_a_checkpoint_specifies_besides_its_weights(trained, tmp_path):
+    info = {"load_size": 96, "epoch": 3, "step": 1200}
+    arrays = {name: np.array(value) for name, value in info.items()}
+    source, published = tmp_path / "epoch_3_model.pdparams", tmp_path / "epoch_3_model.safetensors"
+    save_checkpoint({**load_checkpoint(trained), **arrays}, source)
+    for path, converted in ((source, published), (published, tmp_path / "again.pdparams")):
+        assert pretrained.checkpoint_info(path) == info
+        convert_weights.main(convert_weights.parse_args([str(path), str(converted)]))
+    assert pretrained.checkpoint_info(tmp_path / "again.pdparams") == info
+    load_network(tmp_path / "again.pdparams")
+
+
 @pytest.mark.parametrize(
     "source, kind, written",
     [
@@ -416,7 +430,7 @@ def test_names_in_a_model_folder(source, kind, written):
 
 
 def test_the_source_is_not_overwritten(port):
-    with pytest.raises(UserError, match="is the source itself"):
+    with pytest.raises(UserError, match="this is the source"):
         convert_weights.main(convert_weights.parse_args([str(port[0]), str(port[0])]))
 
 
@@ -458,7 +472,7 @@ def test_official_is_downloaded_once_and_kept(official, lightness, serve, tmp_pa
 
 def test_a_download_with_another_hash_is_refused_and_removed(serve, tmp_path):
     cached = serve(b"PK not what it says", digits="9b330a0b")
-    with pytest.raises(UserError, match=r"SHA-256 [0-9a-f]{8}…, not 9b330a0b…: damaged"):
+    with pytest.raises(UserError, match=r"removed, as its SHA-256 is [0-9a-f]{8}…, not 9b330a0b…"):
         pretrained.download(pretrained.OFFICIAL_URL, tmp_path)
     assert not cached.exists()
 
@@ -470,17 +484,17 @@ def test_without_a_network_there_is_one_line_with_the_offline_way(tmp_path, monk
     with pytest.raises(UserError) as error:
         pretrained.download(url, tmp_path / "model")
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith(f"{url}: cannot be downloaded (")
+    assert str(error.value).startswith(f"{url}: download failed (")
     assert f"python resources/convert_weights.py release-9b330a0b.pth {tmp_path / 'model'}" in str(error.value)
 
 
 def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
-    with pytest.raises(UserError, match=r"Caffe alone.*norebal.caffemodel, then python resources/convert_weights.py"):
+    with pytest.raises(UserError, match=r"Caffe only.*norebal.caffemodel, then python resources/convert_weights.py"):
         pretrained.find_weights(tmp_path, "norebal")
-    with pytest.raises(UserError, match="epoch_19_model.pdparams: no such checkpoint; there is none"):
+    with pytest.raises(UserError, match="epoch_19_model.pdparams: no such checkpoint; the folder contains none"):
         pretrained.find_weights(tmp_path, "19")
     (tmp_path / "epoch_3_model.safetensors").touch()
-    with pytest.raises(UserError, match="there are: --load_model 3$"):
+    with pytest.raises(UserError, match="available: --load_model 3$"):
         pretrained.find_weights(tmp_path, "19")
     assert pretrained.find_weights(tmp_path, "3") == tmp_path / "epoch_3_model.safetensors"
     assert pretrained.find_weights("elsewhere", str(tmp_path / "epoch_3_model.safetensors")).parent == tmp_path
@@ -490,27 +504,32 @@ def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
 # The weights that come with the project
 
 
-def test_without_a_checkpoint_the_small_weights_are_taken_and_one_line_says_so(tmp_path, capsys):
-    for folder in (tmp_path, tmp_path / "nowhere"):
+def test_default_is_the_bundled_weights_where_there_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "./model"):
         assert pretrained.find_weights(folder) == pretrained.SMALL
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"{folder} holds no checkpoint: taking small, which comes with the project")
+        assert line.startswith(f"{Path(folder)} contains no checkpoint: using the bundled weights, small")
         assert "trained on all of ImageNet: --load_model official" in line
+    with pytest.raises(UserError, match="nowhere: no such folder$"):
+        pretrained.find_weights(tmp_path / "nowhere")
     (tmp_path / "epoch_3_model.pdparams").touch()
     assert pretrained.find_weights(tmp_path) == tmp_path / "epoch_3_model.pdparams"
     assert pretrained.find_weights(tmp_path, "small") == pretrained.SMALL
 
 
-def test_small_weights_that_are_damaged_or_missing_cost_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1", "the first half"])
+def test_damaged_or_missing_bundled_weights_are_one_line_with_the_git_command(tmp_path, monkeypatch, content):
     path = tmp_path / "epoch_small_model.safetensors"
+    if content:
+        half = pretrained.SMALL.read_bytes()[: pretrained.SMALL.stat().st_size // 2]
+        path.write_bytes(content if isinstance(content, bytes) else half)
     monkeypatch.setattr(pretrained, "SMALL", path)
+    (tmp_path / "model").mkdir()
     restore = f"git -C {tmp_path} checkout -- epoch_small_model.safetensors"
-    with pytest.raises(UserError, match=f"^{path}: not there; to have it as it came: {restore}$"):
-        pretrained.find_weights(tmp_path / "model")
-    assert not capsys.readouterr().err
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UserError, match=f"^{path}: damaged or changed; to have it as it came"):
-        pretrained.find_weights(tmp_path / "model", "small")
+    for name in (None, "small"):
+        with pytest.raises(UserError, match=rf"^{path}: .*; to restore the bundled weights: {restore}$"):
+            pretrained.find_weights(tmp_path / "model", name)
 
 
 def test_small_weights_are_the_papers_network_whole_and_small():
@@ -528,16 +547,31 @@ def test_reading_weights_draws_no_random_numbers():
     assert (nn.Linear(2, 2).weight.numpy() != 0).all()  # layers that are made later are random as ever
 
 
-def test_a_checkpoint_may_say_at_which_short_side_it_is_at_its_best(tmp_path):
-    path = tmp_path / "epoch_1_model.safetensors"
-    for metadata, size in (({}, 256), ({"load_size": "128"}, 128)):
-        save_safetensors({}, path, metadata)
-        assert pretrained.best_load_size(path) == size
-    for wrong in ("wide", "0", "-1", "1e9"):
-        save_safetensors({}, path, {"load_size": wrong})
-        with pytest.raises(UserError, match=f"^{path}: says that it is at its best at a load_size of {wrong}$"):
+@pytest.mark.parametrize("suffix", [".safetensors", ".pdparams"])
+def test_entries_besides_the_weights_are_numbers_within_their_limits(tmp_path, suffix):
+    path = tmp_path / f"epoch_1_model{suffix}"
+
+    def write(info):
+        if suffix == ".pdparams":
+            save_checkpoint({name: np.array(value) for name, value in info.items()}, path)
+        else:
+            save_safetensors({}, path, {name: str(value) for name, value in info.items()})
+
+    write({})
+    assert pretrained.checkpoint_info(path) == {} and pretrained.best_load_size(path) == 256
+    for info in ({"load_size": 128}, {"load_size": 4096, "temperature": 0.5, "epoch": 0, "step": 3}):
+        write(info)
+        assert pretrained.checkpoint_info(path) == info and pretrained.best_load_size(path) == info["load_size"]
+    for name, wrong in (
+        *(("load_size", size) for size in (0, -1, 4097, 10**9, 96.5, float("nan"))),
+        *(("temperature", t) for t in (0.0, -1.0, 1e7, float("nan"), float("inf"))),
+        *(("step", -1), ("epoch", 1.5)),
+    ):
+        write({name: wrong})
+        with pytest.raises(UserError, match=rf"^{path}: {name} .*{wrong}") as error:
             pretrained.best_load_size(path)
-    assert pretrained.best_load_size(pretrained.SMALL) == 96
+        assert "\n" not in str(error.value)
+    assert pretrained.checkpoint_info(pretrained.SMALL)["load_size"] == pretrained.best_load_size(pretrained.SMALL)
 
 
 def test_rounding_to_8_bits_is_off_by_half_a_step_of_the_channel_at_most():
