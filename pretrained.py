@@ -151,9 +151,9 @@ EXTRA_RELU = "extra_relu_ahead_of_conv6"  # the entry that marks a state dict of
 
 
 class PortCIC(CIC):
-    """The network of an earlier Paddle port, for weights that were trained there: one more ReLU, ahead of conv6.
+    """The network of an earlier Paddle port, with another ReLU before conv6, for weights trained there.
 
-    The parameters are the same, so its state dict has an entry more that tells it apart.
+    The parameters are the same, so an additional entry in its state dict distinguishes it.
     """
 
     def __init__(self):

@@ -72,7 +72,7 @@ def caffe_network(x):
     x = F.relu(convolve("conv8_3", F.relu(convolve("conv8_2", x, 256, 3, padding=1)), 256, 3, padding=1))
     logits = convolve("conv8_313", x, 313, 1)
     layers["bw_conv1_1"][0] /= 30  # instead of the input
-    layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as it comes; programs fill it in
+    layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as released; programs fill it in
     return layers, logits.numpy()
 
 
@@ -82,7 +82,7 @@ def class8_ab():
 
 
 def prototxt(height, width):
-    """What those layers are, from L - 50 to ab: the part of the release that is text."""
+    """Return the text part of the release, which describes those layers, from L - 50 to ab."""
     shape = "".join(f" dim: {n}" for n in (1, 1, height, width))
     lines = ['name: "colorization"', 'input: "data_l"', f"input_shape {{{shape} }}"]
     top = "data_l"

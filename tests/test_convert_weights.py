@@ -1,7 +1,7 @@
 """Weights from elsewhere give here what they give there: against networks that are built here in their layouts.
 
-The real files are not at hand, so random weights stand in, with the batch-norm statistics that they have on
-photographs, and the releases' conventions: their scales of input and output, their temperature, their formats.
+The authors' files are not available here, so random weights stand in, with the batch-norm statistics that they have on
+images, and the releases' conventions: their scales of input and output, their temperature, their formats.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="
 
 @pytest.fixture(scope="module")
 def lightness():
-    """Of four photographs, as float32 [4, 1, SIDE, SIDE] in [0, 100]; scikit-image computes it."""
+    """Return the lightness of four images, computed by scikit-image: float32 [4, 1, SIDE, SIDE] in [0, 100]."""
     names = ("astronaut", "coffee", "chelsea", "rocket")
     photos = [
         skimage.transform.resize(getattr(skimage.data, name)(), (SIDE, SIDE), anti_aliasing=True) for name in names
@@ -259,7 +259,7 @@ def port(lightness, tmp_path_factory):
     """The port's checkpoint, its logits, and those that it would give without its extra ReLU."""
     network, x = port_network(), lightness - 50
     with paddle.no_grad():
-        network(paddle.to_tensor(x))  # in training mode, with a momentum of 0: the statistics are the photographs'
+        network(paddle.to_tensor(x))  # in training mode, with a momentum of 0: the statistics are the images'
     state = network.state_dict()
     path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
     paddle.save(state, str(path))
@@ -501,7 +501,7 @@ def test_norebal_and_unknown_names_say_what_there_is(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# The weights that come with the project
+# The bundled weights
 
 
 def test_default_is_the_bundled_weights_where_there_is_no_checkpoint(tmp_path, monkeypatch, capsys):
