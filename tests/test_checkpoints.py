@@ -182,7 +182,7 @@ def test_8_bits_with_a_scale_for_each_channel_come_back_as_their_product(path):
     scale = np.array([[[0.5]], [[0.25]]], np.float32)
     save_safetensors({"x": numbers, "x.scale": scale, "alone": numbers}, path)
     product = np.array([[[0.5, -63.5]], [[16, 0]]], np.float32)
-    assert_same(load_checkpoint(path), {"alone": numbers, "x": product})
+    assert_same(dict(sorted(load_checkpoint(path).items())), {"alone": numbers, "x": product})
 
 
 def test_entries_of_a_training_run_are_kept_apart_from_its_weights(network, path):
