@@ -517,7 +517,7 @@ def test_usage_errors_are_one_line(run, tmp_path, photographs, stopped):
 
     assert "missing: no such file" in message(tmp_path / "missing")
     assert "empty: no images" in message(tmp_path / "empty")
-    assert "there are: --load_model 19" in message(coffee, "--load_model", 7)
+    assert "available: --load_model 19" in message(coffee, "--load_model", 7)
     assert "multiple of 8" in message(coffee, "--crop_size", 100)
     assert "larger than --load_size" in message(coffee, "--crop_size", 512)
     assert "cannot be written" in message(coffee, result="file/result")
