@@ -405,7 +405,7 @@ def test_advice_after_a_lost_worker_depends_on_a_save(tmp_path, squares):
             assert process.wait(60) == 1
         assert (folder / "err").read_text().rstrip().endswith(f"try fewer --num_workers; {advice}")
         resume = ["--continue_train"] if save_latest == 1 else []  # the original command is not refused
-        code, err = run(folder, *arguments, *resume, "--max_steps", steps_done(folder) + 5)
+        code, err = run(folder, *arguments, *resume, "--max_steps", str(steps_done(folder) + 5))
         assert code == 0, err
 
 
