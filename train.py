@@ -343,12 +343,18 @@ def announce(args, network, loader, val_loader, autocast):
         print(f"device: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}", flush=True)
 
 
+def advice(run):
+    """Return what can be done after an error."""
+    saved = (run.folder / "epoch_latest_state.pdopt").exists()
+    return "--continue_train resumes from the last save" if saved else "nothing was saved"
+
+
 def report(run, args, stop):
     """Print how the run ended. Return its exit code."""
     latest, log = (cli.printable(path) for path in (run.folder / "epoch_latest_model.pdparams", args.log_path))
-    advice = "stopped; resume with --continue_train" if stop.signal else f"log in {log} (visualdl --logdir {log})"
+    how = "stopped; resume with --continue_train" if stop.signal else f"log in {log} (visualdl --logdir {log})"
     if processes.is_first():
-        (note if stop.signal else print)(f"{latest}: {run.progress['step']} steps; {advice}")
+        (note if stop.signal else print)(f"{latest}: {run.progress['step']} steps; {how}")
     return 128 + stop.signal if stop.signal else 0
 
 
@@ -371,7 +377,7 @@ def main(args):
     optimizer, schedule = make_optimizer(network, args)
     autocast, scaler = gpu.mixed_precision(args.amp)
 
-    # Progress: what comes next, and the steps done. `pending`: an epoch's steps are done, its validation is not.
+    # Progress: `epoch` and `batch` come next, `step` are done; `pending` is the validation after an epoch's last step.
     flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
     flags.update(images=len(loader.dataset), prior=prior.numpy())
     progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf, "pending": False}
@@ -408,8 +414,8 @@ def main(args):
                 if args.sync_bn and meter.steps == 1:
                     processes.check_synchronized(network)
                 if step % args.loss_step == 0 or step in (first_step, last_step):
-                    means = meter.read(args.max_broken)
-                    line = {"step": step, "epoch": progress["epoch"], **means, "lr": schedule.get_lr()}
+                    line = {"step": step, "epoch": progress["epoch"], **meter.read(args.max_broken)}
+                    line["lr"] = schedule.get_lr()
                     log.write(LINE.format(**line), line)
                 if step % args.save_latest == 0:
                     meter.check(args.max_broken)  # weights that diverged must not replace good ones
@@ -428,9 +434,7 @@ def main(args):
                     run.save(progress["epoch"] - 1, "latest")
         run.save("latest")
     except UserError as error:
-        saved = (run.folder / "epoch_latest_state.pdopt").exists()
-        advice = "--continue_train resumes from the last save" if saved else "nothing was saved"
-        raise UserError(f"{error}; {advice}") from error
+        raise UserError(f"{error}; {advice(run)}") from error
     finally:
         stop.restore()
         for item in (bar, log, *locks):

@@ -463,7 +463,7 @@ def test_an_earlier_run_is_not_replaced_unasked(tmp_path, squares, stopped, smal
     for settings in ({}, {"model": "other"}, {"log": "other"}):
         message = stopped(lambda x: run(**x), settings)
         assert "--continue_train" in message and "--overwrite" in message
-    assert "says where --continue_train goes on" in stopped(lambda _: run("--which_epoch", "0"), None)
+    assert "only valid with --continue_train" in stopped(lambda _: run("--which_epoch", "0"), None)
     assert (tmp_path / "log" / "train.jsonl").read_text() == line
     assert run("--overwrite") == 0 and run("--continue_train") == 0
 
