@@ -97,9 +97,9 @@ def test_the_scripts_of_resources_run_from_anywhere(tmp_path):
 
 
 def test_the_demo_takes_the_photographs_that_the_installed_packages_bring_along(tmp_path, monkeypatch):
-    number = demo.copy_photographs(tmp_path / "installed")
+    number = demo.copy_images(tmp_path / "installed")
     names = {path.name for path in (tmp_path / "installed").iterdir()}
     assert len(names) == number
     assert names >= {"astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "grace_hopper.jpg"}
-    monkeypatch.setattr(demo, "PHOTOGRAPHS", {"skimage": demo.PHOTOGRAPHS["skimage"], "nobody_has_this": ("a.png",)})
-    assert demo.copy_photographs(tmp_path / "four") == 4
+    monkeypatch.setattr(demo, "IMAGES", {"skimage": demo.IMAGES["skimage"], "nobody_has_this": ("a.png",)})
+    assert demo.copy_images(tmp_path / "five") == 5
