@@ -306,12 +306,12 @@ def build(names, colorizer):
         gr.Markdown(ABOUT.replace("MODELS", " ".join(known)))
 
         # Events. The network runs for one user at a time; quick handlers need not wait for it.
-        network = {"concurrency_id": "network", "concurrency_limit": 1, "api_visibility": "private"}
+        network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": picture}
+        network |= {"api_visibility": "private"}
         quick = {"concurrency_limit": 4, "api_visibility": "private"}
         hidden = {"show_progress": "hidden", **quick}
         taken = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
         computed = {"fn": report_errors(partial(compute, colorizer)), "inputs": [photo, weights], **network}
-        computed |= {"show_progress_on": picture}
         shown = {"inputs": [photo, temperature, across, down], "outputs": [photo, picture, marked, chart, text]}
         shown |= {"fn": show, **hidden}
         chosen = [upload.upload(take, upload, **taken)]
@@ -325,7 +325,7 @@ def build(names, colorizer):
         divider.input(lambda share: gr.ImageSlider(slider_position=share), divider, picture, **hidden)
         for name, button in saves.items():
             write = report_errors(partial(full_size, SUFFIXES[name]))
-            made = button.click(write, [photo, temperature], file, show_progress_on=picture, **network)
+            made = button.click(write, [photo, temperature], file, **network)
             made.success(None, file, js=DOWNLOAD)
     return page
 
@@ -333,7 +333,9 @@ def build(names, colorizer):
 def example_button(name):
     image = open_rgb(EXAMPLE_FOLDER / EXAMPLES[name])
     image.thumbnail((160, 160))
-    return gr.Button(name, icon=store(image), size="sm", min_width=60)
+    button = gr.Button(name, icon=store(image), size="sm", min_width=60)
+    button.keep_in_cache.add(button.icon["path"])  # Gradio deletes other files after a minute
+    return button
 
 
 # -------------------------------------------------------------------------------------------------

@@ -222,6 +222,17 @@ def test_interrupted_uploads_are_deleted_after_a_minute(tmp_path):
 
 
 @needs_gradio
+def test_icons_of_examples_are_not_deleted_with_old_files(tmp_path, monkeypatch):
+    from gradio.route_utils import delete_files_created_by_app
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with app.gr.Blocks() as page:
+        app.example_button("Cat")
+    delete_files_created_by_app(page, age=None)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@needs_gradio
 def test_missing_checkpoint_is_reported(tmp_path, stopped):
     assert "no such checkpoint" in stopped(
         app.main, app.parse_args(["--model_path", str(tmp_path), "--load_model", "7", "--port", "7799"])
