@@ -1,31 +1,34 @@
-"""The shipped tables, and the scripts that make them."""
+"""The bundled tables and weights, and the scripts that make them."""
 
 import subprocess
 import sys
+
+from support.checkpoints import load_checkpoint, save_safetensors
 
 import numpy as np
 from conftest import ROOT
 from PIL import Image
 from skimage import color
 
-from resources import demo, estimate_prior, make_pts_in_hull
-from utils import load_ab_bins, load_prior
+from pretrained import best_load_size
+from resources import demo, estimate_prior, make_pts_in_hull, make_small
+from utils import load_ab_bins, load_prior, rebalancing_weights
 
 
-def test_the_shipped_bins_are_those_of_the_script():
+def test_bundled_bins_match_their_script():
     bins = np.load(ROOT / "resources" / "pts_in_hull.npy")
     assert bins.dtype == np.int64 and bins.shape == (313, 2)
     assert np.array_equal(bins, make_pts_in_hull.ab_bins())
     assert np.array_equal(load_ab_bins().numpy(), bins)
 
 
-def test_bins_are_in_the_published_order():
+def test_bundled_bins_are_in_the_published_order():
     bins = [tuple(x) for x in np.load(ROOT / "resources" / "pts_in_hull.npy")]
     assert bins == sorted(set(bins)) and bins[0] == (-90, 50) and bins[-1] == (100, 0)
 
 
-def test_all_but_four_bins_follow_from_the_srgb_gamut():
-    """The corners of each 10x10 cell that an sRGB color falls in; the four others are the published table's own."""
+def test_all_bins_except_four_follow_from_the_srgb_gamut():
+    """Bins are the corners of 10x10 cells that contain an sRGB color; the published table has four more."""
     levels = np.arange(256)
     surface = [np.stack(np.broadcast_arrays(*channels), -1).reshape(-1, 3) for channels in _cube_faces(levels)]
     ab = color.rgb2lab(np.concatenate(surface)[None].astype(np.uint8))[0, :, 1:]
@@ -43,7 +46,7 @@ def _cube_faces(levels):
         yield levels[:, None], levels, end
 
 
-def test_the_shipped_prior_is_a_distribution_without_zeros():
+def test_bundled_prior_is_a_distribution_without_zeros():
     prior = np.load(ROOT / "resources" / "prior_probs.npy")
     assert prior.dtype == np.float64 and prior.shape == (313,)
     assert prior.sum() == 1 or abs(prior.sum() - 1) < 1e-12
@@ -51,8 +54,28 @@ def test_the_shipped_prior_is_a_distribution_without_zeros():
     assert np.allclose(load_prior().numpy(), prior)
 
 
-def test_an_own_prior_is_the_mean_gaussian_over_all_bins(tmp_path, squares):
-    """Against a dense float64 computation over every pixel; a gray and a broken file do not count."""
+def test_make_small_adjusts_logits_rounds_to_int8_and_stores_the_size(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(6, 3, 4, 4)).astype(np.float32)
+    bias = random.normal(size=313).astype(np.float32)
+    source, result = tmp_path / "trained.safetensors", tmp_path / "small.safetensors"
+    save_safetensors({"conv8.0.weight": weight, "conv8_313.bias": bias}, source)
+    monkeypatch.setattr(make_small, "SMALL", result)
+    make_small.main(make_small.parse_args([str(source)]))
+    state = load_checkpoint(result)
+    strength = (bias - state["conv8_313.bias"]) / np.log(rebalancing_weights(load_prior()).numpy())
+    np.testing.assert_allclose(strength, make_small.STRENGTH, atol=1e-4)
+    half_a_step = np.abs(weight).max(axis=(0, 2, 3), keepdims=True) / 127 / 2  # per output channel
+    assert 0 < np.max(np.abs(state["conv8.0.weight"] - weight) / half_a_step) < 1.001
+    assert (
+        best_load_size(result)
+        == make_small.LOAD_SIZE
+        == best_load_size(ROOT / "resources" / "epoch_small_model.safetensors")
+    )
+
+
+def test_custom_prior_is_the_mean_gaussian_over_all_bins(tmp_path, squares):
+    """Compare with a dense float64 computation over every pixel; gray and unreadable files do not count."""
     folder = tmp_path / "set"
     folder.mkdir()
     pixels = []
@@ -73,12 +96,12 @@ def test_an_own_prior_is_the_mean_gaussian_over_all_bins(tmp_path, squares):
         weights = np.exp(-((part[:, None] - bins) ** 2).sum(axis=2) / 50)
         expected += (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
     expected = (expected + 1) / (expected + 1).sum()
-    # The script counts colors in cells of a quarter unit, which matters far from all colors alone.
+    # The script counts colors in cells of a quarter unit, which only matters far from all colors.
     assert np.abs(np.load(output) - expected).sum() < 1e-3
     np.testing.assert_allclose(np.load(output), expected, rtol=0.2)
 
 
-def test_a_set_without_color_has_no_prior(tmp_path, stopped):
+def test_images_without_color_have_no_prior(tmp_path, stopped):
     Image.new("RGB", (30, 20), "gray").save(tmp_path / "gray.png")
     args = estimate_prior.parse_args(
         ["--image_dir", str(tmp_path), "--output", str(tmp_path / "p"), "--num_workers", "0"]
@@ -86,7 +109,7 @@ def test_a_set_without_color_has_no_prior(tmp_path, stopped):
     assert "no color image" in stopped(estimate_prior.main, args)
 
 
-def test_the_scripts_of_resources_run_from_anywhere(tmp_path):
+def test_resource_scripts_run_from_any_directory(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "resources" / "estimate_prior.py", "--help"],
         cwd=tmp_path,
@@ -96,7 +119,7 @@ def test_the_scripts_of_resources_run_from_anywhere(tmp_path):
     assert done.returncode == 0 and "--image_dir" in done.stdout
 
 
-def test_the_demo_takes_the_photographs_that_the_installed_packages_bring_along(tmp_path, monkeypatch):
+def test_demo_uses_the_images_bundled_with_installed_packages(tmp_path, monkeypatch):
     number = demo.copy_images(tmp_path / "installed")
     names = {path.name for path in (tmp_path / "installed").iterdir()}
     assert len(names) == number
