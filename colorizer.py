@@ -21,12 +21,12 @@ import numpy as np
 import paddle
 from PIL import ExifTags, Image
 
-from dataset import lab_to_photograph, photograph_lightness, rgb_to_lightness
+from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
 from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
-STRIP_PIXELS = 1_000_000  # converted at a time, so that a large image needs little more memory than itself
+STRIP_PIXELS = 2**18  # converted at a time, so that a large image needs little more memory than itself
 
 
 class Colorizer:
@@ -161,13 +161,22 @@ def colored(image, ab):
 
 
 def join(rgb, ab):
-    """The photograph's own lightness with the ab [2, h, w] brought to its size: uint8 [H, W, 3] -> the same."""
+    """Combine an image's lightness with predicted ab, brought to its size.
+
+    Args:
+        rgb (ndarray): uint8 [H, W, 3].
+        ab (Tensor): float32 [2, h, w].
+
+    Returns:
+        ndarray: uint8 [H, W, 3].
+    """
     height, width = rgb.shape[:2]
     colored = np.empty_like(rgb)
     for top in range(0, height, rows := max(1, STRIP_PIXELS // width)):
-        strip = rgb[top : top + rows]
-        strip_ab = upsample_ab(ab, height, width, top, rows).unsqueeze(0)
-        colored[top : top + rows] = lab_to_photograph(paddle.concat([photograph_lightness(strip), strip_ab], axis=1))
+        strip = slice(top, top + rows)
+        lightness = rgb_to_lightness(paddle.to_tensor(np.ascontiguousarray(rgb[strip].transpose(2, 0, 1)[None])))
+        lab = paddle.concat([lightness, upsample_ab(ab, height, width, top, rows).unsqueeze(0)], axis=1)
+        colored[strip] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
     return colored
 
 

@@ -1,20 +1,24 @@
 """The colorization network of the paper (Zhang, Isola, Efros, ECCV 2016; Fig. 2 and Table 4).
 
-A VGG-style stack of 3x3 convolutions that keeps a stride of 8 at its deepest (dilation takes the
-place of further downsampling) and predicts, at a quarter of the input's resolution, a distribution
-over the 313 bins of the ab plane.
+A VGG-style stack of 3x3 convolutions, downsampled by 8 at its deepest (dilation replaces further downsampling),
+predicts a distribution over the 313 ab bins at a quarter of the input's resolution.
 """
 
 from paddle import nn
 
-NUM_BINS = 313  # of the ab plane
-
 
 def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
-    """`convs` 3x3 convolutions, a ReLU after each, batch norm at the end.
+    """Create a stage: 3x3 convolutions, a ReLU after each, and batch norm at the end.
 
-    The last convolution carries the stride. With `dilation` d the padding is d, so only the stride
-    changes the size.
+    Args:
+        in_channels (int): Input channels of the first convolution.
+        channels (int): Output channels of all convolutions.
+        convs (int): Number of convolutions.
+        stride (int): Stride of the last convolution; only this changes height and width.
+        dilation (int): Dilation, and padding, of all convolutions.
+
+    Returns:
+        nn.Sequential: The stage.
     """
     layers = []
     for i in range(convs):
@@ -35,9 +39,9 @@ def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
 
 
 class CIC(nn.Layer):
-    """Lightness to logits over the ab bins; 32,240,377 parameters.
+    """Predict logits over the ab bins from lightness, with 32,240,377 parameters.
 
-    Works for any batch size and any height and width that are multiples of 8.
+    Weights have Paddle's default initialization: He-normal, or Xavier-uniform for the transposed convolution.
     """
 
     def __init__(self):
@@ -57,10 +61,17 @@ class CIC(nn.Layer):
             nn.Conv2D(256, 256, kernel_size=3, padding=1),
             nn.ReLU(),
         )
-        self.conv8_313 = nn.Conv2D(256, NUM_BINS, kernel_size=1)
+        self.conv8_313 = nn.Conv2D(256, 313, kernel_size=1)
 
     def forward(self, lightness):
-        """[N, 1, H, W] of L - 50, L in [0, 100] -> logits [N, 313, H/4, W/4]."""
+        """Run the network.
+
+        Args:
+            lightness (Tensor): float32 [N, 1, H, W]. L - 50, with L in [0, 100]; H and W are multiples of 8.
+
+        Returns:
+            Tensor: Logits, float32 [N, 313, H/4, W/4].
+        """
         x = self.conv1(lightness)  #                               [N, 64, H/2, W/2]
         x = self.conv2(x)  #                                       [N, 128, H/4, W/4]
         x = self.conv3(x)  #                                       [N, 256, H/8, W/8]

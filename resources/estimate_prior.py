@@ -34,10 +34,11 @@ import numpy as np
 import paddle
 from PIL import Image
 
-from dataset import AB_LIMIT, rgb_to_lab
+from dataset import rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256
+AB_LIMIT = 128  # colors are counted for ab within ±AB_LIMIT; sRGB stays within 110
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
 
 

@@ -1,6 +1,7 @@
 """metrics_auc.py against scikit-image, a loop over pixels, and areas computed by hand."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -45,8 +46,8 @@ def altered(image):
 
 def run(true, colored, output, *flags):
     """main's exit code and its JSON; `colored` None is --gray."""
-    arguments = ["--imgs_dir", str(true), "--save_path", str(output), "--num_workers", "0", *flags]
-    arguments += ["--results_dir", str(colored)] if colored else ["--gray"]
+    arguments = ["--image_dir", str(true), "--save_path", str(output), "--num_workers", "0", *flags]
+    arguments += ["--result_path", str(colored)] if colored else ["--gray"]
     code = metrics_auc.main(metrics_auc.parse_args(arguments))
     return code, json.loads((output / ("auc.json" if colored else "gray_auc.json")).read_text())
 
@@ -56,7 +57,7 @@ def areas(summary):
 
 
 def oracle(pairs, weight_of_bin):
-    """Raw, rebalanced and own-rebalanced AuC of (true, predicted) Lab images in float64, from the definition."""
+    """Compute raw, rebalanced and macro AuC of (true, predicted) Lab images in float64 from the definition."""
     true_ab = np.concatenate([true[..., 1:].reshape(-1, 2) for true, _ in pairs])
     predicted_ab = np.concatenate([predicted[..., 1:].reshape(-1, 2) for _, predicted in pairs])
     distance = np.linalg.norm(true_ab - predicted_ab, axis=1)
@@ -77,27 +78,17 @@ def prior_weights():
 # Formulas
 
 
-def test_tables_hold_lab_and_the_gray_that_is_as_light():
-    rgb = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    numbers = metrics_auc.color_numbers(metrics_auc.flat(rgb))
-    ab, of_true = (table[numbers] for table in metrics_auc.tables())
-    lab = rgb2lab(rgb)
-    assert np.abs(np.stack([ab.real, ab.imag], axis=1) - lab[..., 1:].reshape(-1, 2)).max() < 1e-3
-    gray = lab2rgb(lab * (1, 0, 0)).mean(axis=2).ravel() * 255
-    assert np.abs((of_true & 255) - gray).max() < 0.51
-
-
 def test_rounding_finds_the_nearest_bin_of_every_color():
-    ab, of_true = metrics_auc.tables()
-    bins = load_ab_bins().numpy()
-    sample = np.random.default_rng(0).integers(0, len(ab), 100_000)
-    distance, nearest = cKDTree(bins).query(np.stack([ab[sample].real, ab[sample].imag], axis=1), k=2)
+    """On a grid of all colors, and on the gamut's borders: no color falls on a grid point that is not a bin."""
+    levels = np.arange(0, 256, 3, dtype=np.uint8)  # 0 and 255 among them
+    rgb = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    ab, bins = metrics_auc.to_lab(rgb)[0, :, 1:], load_ab_bins().numpy()
+    a, b = np.rint(ab / 10).astype(int).T + 11
+    found = metrics_auc.bins_on_grid(bins)[a, b]
+    distance, nearest = cKDTree(bins).query(ab, k=2)
     clear = distance[:, 1] - distance[:, 0] > 1e-4  # not on the border of two cells
-    assert clear.mean() > 0.999
-    assert (of_true[sample] >> 8 == nearest[:, 0])[clear].all()
-    # And of every color: none is farther from its bin than half a cell's diagonal.
-    own = bins[of_true[::7] >> 8]
-    assert np.abs(np.stack([ab[::7].real, ab[::7].imag], axis=1) - own).max() < 5.001
+    assert clear.mean() > 0.98 and (found[clear] == nearest[clear, 0]).all()
+    assert (found >= 0).all() and np.abs(ab - bins[found]).max() < 5.001
 
 
 @pytest.mark.parametrize(
@@ -114,7 +105,7 @@ def test_constant_distance_gives_the_area_by_hand(distance, area):
     assert histogram.sum() == 1200
 
 
-def test_three_ways_to_weigh():
+def test_raw_rebalanced_and_macro_weights():
     """One pixel of a bin, three of another: own weights even them out, given ones multiply; curve and area agree."""
     counts, given = np.zeros((313, 152), np.int64), np.arange(313.0) + 1
     counts[0, 10], counts[5, 20] = 1, 3
@@ -123,7 +114,7 @@ def test_three_ways_to_weigh():
     assert curves[:, 10].tolist() == [1 / 4, 1 / (1 + 3 * 6), 1 / 2]
     areas = np.stack([counts @ metrics_auc.AREAS, counts @ metrics_auc.AREAS, counts.sum(axis=1)])[None]
     one = dict.fromkeys(("chroma", "colorfulness", "psnr", "copies"), np.zeros((1, 3)))
-    found = metrics_auc.figures({"areas": areas, "pixels": np.array([4]), "images": np.array([1]), **one}, given)
+    found = metrics_auc.measures({"areas": areas, "pixels": np.array([4]), "images": np.array([1]), **one}, given)
     for kind, curve in zip(metrics_auc.KINDS, curves):
         assert found["colored"][f"auc_{kind}"] == pytest.approx((curve[:-1] + curve[1:]).mean() / 2)
         assert found["true"][f"auc_{kind}"] == 1
@@ -138,32 +129,19 @@ def paper_colorfulness(image):
     return sigma + 0.3 * mu
 
 
-def test_colorfulness_is_the_papers():
+def test_colorfulness_agrees_with_the_paper():
     for photo in (*PHOTOS.values(), *(altered(photo) for photo in PHOTOS.values())):
-        assert metrics_auc.colorfulness(metrics_auc.flat(photo)) == pytest.approx(paper_colorfulness(photo), rel=1e-5)
-    assert metrics_auc.colorfulness(np.full((3, 50), 77, np.uint8)) == 0
-    blue = np.zeros((3, 500_000), np.uint8)
-    blue[2] = 255  # no spread, all of it distance from gray
+        assert metrics_auc.colorfulness(photo) == pytest.approx(paper_colorfulness(photo), rel=1e-5)
+    assert metrics_auc.colorfulness(np.full((50, 3), 77, np.uint8)) == 0
+    blue = np.full((500, 1000, 3), (0, 0, 255), np.uint8)  # no spread, only distance from gray
     assert metrics_auc.colorfulness(blue) == pytest.approx(0.3 * 255, rel=1e-6)
 
 
-def test_psnr_is_scikit_images():
-    for photo in PHOTOS.values():
-        other = altered(photo)
-        expected = peak_signal_noise_ratio(photo, other, data_range=255)
-        assert metrics_auc.psnr(metrics_auc.flat(other), metrics_auc.flat(photo)) == pytest.approx(expected, abs=1e-4)
-        almost = photo.copy()
-        almost[3, 4, 1] ^= 1
-        expected = peak_signal_noise_ratio(photo, almost, data_range=255)
-        assert metrics_auc.psnr(metrics_auc.flat(almost), metrics_auc.flat(photo)) == pytest.approx(expected, abs=1e-4)
-        assert metrics_auc.psnr(metrics_auc.flat(photo), metrics_auc.flat(photo)) is None
-
-
 # -------------------------------------------------------------------------------------------------
-# From files to figures
+# From files to measures
 
 
-def test_agrees_with_a_loop_over_pixels(tmp_path):
+def test_auc_agrees_with_a_loop_over_pixels(tmp_path):
     true, colored = SMALL["coffee"], altered(SMALL["coffee"])
     _, summary = run(save_all(tmp_path / "t", {"a": true}), save_all(tmp_path / "c", {"a": colored}), tmp_path)
     bins, weights = load_ab_bins().numpy(), prior_weights()
@@ -247,7 +225,7 @@ def test_an_exact_copy_is_left_out_of_the_mean_psnr(tmp_path, capsys):
     assert "PSNR inf dB" in capsys.readouterr().out
 
 
-def test_identity_is_one(tmp_path):
+def test_auc_of_copies_is_1(tmp_path):
     true = save_all(tmp_path / "t", SMALL)
     assert areas(run(true, true, tmp_path)[1]) == [1, 1, 1]
 
@@ -271,6 +249,34 @@ def test_gray_flag_gray_column_and_gray_files_agree(tmp_path):
     assert areas(flag) == areas(column["gray"]) == areas(flag["gray"])
     assert areas(files) == pytest.approx(areas(flag), abs=2e-3)  # uint8 gray is ab = 0 up to 0.01
     assert areas(column) != areas(flag)
+
+
+def test_random_gives_each_image_the_ab_of_another(tmp_path, capsys):
+    """Brute force over all ways to give four images of different sizes each other's ab."""
+    true = {name: photo[: 40 + 8 * i] for i, (name, photo) in enumerate(SMALL.items())}
+    folder = save_all(tmp_path / "t", true)
+    found = []
+    for seed in map(str, range(3)):
+        arguments = ["--image_dir", str(folder), "--save_path", str(tmp_path), "--num_workers", "0"]
+        assert metrics_auc.main(metrics_auc.parse_args([*arguments, "--random", "--seed", seed])) == 0
+        found.append(json.loads((tmp_path / "random_auc.json").read_text()))
+    labs = [rgb2lab(photo) for photo in true.values()]
+    expected = {}
+    for others in itertools.permutations(range(4)):
+        if any(i == other for i, other in enumerate(others)):
+            continue
+        pairs = []
+        for lab, other in zip(labs, others):
+            image = Image.fromarray([*true.values()][other]).resize(lab.shape[1::-1], Image.Resampling.BILINEAR)
+            pairs.append((lab, rgb2lab(np.asarray(image))))
+        expected[others] = oracle(pairs, prior_weights())
+    assert len(expected) == 9
+    drawn = [min(expected.values(), key=lambda values: abs(values[0] - x["auc_raw"])) for x in found]
+    for summary, values in zip(found, drawn):
+        assert areas(summary) == pytest.approx(values, abs=2e-5)
+        assert (summary["colored_images"], summary["images"]) == ("random ab", 4)
+    assert len({*map(tuple, drawn)}) > 1  # the seed matters
+    assert capsys.readouterr().out.startswith("random ab      AuC raw")
 
 
 def test_prior_matters_to_rebalanced_alone(tmp_path):
@@ -299,10 +305,10 @@ def test_worker_processes_give_the_same(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# What is written
+# Output files
 
 
-def test_files_that_are_written(tmp_path, capsys):
+def test_output_files(tmp_path, capsys):
     true = save_all(tmp_path / "t", SMALL)
     colored = save_all(tmp_path / "c", {name: altered(photo) for name, photo in SMALL.items()})
     (colored / "coloring.json").write_text('{"checkpoint": "model/epoch_19_model.pdparams"}')
@@ -344,7 +350,7 @@ def test_files_that_are_written(tmp_path, capsys):
 # Pairs and sizes
 
 
-def test_pairs_by_path_and_says_what_is_missing(tmp_path, capsys):
+def test_images_are_paired_by_path_and_missing_ones_reported(tmp_path, capsys):
     true, colored = tmp_path / "t", tmp_path / "c"
     for name, photo in SMALL.items():  # the same file name in two folders: only the path tells them apart
         save(true / name / "x.jpeg", photo)
@@ -359,7 +365,7 @@ def test_pairs_by_path_and_says_what_is_missing(tmp_path, capsys):
     assert "rocket/x: no colored image\n" in error and "stray: no true image\n" in error
 
 
-def test_many_missing_are_summed_up(tmp_path, capsys):
+def test_many_missing_images_are_counted(tmp_path, capsys):
     true = save_all(tmp_path / "t", {f"{i:02d}": SMALL["coffee"] for i in range(30)})
     colored = save_all(tmp_path / "c", {"07": SMALL["coffee"]})
     _, summary = run(true, colored, tmp_path)
@@ -368,7 +374,7 @@ def test_many_missing_are_summed_up(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_results_of_any_format_and_names_that_differ_in_the_suffix_alone(tmp_path, suffix):
+def test_results_of_any_format_are_paired(tmp_path, suffix):
     """test.py writes b.jpg to b.png, a.jpg to a.png and a.tif to a.tif.png; or .jpg, .webp (--format)."""
     true = save(tmp_path / "t" / "a.jpg", SMALL["coffee"]).parent
     save(true / "a.tif", SMALL["chelsea"])
@@ -380,10 +386,21 @@ def test_results_of_any_format_and_names_that_differ_in_the_suffix_alone(tmp_pat
     assert (code, summary["images"]) == (0, 3) and summary["auc_raw"] > 0.97  # swapped ones would be far lower
 
 
+def test_sizes_are_taken_from_the_results_coloring_json(tmp_path):
+    crops = {name: crop_resized(Image.fromarray(photo), 40, 32) for name, photo in SMALL.items()}
+    true, colored = save_all(tmp_path / "t", SMALL), save_all(tmp_path / "c", crops)
+    (colored / "coloring.json").write_text('{"load_size": 40, "crop_size": 32}')
+    code, summary = run(true, colored, tmp_path)
+    assert code == 0 and areas(summary) == [1, 1, 1] and (summary["load_size"], summary["crop_size"]) == (40, 32)
+    assert run(true, colored, tmp_path, "--load_size", "48")[1]["auc_raw"] < 0.999  # flags take precedence
+    (colored / "coloring.json").write_text('{"load_size": 48, "crop_size": null}')
+    assert run(true, true, tmp_path)[1]["load_size"] is None
+
+
 @pytest.mark.parametrize(
     "flags", [(), ("--crop_size", "32"), ("--load_size", "40"), ("--load_size", "40", "--crop_size", "32")]
 )
-def test_squares_are_compared_with_the_same_square(tmp_path, flags):
+def test_square_crops_are_compared_with_the_same_crop(tmp_path, flags):
     load_size = 40 if "--load_size" in flags else 32
     squares = {name: crop_resized(Image.fromarray(photo), load_size, 32) for name, photo in SMALL.items()}
     true, colored = save_all(tmp_path / "t", SMALL), save_all(tmp_path / "c", squares)
@@ -405,7 +422,7 @@ def test_a_square_crop_of_a_square_image_needs_the_flag(tmp_path):
     assert run(true, colored, tmp_path, "--load_size", "64", "--crop_size", "48")[1]["auc_raw"] == 1
 
 
-def test_photographs_that_the_decoder_shrinks(tmp_path):
+def test_originals_shrunk_by_the_decoder_match_results(tmp_path):
     """test.py lets the JPEG decoder shrink large photographs before the resize; so must the comparison."""
     path = tmp_path / "t" / "a.jpg"
     save(path, data.astronaut())
@@ -418,13 +435,13 @@ def test_photographs_that_the_decoder_shrinks(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "flags", "message"),
     [
-        ((40, 64), (), "a.png: 64x40 does not go with the true image's 64x48"),
-        ((48, 64), ("--crop_size", "32"), "a.png: 64x48 does not go with --crop_size 32"),
-        ((40, 40), ("--crop_size", "32"), "a.png: 40x40 does not go with --crop_size 32"),
-        ((40, 40), ("--load_size", "32"), "a.png: 40x40 does not go with the true image's 64x48"),
+        ((40, 64), (), "a.png: 64x40 does not match the original's 64x48"),
+        ((48, 64), ("--crop_size", "32"), "a.png: 64x48 does not match --crop_size 32"),
+        ((40, 40), ("--crop_size", "32"), "a.png: 40x40 does not match --crop_size 32"),
+        ((40, 40), ("--load_size", "32"), "a.png: 40x40 does not match the original's 64x48"),
     ],
 )
-def test_other_sizes_are_named_and_the_rest_goes_on(tmp_path, capsys, shape, flags, message):
+def test_mismatched_sizes_are_reported_and_skipped(tmp_path, capsys, shape, flags, message):
     true = save_all(tmp_path / "t", {"a": SMALL["coffee"], "b": SMALL["chelsea"]})
     colored = save_all(tmp_path / "c", {"a": SMALL["coffee"][: shape[0], : shape[1]], "b": SMALL["chelsea"][:32, :32]})
     code, summary = run(true, colored, tmp_path, *flags)
@@ -433,7 +450,7 @@ def test_other_sizes_are_named_and_the_rest_goes_on(tmp_path, capsys, shape, fla
     assert message in capsys.readouterr().err
 
 
-def test_unreadable_files_are_named_and_the_rest_goes_on(tmp_path, capsys):
+def test_unreadable_files_are_reported_and_skipped(tmp_path, capsys):
     true = save_all(tmp_path / "t", SMALL)
     colored = save_all(tmp_path / "c", SMALL)
     whole = (colored / "coffee.png").read_bytes()
@@ -464,17 +481,18 @@ def test_names_of_any_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--imgs_dir", "missing"), "missing: no such file or folder"),
-        (("--imgs_dir", "t", "--results_dir", "missing"), "missing: no such file or folder"),
-        (("--imgs_dir", "t", "--results_dir", "other"), "t and other have no image in common"),
-        (("--imgs_dir", "t", "--gray", "--prior", "missing.npy"), "missing.npy: cannot be read as a prior"),
-        (("--imgs_dir", "broken", "--gray"), "broken: none of its 1 images could be compared"),
+        (("--image_dir", "missing"), "missing: no such file or folder"),
+        (("--image_dir", "t", "--result_path", "missing"), "missing: no such file or folder"),
+        (("--image_dir", "t", "--result_path", "other"), "t and other have no image in common"),
+        (("--image_dir", "t", "--gray", "--prior", "missing.npy"), "missing.npy: cannot be read as a prior"),
+        (("--image_dir", "t", "--random"), "t: --random needs at least two images"),
+        (("--image_dir", "broken", "--gray"), "broken: none of its 1 images could be compared"),
         (
-            ("--imgs_dir", "t", "--gray", "--crop_size", "9", "--load_size", "8"),
+            ("--image_dir", "t", "--gray", "--crop_size", "9", "--load_size", "8"),
             "--crop_size 9: larger than --load_size 8",
         ),
-        (("--imgs_dir", "t", "--gray", "--load_size", "8"), "--load_size without --crop_size"),
-        (("--imgs_dir", "t", "--gray", "--save_path", "t/a.png"), "t/a.png: cannot be written to: file exists"),
+        (("--image_dir", "t", "--gray", "--load_size", "8"), "--load_size has no effect on --gray without --crop_size"),
+        (("--image_dir", "t", "--gray", "--save_path", "t/a.png"), "t/a.png: cannot be written to: file exists"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
@@ -489,12 +507,12 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
 
 
 @pytest.mark.slow
-def test_as_a_command(tmp_path):
+def test_script_runs_without_a_display(tmp_path):
     script = Path(metrics_auc.__file__)
     true = save_all(tmp_path / "t", SMALL)
     environment = {**os.environ, "MPLBACKEND": "TkAgg", "DISPLAY": ""}  # it needs no display
     done = subprocess.run(
-        [sys.executable, script, "--imgs_dir", true, "--gray"],
+        [sys.executable, script, "--image_dir", true, "--gray"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -25,13 +25,13 @@ def test_parameter_count(network):
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 64, 64), (1, 40, 72)])
-def test_the_output_is_a_quarter_of_the_input(network, size):
+def test_output_has_a_quarter_of_the_input_size(network, size):
     n, h, w = size
     with paddle.no_grad():
         assert network(paddle.zeros([n, 1, h, w])).shape == [n, 313, h // 4, w // 4]
 
 
-def test_layers_follow_the_table(network):
+def test_layers_follow_the_papers_table(network):
     def describe(layer):
         if isinstance(layer, nn.Conv2D):
             return (
@@ -54,8 +54,23 @@ def test_layers_follow_the_table(network):
     assert network.conv8[0].weight.shape == [512, 256, 4, 4] and network.conv8_313.weight.shape == [313, 256, 1, 1]
 
 
+def test_initial_weights_are_he_normal():
+    """Except the transposed convolution's, which are Xavier-uniform: fan-in and fan-out are 512 and 256 times 4x4."""
+    paddle.seed(0)
+    for layer in CIC().sublayers():
+        if isinstance(layer, nn.Conv2D):
+            expected = np.sqrt(2 / np.prod(layer.weight.shape[1:]))
+        elif isinstance(layer, nn.Conv2DTranspose):
+            expected = np.sqrt(2 / (512 * 16 + 256 * 16))
+        else:
+            continue
+        values = layer.weight.numpy()
+        assert values.std() == pytest.approx(expected, rel=0.1 if values.size < 1000 else 0.02)
+        assert abs(values.mean()) < 0.1 * expected and not layer.bias.numpy().any()
+
+
 def outcome(network, parts, images):
-    """Logits, gradients and batch norm statistics after a training step's forth and back."""
+    """Return logits, gradients and batch norm statistics after a forward and a backward pass."""
     network = copy.deepcopy(network)
     network.train()
     if parts:
@@ -69,7 +84,7 @@ def outcome(network, parts, images):
 
 
 @pytest.mark.parametrize("parts, images", [(1, 2), (2, 5), (3, 2)])
-def test_a_batch_in_parts_trains_as_plain_layers_do(network, parts, images):
+def test_convolutions_in_chunks_train_like_plain_layers(network, parts, images):
     plain, in_parts = outcome(network, 0, images), outcome(network, parts, images)
     assert plain.keys() == in_parts.keys() and len(plain) > 100
     for name, expected in plain.items():
@@ -78,5 +93,5 @@ def test_a_batch_in_parts_trains_as_plain_layers_do(network, parts, images):
         assert difference <= 2e-4 * scale, f"{name}: {difference} of {scale}"
 
 
-def test_parts_leave_no_image_out():
+def test_chunks_contain_all_images():
     assert [part_sizes(images, 3) for images in (1, 2, 3, 8)] == [[1], [1, 1], [1, 1, 1], [3, 3, 2]]

@@ -1,4 +1,6 @@
-"""Soft-encoding, against brute force in float64."""
+"""Compare soft-encoding and the nearest neighbors behind it with brute force in float64."""
+
+from support.neighbors import nearest
 
 import numpy as np
 import paddle
@@ -15,7 +17,7 @@ def ab_bins():
 
 
 def brute_force(ab, bins, neighbors, sigma):
-    """ab [M, 2] -> squared distances to all bins [M, Q], the nearest bins and their weights [M, neighbors]."""
+    """Return squared distances to all bins [M, Q], the nearest bins and their weights [M, neighbors] of ab [M, 2]."""
     squared = ((ab[:, None].astype(np.float64) - bins.astype(np.float64)) ** 2).sum(axis=2)
     nearest = np.argsort(squared, axis=1, kind="stable")[:, :neighbors]
     d2 = np.take_along_axis(squared, nearest, axis=1)
@@ -24,7 +26,7 @@ def brute_force(ab, bins, neighbors, sigma):
 
 
 def encode(ab, ab_bins, **settings):
-    """ab [M, 2] -> indices and weights [M, neighbors], by way of a map of one row."""
+    """Return indices and weights [M, neighbors] of ab [M, 2], encoded as a map of one row."""
     indices, weights = soft_encode(paddle.to_tensor(ab.T[None, :, None].astype(np.float32)), ab_bins, **settings)
     return indices.numpy()[0, :, 0].T, weights.numpy()[0, :, 0].T
 
@@ -43,7 +45,7 @@ def colors(kind, bins):
 
 @pytest.mark.parametrize("neighbors", [1, 5, 10])
 @pytest.mark.parametrize("kind", ["in gamut", "bin centers", "the hull's edge and beyond", "anywhere"])
-def test_neighbors_and_weights_are_those_of_brute_force(kind, neighbors, ab_bins):
+def test_neighbors_and_weights_agree_with_brute_force(kind, neighbors, ab_bins):
     ab = colors(kind, ab_bins.numpy()).astype(np.float32)
     indices, weights = encode(ab, ab_bins, neighbors=neighbors)
     squared, expected, expected_weights = brute_force(ab, ab_bins.numpy(), neighbors, 5.0)
@@ -54,7 +56,7 @@ def test_neighbors_and_weights_are_those_of_brute_force(kind, neighbors, ab_bins
     np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
 
 
-def test_apart_from_ties_the_indices_are_the_same(ab_bins):
+def test_indices_without_ties_agree_with_brute_force(ab_bins):
     ab = colors("in gamut", None)
     squared, expected, _ = brute_force(ab, ab_bins.numpy(), 6, 5.0)
     gaps = np.diff(np.take_along_axis(squared, expected, axis=1), axis=1)
@@ -63,7 +65,7 @@ def test_apart_from_ties_the_indices_are_the_same(ab_bins):
     assert np.array_equal(encode(ab, ab_bins)[0][clear], expected[clear, :5])
 
 
-def test_sigma_sets_how_the_weight_is_spread(ab_bins):
+def test_weights_agree_with_brute_force_for_any_sigma(ab_bins):
     ab = colors("in gamut", None)[:100]
     for sigma in (1.0, 20.0):
         np.testing.assert_allclose(
@@ -71,7 +73,7 @@ def test_sigma_sets_how_the_weight_is_spread(ab_bins):
         )
 
 
-def test_shapes_and_types_for_a_batch(ab_bins):
+def test_batch_keeps_shapes_and_types(ab_bins):
     indices, weights = soft_encode(paddle.zeros([3, 2, 7, 4]), ab_bins)
     assert indices.shape == weights.shape == [3, 5, 7, 4]
     assert (indices.dtype, weights.dtype) == (paddle.int64, paddle.float32)
@@ -83,3 +85,15 @@ def test_positions_do_not_mix(ab_bins):
     for n, y, x in np.ndindex(2, 3, 5):
         distances = np.hypot(*(ab_bins.numpy() - ab[n, :, y, x]).T)
         assert distances[int(indices[n, 0, y, x])] == pytest.approx(distances.min(), abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_nearest_takes_centers_anywhere_in_the_plane(k):
+    random = np.random.default_rng(2)
+    centers = random.normal(0, 150, (40, 2)).astype(np.float32)  # many of them beyond the lookup grid
+    points = random.uniform(-128, 128, (5000, 2)).astype(np.float32)
+    indices, squared = (x.numpy() for x in nearest(paddle.to_tensor(points), paddle.to_tensor(centers), k))
+    expected = np.sort(((points[:, None].astype(np.float64) - centers) ** 2).sum(axis=2), axis=1)[:, :k]
+    np.testing.assert_allclose(squared, expected, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(((points[:, None] - centers[indices]) ** 2).sum(axis=2), expected, rtol=1e-5, atol=1e-2)
+    assert all(len(set(row)) == k for row in indices)

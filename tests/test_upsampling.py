@@ -1,10 +1,13 @@
-"""Colors in their place: the network's output at (i, j) is the color of pixel (4i, 4j) of what it saw."""
+"""Test that ab of position (i, j) is placed at pixel (4i, 4j) of the network's input."""
+
+import subprocess
+import sys
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
-from conftest import PHOTOGRAPHS, upsampled
+from conftest import PHOTOGRAPHS, ROOT, upsampled
 from PIL import Image
 from skimage import data
 
@@ -20,7 +23,7 @@ def channels_first(image):
 
 
 def true_ab(image, size):
-    """What a perfect network would predict for the photograph that it sees at that size: [2, h/4, w/4]."""
+    """Return a perfect network's prediction for the image resized to `size`: [2, h/4, w/4]."""
     return targets(channels_first(image.resize(size, Image.Resampling.BILINEAR)))[1][0]
 
 
@@ -36,7 +39,7 @@ def test_upsampling_agrees_with_scipy(height, width):
     assert np.abs(found - upsampled(ab, height, width)).max() < 1e-3
 
 
-def test_batches_and_strips_are_upsampled_as_the_whole_is():
+def test_strips_and_batches_equal_the_whole():
     ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (3, 2, 6, 10)).astype(np.float32))
     whole = upsample_ab(ab, 89, 149).numpy()
     assert np.allclose(whole[1], upsample_ab(ab[1], 89, 149).numpy(), atol=1e-4)
@@ -44,14 +47,27 @@ def test_batches_and_strips_are_upsampled_as_the_whole_is():
     assert np.allclose(np.concatenate(strips, axis=2), whole, atol=1e-4)
 
 
-def test_a_color_at_a_position_is_found_at_its_pixel():
+def test_position_keeps_its_color_at_its_pixel():
     ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32))
     assert np.allclose(upsample_ab(ab, 24, 40)[:, ::4, ::4].numpy(), ab.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 2_000_000), (2_000_000, 1)])
+def test_very_long_image_needs_little_memory(shape):
+    """A dense matrix [pixels, positions] would take 1.5 GB."""
+    code = (
+        "import resource, sys, support, paddle; from utils import upsample_ab; ab = paddle.zeros([2, 192, 192]);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; upsample_ab(ab, *map(int, sys.argv[1:]));"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    command = [sys.executable, "-c", code, *map(str, shape)]
+    megabytes = float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert megabytes < 500
+
+
 @pytest.mark.parametrize("short_side", [64, 256])
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_true_colors_come_back_better_than_by_the_middle_of_4x4_blocks(name, short_side):
+def test_ground_truth_is_restored_better_than_from_4x4_block_centers(name, short_side):
     image = Image.fromarray(getattr(data, name)())  # sides of 300 to 640, no multiples of what the network sees
     ab = true_ab(image, network_size(*image.size, short_side))
     by_blocks = F.interpolate(ab.unsqueeze(0), size=[image.height, image.width], mode="bilinear")[0]
@@ -59,7 +75,7 @@ def test_true_colors_come_back_better_than_by_the_middle_of_4x4_blocks(name, sho
 
 
 @pytest.mark.parametrize("scale", [1, 3.7, 10])
-def test_an_edge_of_color_stays_within_a_network_pixel_of_its_place(scale):
+def test_color_edge_stays_within_one_input_pixel(scale):
     width, height = round(128 * scale), round(32 * scale)  # the network sees 128 x 32
     displacements = []
     for edge in range(61, 65):  # in network pixels: at each place between two positions of its output, at 60 and 64

@@ -1,4 +1,4 @@
-"""Weights, loss, annealed mean, AuC and small helpers, against dense NumPy in float64."""
+"""Compare weights, loss, annealed mean and AuC with dense NumPy in float64; test small helpers."""
 
 from support.cli import Parser, UserError, add_bool_flag, printable
 from support.files import atomic_path
@@ -21,6 +21,7 @@ from utils import (
     is_gray,
     load_ab_bins,
     load_prior,
+    position_weight,
     rebalancing_weights,
     soft_cross_entropy,
 )
@@ -38,30 +39,30 @@ def test_weights_average_to_one_under_the_prior(lam):
     assert np.sum(prior.numpy().astype(np.float64) * weights.numpy()) == pytest.approx(1, abs=1e-6)
 
 
-def test_weights_are_the_formula_of_the_paper():
+def test_rebalancing_weights_follow_equation_4():
     prior = load_prior().numpy().astype(np.float64)
     raw = 1 / (0.5 * prior + 0.5 / 313)
     np.testing.assert_allclose(rebalancing_weights(load_prior(), 0.5), raw / (prior * raw).sum(), rtol=1e-5)
 
 
-def test_lambda_one_weights_all_bins_alike():
+def test_lambda_1_gives_equal_weights():
     np.testing.assert_allclose(rebalancing_weights(load_prior(), 1).numpy(), 1, rtol=1e-6)
 
 
-def test_the_shipped_prior_weights_nearly_as_imagenet_does():
+def test_bundled_prior_gives_nearly_imagenets_weights():
     weights = rebalancing_weights(load_prior()).numpy()  # over ImageNet's training set: 0.097 to 6.17
     assert weights.min() == pytest.approx(0.097, rel=0.05) and weights.max() == pytest.approx(6.17, rel=0.05)
 
 
 @pytest.mark.parametrize("lam", [0, 0.5, 1])
-def test_a_prior_with_zeros_gives_finite_weights(lam):
+def test_prior_with_zeros_gives_finite_weights(lam):
     prior = np.zeros(313, np.float32)
     prior[100:110] = 0.1
     weights = rebalancing_weights(paddle.to_tensor(prior), lam).numpy()
     assert np.isfinite(weights).all() and (weights * prior).sum() == pytest.approx(1, abs=1e-6)
 
 
-def test_lambda_outside_its_range_is_an_error():
+def test_lambda_out_of_range_raises_user_error():
     with pytest.raises(UserError, match="lambda"):
         rebalancing_weights(load_prior(), 1.5)
 
@@ -75,13 +76,13 @@ def test_lambda_outside_its_range_is_an_error():
         (-np.ones(313), "neg"),
     ],
 )
-def test_a_prior_that_is_none_is_an_error(tmp_path, content, message):
+def test_invalid_prior_raises_user_error(tmp_path, content, message):
     np.save(tmp_path / "prior.npy", content)
     with pytest.raises(UserError, match=message):
         load_prior(tmp_path / "prior.npy")
 
 
-def test_a_prior_that_is_no_array_is_an_error(tmp_path):
+def test_prior_that_is_not_an_array_raises_user_error(tmp_path):
     (tmp_path / "prior.npy").write_text("313 numbers")
     with pytest.raises(UserError, match="prior.npy"):
         load_prior(tmp_path / "prior.npy")
@@ -89,11 +90,36 @@ def test_a_prior_that_is_no_array_is_an_error(tmp_path):
         load_prior(tmp_path / "missing.npy")
 
 
-def test_an_image_is_gray_when_no_ab_exceeds_5():
+def test_prior_declaring_terabytes_raises_user_error(tmp_path):
+    with open(tmp_path / "prior.npy", "wb") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (2 * 10**12,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(313 * 8))
+    with pytest.raises(UserError, match="prior.npy"):
+        load_prior(tmp_path / "prior.npy")
+    np.savez(tmp_path / "prior.npz", np.ones(313))
+    with pytest.raises(UserError, match="prior.npz: cannot be read as a prior: not a .npy file of numbers"):
+        load_prior(tmp_path / "prior.npz")
+
+
+def test_image_is_gray_if_no_ab_exceeds_5():
     ab = paddle.zeros([3, 2, 4, 4])
     ab[1, 1, 2, 3] = -5.5
     ab[2, 0, 0, 0] = 5.0
     assert is_gray(ab).tolist() == [True, False, True]
+
+
+def test_position_weight_agrees_with_a_loop_over_positions():
+    """Equation 3: the weight of the nearest bin; 0 in an image whose ab all lie within ±5."""
+    indices, ab = RANDOM.integers(0, 313, (3, 5, 4, 6)), RANDOM.uniform(-40, 40, (3, 2, 4, 6)).astype(np.float32)
+    ab[1] /= 10  # gray
+    bin_weights = RANDOM.random(313).astype(np.float32)
+    expected = np.zeros((3, 4, 6))
+    for n, i, j in np.ndindex(3, 4, 6):
+        expected[n, i, j] = 0 if np.abs(ab[n]).max() <= 5 else bin_weights[indices[n, 0, i, j]]
+    v = position_weight(*map(paddle.to_tensor, (indices, ab, bin_weights)))
+    assert v.dtype == paddle.float32 and np.array_equal(v.numpy(), expected.astype(np.float32))
+    assert (expected[1] == 0).all() and (expected[[0, 2]] > 0).all()
 
 
 # Loss
@@ -115,16 +141,16 @@ def dense_cross_entropy(logits, dense):
 
 
 @pytest.mark.parametrize("scale", [0.1, 3, 30])
-def test_cross_entropy_is_that_of_the_dense_target(scale):
+def test_cross_entropy_equals_that_of_the_dense_target(scale):
     indices, weights, dense = sparse_targets(2, 6, 5)
     logits = (scale * RANDOM.standard_normal((2, 313, 6, 5))).astype(np.float32)
     expected, _ = dense_cross_entropy(logits, dense)
-    nats = soft_cross_entropy(paddle.to_tensor(logits), indices, weights)
-    assert nats.shape == [2, 6, 5]
-    np.testing.assert_allclose(nats.numpy(), expected, rtol=1e-5, atol=1e-5)
+    cross_entropy = soft_cross_entropy(paddle.to_tensor(logits), indices, weights)
+    assert cross_entropy.shape == [2, 6, 5]
+    np.testing.assert_allclose(cross_entropy.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_its_gradient_is_softmax_minus_target():
+def test_cross_entropy_gradient_is_softmax_minus_target():
     indices, weights, dense = sparse_targets(2, 3, 4)
     values = RANDOM.standard_normal((2, 313, 3, 4)).astype(np.float32)
     logits = paddle.to_tensor(values, stop_gradient=False)
@@ -133,7 +159,7 @@ def test_its_gradient_is_softmax_minus_target():
     np.testing.assert_allclose(logits.grad.numpy(), probabilities - dense, atol=1e-6)
 
 
-def test_its_gradient_is_that_of_finite_differences():
+def test_cross_entropy_gradient_agrees_with_finite_differences():
     indices, weights, dense = sparse_targets(1, 2, 2)
     values = RANDOM.standard_normal((1, 313, 2, 2)).astype(np.float32)
     logits = paddle.to_tensor(values, stop_gradient=False)
@@ -145,7 +171,7 @@ def test_its_gradient_is_that_of_finite_differences():
         assert float(logits.grad[0, bin_index, 1, 1]) == pytest.approx((above - below) / 2e-4, abs=1e-5)
 
 
-def test_entropy_is_what_the_cross_entropy_reaches_at_best():
+def test_entropy_agrees_with_dense_target():
     _, weights, dense = sparse_targets(1, 3, 3)
     expected = -(dense * np.log(np.maximum(dense, 1e-300))).sum(axis=1)
     np.testing.assert_allclose(entropy(weights).numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -154,7 +180,7 @@ def test_entropy_is_what_the_cross_entropy_reaches_at_best():
 # Annealed mean
 
 
-def test_a_certain_network_gives_the_bin_itself():
+def test_annealed_mean_of_a_certain_network_is_the_bin():
     bins = load_ab_bins()
     logits = np.full((1, 313, 1, 313), -50, np.float32)
     logits[0, np.arange(313), 0, np.arange(313)] = 50
@@ -163,14 +189,14 @@ def test_a_certain_network_gives_the_bin_itself():
     )
 
 
-def test_a_high_temperature_gives_the_mean_of_the_bins():
+def test_annealed_mean_at_high_temperature_is_the_mean_of_the_bins():
     bins = load_ab_bins()
     ab = annealed_mean(paddle.randn([1, 313, 2, 2]), bins, temperature=1e6).numpy()
     np.testing.assert_allclose(ab[0, :, 1, 1], bins.numpy().mean(axis=0), atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.38, 1])
-def test_the_expectation_under_the_softmax(temperature):
+def test_annealed_mean_is_the_expectation_under_the_softmax(temperature):
     logits = 5 * RANDOM.standard_normal((2, 313, 3, 4))
     scaled = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     expected = np.einsum("nqhw,qc->nchw", scaled / scaled.sum(axis=1, keepdims=True), load_ab_bins().numpy())
@@ -181,13 +207,13 @@ def test_the_expectation_under_the_softmax(temperature):
 # AuC
 
 
-def test_a_perfect_prediction_scores_one():
+def test_auc_of_a_perfect_prediction_is_1():
     ab = RANDOM.uniform(-90, 90, (2, 20, 30))
     assert auc(error_histogram(ab, ab)) == 1
 
 
 @pytest.mark.parametrize("offset", [0.5, 1, 10, 149.5, 150, 151, 400])
-def test_a_constant_offset_gives_the_area_by_hand(offset):
+def test_auc_of_a_constant_offset_is_the_area_by_hand(offset):
     true = np.zeros((2, 4, 4))
     predicted = np.stack([np.full((4, 4), offset), np.zeros((4, 4))])
     shares = np.array([float(offset <= t) for t in range(151)])
@@ -232,7 +258,7 @@ SCRIPTS = [train, test, metrics_auc, metrics_acc, get_invalid_images, estimate_p
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda x: x.__name__)
-def test_help_says_each_default_once(script, capsys, monkeypatch):
+def test_help_shows_each_default_once(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
@@ -240,13 +266,13 @@ def test_help_says_each_default_once(script, capsys, monkeypatch):
     assert len(flags) > 1 and all(line.count("default") <= 1 and "None" not in line for line in flags)
 
 
-def test_names_for_messages_stay_on_one_line():
+def test_printable_names_stay_on_one_line():
     assert printable("a\nb") == "a\\nb"
     assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
     assert printable("é 猫") == "é 猫"
 
 
-def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+def test_failed_atomic_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
