@@ -1,17 +1,17 @@
-"""How well an ImageNet classifier recognizes colored images (Section 3.1 of the paper, "semantic interpretability").
+"""Compute an ImageNet classifier's accuracy on colorized images (Section 3.1, "semantic interpretability").
 
-    python metrics_acc.py --imgs_dir DIR                                     VGG-16 on ./result, with both controls
-    python metrics_acc.py --imgs_dir DIR --arch mobilenet_v2 --weights FILE  another classifier, no download
-    python metrics_acc.py --labels val.txt                                   a flat folder, as ImageNet's own
+    python metrics_acc.py --image_dir DIR                                     VGG-16 on ./result, with both controls
+    python metrics_acc.py --image_dir DIR --arch mobilenet_v2 --weights FILE  a different classifier, no download
+    python metrics_acc.py --labels val.txt                                    a flat folder, as ImageNet's own
 
-Colors that make sense help a classifier that was trained on color photographs. Two controls bracket the result: the
-true images, and the same in gray (ab = 0), which are classified on the very images that have a colored one.
+Plausible colors help a classifier that was trained on color images. The originals and their gray versions (ab = 0) are
+classified as controls, on the images that have a result. Results can score lower than gray.
 
-An image's class is its folder's name, a WordNet id such as n01440764; for flat folders --labels has a line for each
-image, its name and its class (WordNet id, or number in the sorted list of ids, resources/imagenet_synsets.txt).
+An image's class is its folder's name, a WordNet id such as n01440764. For a flat folder, each line of --labels contains
+an image's name and its class (a WordNet id, or a number in the sorted list of ids, resources/imagenet_synsets.txt).
 
-Prints the table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_per_class.csv and accuracy_images.csv
-(which images were recognized) into --save_path.
+Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_per_class.csv and accuracy_images.csv
+(which images were recognized) to --save_path.
 """
 
 import csv
@@ -21,21 +21,8 @@ import re
 import sys
 from pathlib import Path
 
+from support import cli
 from support.checkpoints import load_weights
-from support.cli import (
-    AT_THE_END,
-    EXIT_SKIPPED,
-    SIDE,
-    WORKERS,
-    Parser,
-    UserError,
-    check_crop,
-    note_some,
-    printable,
-    progress,
-    run_script,
-    whole,
-)
 from support.cpu import use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
 from support.images import COLORING, IMAGE_SUFFIXES, named_images, pair_images
@@ -48,7 +35,7 @@ from paddle.vision import models
 from dataset import ClassificationDataset, lab_to_rgb, rgb_to_lightness
 from utils import RESOURCES
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as Paddle's classifiers were trained
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
 TOP = (1, 5)
 
 # -------------------------------------------------------------------------------------------------
@@ -56,12 +43,12 @@ TOP = (1, 5)
 
 
 def load_synsets():
-    """The WordNet ids of the 1000 classes of ImageNet's challenge (ILSVRC 2012) in every classifier's order: sorted."""
+    """Return the sorted WordNet ids of the 1000 classes of ILSVRC 2012: the order of every classifier's outputs."""
     return (RESOURCES / "imagenet_synsets.txt").read_text().split()
 
 
 def class_number(text, numbers):
-    """The class that a label names, by WordNet id or number; None if there is none. numbers: {WordNet id: number}."""
+    """Return the class of a label, a WordNet id or a number, or None; numbers: {WordNet id: number}."""
     if text in numbers:
         return numbers[text]
     if not re.fullmatch(r"0*[0-9]{1,9}", text):  # Python refuses numbers of thousands of digits
@@ -70,22 +57,22 @@ def class_number(text, numbers):
 
 
 def read_labels(path, numbers):
-    """The lines "name label" of a file as {name without suffix: number of the class}; a comma or tab may part them."""
+    """Read lines "name label", separated by space, comma or tab, as {name without suffix: number of the class}."""
     labels = {}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror.lower()}") from error
+        raise cli.UserError(f"{path}: cannot be read: {error.strerror.lower()}") from error
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, label = re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line.strip()).groups()
         number = class_number(label, numbers)
         if not name or number is None:
-            raise UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
+            raise cli.UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
         if labels.setdefault(without_suffix(name), number) != number:
-            raise UserError(f"{path}, line {i}: {name} has another class in a line before")
+            raise cli.UserError(f"{path}, line {i}: {name} has a different class in an earlier line")
     return labels
 
 
@@ -95,27 +82,27 @@ def without_suffix(name):
 
 
 def label_by_folder(name, root, numbers):
-    """The class of an image of that name below `root`, from the folder that it lies in."""
+    """Return the class of an image below `root` from the name of its folder."""
     folder = os.path.basename(os.path.dirname(name) or os.path.abspath(root))
     if folder not in numbers:
-        raise UserError(
-            f"{folder}: the folder of {name} is no ImageNet class (a WordNet id such as "
-            "n01440764); for a flat folder give --labels FILE"
+        raise cli.UserError(
+            f"{folder}: the folder of {name} is not an ImageNet class (a WordNet id such as n01440764); "
+            "for a flat folder pass --labels FILE"
         )
     return numbers[folder]
 
 
 def label_by_file(name, labels, path):
-    """The class of an image from what `read_labels` read, by its relative path or its bare name."""
+    """Return the class of an image from the result of `read_labels`, by its relative path or its bare name."""
     stem = without_suffix(name)
     for key in (stem, os.path.basename(stem)):
         if key in labels:
             return labels[key]
-    raise UserError(f"{name}: has no line in {path}")
+    raise cli.UserError(f"{name}: is not listed in {path}")
 
 
 def find_labels(names, root, path=None):
-    """The classes of the images of these names below `root`, by a file of labels or else by folder: int64 [N]."""
+    """Return the classes of named images below `root`, from a file of labels or else from folders: int64 [N]."""
     numbers = {synset: i for i, synset in enumerate(load_synsets())}
     if path:
         by_name = read_labels(path, numbers)
@@ -128,47 +115,44 @@ def find_labels(names, root, path=None):
 
 
 def load_classifier(arch, weights=None):
-    """A classifier of `paddle.vision.models`, with its published weights or those of a file."""
+    """Create a classifier of `paddle.vision.models` with its published weights or those of a file."""
     known = sorted(name for name in models.__all__ if name.islower())
     if arch not in known:
-        raise UserError(f"--arch {arch}: not one of {', '.join(known)}")
+        raise cli.UserError(f"--arch {arch}: not one of {', '.join(known)}")
     create = getattr(models, arch)
-    if not weights:
-        network = download_classifier(create, arch)
-    else:
-        network = create()
+    network = create() if weights else download_classifier(create, arch)
+    if weights:
         load_weights(network, weights)
     network.eval()
     return network
 
 
 def download_classifier(create, arch):
-    """The classifier with its published weights, which Paddle downloads once; a failure is told in one line."""
+    """Create a classifier with its published weights, which Paddle downloads once; report a failure on one line."""
     logger = logging.getLogger("paddle.utils.download")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells of every retry
+    logger.setLevel(logging.ERROR)  # Paddle logs every retry
     try:
         return create(pretrained=True)
     except AssertionError:
-        raise UserError(f"--arch {arch}: Paddle has no published weights for it; give --weights FILE") from None
+        raise cli.UserError(f"--arch {arch}: Paddle has no published weights for it; pass --weights FILE") from None
     except (RuntimeError, OSError) as error:
         url = re.search(r"https?://\S+", str(error))
-        what = url.group() if url else f"the weights of {arch} ({error})"
-        raise UserError(
-            f"cannot download {what}; fetch that file where there is a network, then give --arch {arch} --weights FILE"
-        ) from error
+        file = url.group() if url else f"weights of {arch} ({error})"
+        advice = f"download the file on a machine with internet access, then pass --arch {arch} --weights FILE"
+        raise cli.UserError(f"{file}: download failed; {advice}") from error
     finally:
         logger.setLevel(level)
 
 
 def describe(args):
-    """The classifier that --arch and --weights name, for a result's provenance."""
-    weights = printable(os.path.abspath(args.weights)) if args.weights else "published with Paddle"
+    """Describe the classifier of --arch and --weights, for the provenance of the results."""
+    weights = cli.printable(os.path.abspath(args.weights)) if args.weights else "published with Paddle"
     return {"arch": args.arch, "weights": weights, "sha256": sha256(args.weights) if args.weights else None}
 
 
 def top_classes(network, rgb):
-    """The classes with the largest logits, best first: [N, 3, H, W] in [0, 1] -> int64 [N, 5]."""
+    """Return the classes with the largest logits, best first: [N, 3, H, W] in [0, 1] -> int64 [N, 5]."""
     mean, std = (paddle.to_tensor(values).reshape([1, 3, 1, 1]) for values in (MEAN, STD))
     logits = network((rgb - mean) / std)
     if isinstance(logits, (tuple, list)):  # GoogLeNet also returns those of its auxiliary classifiers
@@ -181,23 +165,32 @@ def as_float(rgb):
 
 
 def as_gray(rgb):
-    """The image's L with ab = 0: uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1]."""
-    lightness = rgb_to_lightness(rgb)
-    return lab_to_rgb(paddle.concat([lightness, paddle.zeros_like(lightness), paddle.zeros_like(lightness)], axis=1))
+    """Set an image's ab to 0: uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1]."""
+    no_ab = paddle.zeros_like(rgb[:, :2], dtype="float32")
+    return lab_to_rgb(paddle.concat([rgb_to_lightness(rgb), no_ab], axis=1))
 
 
 @paddle.no_grad()
 def classify(network, paths, labels, versions, args):
-    """For each version of the images whether its class is among the first 1 and 5, and which files can be read.
+    """Classify versions of images.
 
-    labels int64 [N]; versions: {name: function of uint8 [N, 3, H, W]} -> {name: bool [N, 2]}, bool [N].
+    Args:
+        network (Layer): The classifier.
+        paths (list[str]): The N images.
+        labels (ndarray): int64 [N]. Their classes.
+        versions (dict): Functions of uint8 [N, 3, H, W] by name.
+        args (Namespace): Sizes and settings of the loader.
+
+    Returns:
+        tuple[dict, ndarray]: Whether the class is among the first 1 and 5, bool [N, 2] by name, and which files can be
+        read, bool [N].
     """
     dataset = ClassificationDataset(paths, args.load_size, args.crop_size)
     loader = paddle.io.DataLoader(
         dataset, batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
     )
     hits, readable = {name: [] for name in versions}, []
-    batches = progress(from_workers(loader), len(paths), ", ".join(versions), count=lambda batch: len(batch[0]))
+    batches = cli.progress(from_workers(loader), len(paths), ", ".join(versions), count=lambda batch: len(batch[0]))
     for rgb, could_be_read in batches:
         label = labels[len(readable) :][: len(rgb), None]
         readable += could_be_read.numpy().tolist()
@@ -208,11 +201,11 @@ def classify(network, paths, labels, versions, args):
 
 
 # -------------------------------------------------------------------------------------------------
-# What is written
+# Output files
 
 
 def accuracies(hits):
-    """{"top1": …, "top5": …} of bool [N, 2]."""
+    """Return {"top1": …, "top5": …} of bool [N, 2]."""
     return {f"top{top}": float(share) for top, share in zip(TOP, hits.mean(axis=0))}
 
 
@@ -221,13 +214,13 @@ def write_per_class(hits, labels, synsets, path):
         writer = csv.writer(file)
         writer.writerow(("class", "images", *(f"{name}_top{top}" for name in hits for top in TOP)))
         for label in np.unique(labels):
-            of_class = labels == label
-            shares = [share for values in hits.values() for share in values[of_class].mean(axis=0)]
-            writer.writerow((synsets[label], of_class.sum(), *(f"{share:.4f}" for share in shares)))
+            chosen = labels == label
+            shares = [share for values in hits.values() for share in values[chosen].mean(axis=0)]
+            writer.writerow((synsets[label], chosen.sum(), *(f"{share:.4f}" for share in shares)))
 
 
 def write_images(names, hits, labels, synsets, path):
-    """Whether each image is among the first 1 and 5, as 1 and 0."""
+    """Write for each image and version whether its class is among the first 1 and 5, as 1 and 0."""
     with atomic_text(path) as file:
         writer = csv.writer(file)
         writer.writerow(("image", "class", *(f"{version}_top{top}" for version in hits for top in TOP)))
@@ -246,56 +239,54 @@ def print_table(hits):
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Accuracy of an ImageNet classifier on colored images.")
+    parser = cli.Parser(description="Compute an ImageNet classifier's accuracy on colorized images.")
     add = parser.add_argument_group("images").add_argument
-    add("--results_dir", default="./result", help="folder of the colored images (test.py)")
-    add(
-        "--imgs_dir",
-        help="folder of the true images, laid out the same; they and gray are the controls",
-    )
-    add("--controls_only", action="store_true", help="only the controls, without --results_dir")
-    add("--labels", metavar="FILE", help="lines of an image's name and its class (default: the class folders' names)")
-    add("--load_size", type=SIDE, default=256, help="the short side is resized to this many pixels")
-    add("--crop_size", type=SIDE, default=224, help="side of the center crop that is classified, in pixels")
+    add("--image_dir", "--imgs_dir", help="folder of the originals, laid out the same; they and gray are the controls")
+    add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py)")
+    add("--controls_only", action="store_true", help="classify the controls only, without results")
+    add("--labels", metavar="FILE", help="lines of an image's name and its class (default: names of class folders)")
+    add("--load_size", type=cli.SIDE, default=256, help="the shorter side is resized to this many pixels")
+    add("--crop_size", type=cli.SIDE, default=224, help="side of the center crop that is classified, in pixels")
 
     add = parser.add_argument_group("classifier").add_argument
     add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models")
-    add("--weights", metavar="FILE", help="its weights, .pdparams (default: Paddle's, a download)")
+    add("--weights", metavar="FILE", help="weights of the classifier, .pdparams (default: download Paddle's)")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--batch_size", type=whole(), default=32, help="images classified at a time")
-    add("--num_workers", type=WORKERS, default=min(8, default_workers()), help="processes that decode; 0: this one")
+    add("--batch_size", type=cli.whole(), default=32, help="images per batch")
+    workers = "worker processes; 0: decode in this one"
+    add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help=workers)
     add("--save_path", default="./metrics", help="folder for accuracy.json and two tables")
     return parser.parse_args(argv)
 
 
 def find_images(args):
-    """The images' names, {"colored" and/or "true": their paths}, and what is left out, as `pair_images` says it."""
+    """Return the images' names, their paths by version ("colored", "true"), and the left out as `pair_images`."""
     if args.controls_only:
-        images = named_images(args.imgs_dir)
+        images = named_images(args.image_dir)
         return list(images), {"true": list(images.values())}, {}
-    if not args.imgs_dir:
-        images = named_images(args.results_dir)
+    if not args.image_dir:
+        images = named_images(args.result_path)
         return list(images), {"colored": list(images.values())}, {}
-    pairs, left_out = pair_images(args.imgs_dir, args.results_dir)
+    pairs, left_out = pair_images(args.image_dir, args.result_path)
     names, true, colored = map(list, zip(*pairs))
     return names, {"colored": colored, "true": true}, left_out
 
 
 def main(args):
-    check_crop(args)
-    if args.controls_only and not args.imgs_dir:
-        raise UserError("--controls_only needs --imgs_dir")
+    cli.check_crop(args)
+    if args.controls_only and not args.image_dir:
+        raise cli.UserError("--controls_only needs --image_dir")
     use_all_cores()
 
-    # Images and their classes, before the classifier: a wrong folder should not cost a download
+    # Find images and classes before the classifier, so that a wrong folder is reported before a download
     names, paths, left_out = find_images(args)
-    labels = find_labels(names, args.imgs_dir or args.results_dir, args.labels)
+    labels = find_labels(names, args.image_dir or args.result_path, args.labels)
     for problem, missing in left_out.items():
-        note_some(problem, missing)
+        cli.note_some(problem, missing)
     make_folder(args.save_path)
 
-    # Classify; what cannot be read in one version is left out of all
+    # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
     hits, readable = {}, np.ones(len(names), bool)
     for version, functions in (("colored", {"colored": as_float}), ("true", {"true": as_float, "gray": as_gray})):
@@ -304,28 +295,28 @@ def main(args):
             hits.update(more_hits)
             readable &= could_be_read
     if not readable.any():
-        raise UserError(f"none of the {len(names)} images can be read")
+        raise cli.UserError(f"none of the {len(names)} images can be read")
     if not readable.all():
         left_out["unreadable"] = [name for name, could in zip(names, readable) if not could]
     hits, labels = {name: values[readable] for name, values in hits.items()}, labels[readable]
     names = [name for name, could in zip(names, readable) if could]
 
-    # Write and tell
+    # Write and print
     def folder(path):
-        return printable(os.path.abspath(path)) if path else None
+        return cli.printable(os.path.abspath(path)) if path else None
 
     summary = {
         "accuracy": {name: accuracies(values) for name, values in hits.items()},
         "images": len(labels),
         "classes": len(np.unique(labels)),
-        "true_images": folder(args.imgs_dir),
-        "colored_images": None if args.controls_only else folder(args.results_dir),
-        "coloring": None if args.controls_only else read_json(Path(args.results_dir) / COLORING),
+        "true_images": folder(args.image_dir),
+        "colored_images": None if args.controls_only else folder(args.result_path),
+        "coloring": None if args.controls_only else read_json(Path(args.result_path) / COLORING),
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "classifier": describe(args),
         "labels": folder(args.labels) or "class folders",
-        "left_out": {problem: [printable(name) for name in missing] for problem, missing in left_out.items()},
+        "left_out": {problem: [cli.printable(name) for name in missing] for problem, missing in left_out.items()},
         **provenance(),
     }
     json_path = os.path.join(args.save_path, "accuracy.json")
@@ -335,9 +326,9 @@ def main(args):
     write_images(names, hits, labels, load_synsets(), image_path)
     print_table(hits)
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
-    print(f"written: {printable(json_path)}, {printable(class_path)}, {printable(image_path)}")
-    return EXIT_SKIPPED if left_out else 0
+    print(f"written: {cli.printable(json_path)}, {cli.printable(class_path)}, {cli.printable(image_path)}")
+    return cli.EXIT_SKIPPED if left_out else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, parse_args, AT_THE_END))
+    sys.exit(cli.run_script(main, parse_args, cli.AT_THE_END))

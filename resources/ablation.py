@@ -1,4 +1,4 @@
-"""The paper's ablation, or any other comparison: a table of folders of colored images, with intervals.
+"""Compare folders of colorized images in one table with bootstrap intervals, such as the rebalancing variants.
 
     for variant in non_rebalance full rebalance; do    trained with --rebalance False, --gamma 0.5 and --gamma 0
         python test.py --image_dir val --model_path runs/$variant --load_model latest --result_path results/$variant
@@ -6,11 +6,13 @@
     python resources/ablation.py --val_dir val --results results/* --runs runs                accuracy by VGG-16
     python resources/ablation.py --val_dir val --results results/* --arch mobilenet_v2 --weights FILE
 
-A row for each folder, under its name, beside gray and the true images: say, one checkpoint at several sizes or
-temperatures, by test.py's flags. metrics_auc.py and metrics_acc.py measure, this reads what they wrote of each image.
-Intervals (95%) are from a bootstrap over the images, with the same resamples for all rows, so that differences have
-theirs as well: for rows named as the three variants above, of the pattern that the paper tells of. With --runs, where
-the trainings' logs are, by the rows' names, also the KL of the last validation, and the curves of KL in training.
+The table has one row per folder, under the folder's name, and rows for gray and the originals. Rows may differ in
+anything, for example one checkpoint at several sizes or temperatures. The script runs metrics_auc.py and metrics_acc.py
+and reads their values for each image. The 95% intervals come from a bootstrap over the images, with the same resamples
+for all rows, so differences have intervals too. Rows named like the three variants are tested for the expected order:
+none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance). The paper has the first two; λ = 0 is a variant of the earlier
+Paddle port. With --runs, a folder of log folders with the rows' names, the table also contains the KL of the last
+validation, and the training curves of the KL are plotted.
 
     ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images
 """
@@ -37,16 +39,16 @@ import metrics_auc
 from utils import load_prior, rebalancing_weights
 
 GRAY, TRUE = "gray", "true"
-ROWS = {  # what a row is called; others go by their folder's name
+ROWS = {  # headings of rows; others have their folder's name
     "non_rebalance": "Non-rebalance",
     "full": "Full",
     "rebalance": "Rebalance (λ = 0)",
     GRAY: metrics_auc.GRAY,
     TRUE: "true images",
 }
-QUANTITIES = {  # what is measured: its heading, and the factor to the unit in which it is shown
+QUANTITIES = {  # heading, and factor to the unit of the table
     "auc_raw": ("AuC raw", 100),
-    "auc_rebalanced_own": ("AuC rebalanced, own", 100),
+    "auc_rebalanced_own": ("AuC macro", 100),
     "auc_rebalanced": ("AuC rebalanced", 100),
     "top1": ("top-1", 100),
     "top5": ("top-5", 100),
@@ -56,33 +58,30 @@ QUANTITIES = {  # what is measured: its heading, and the factor to the unit in w
     "kl": ("KL", 1),
 }
 RAREST_FIRST = ("rebalance", "full", "non_rebalance")
-PATTERN = {  # what the paper tells of: of this quantity, each row has more than the next
+PATTERN = {  # the expected order: each row has a higher value than the next
     "auc_raw": RAREST_FIRST[::-1],
-    "auc_rebalanced_own": RAREST_FIRST,  # without a prior's tail, which in a small set hangs on a few pixels
+    "auc_rebalanced_own": RAREST_FIRST,  # independent of the prior, whose rarest bins depend on a few pixels
     "auc_rebalanced": RAREST_FIRST,
     "chroma": RAREST_FIRST,
     "top1": ("full", GRAY),
 }
-THUMBNAIL = (160, 120)  # of the sheet, in pixels
+THUMBNAIL = (160, 120)  # pixels
 
 # -------------------------------------------------------------------------------------------------
-# What is measured, by the metrics' own scripts
+# Measuring, by the metrics' own scripts
 
 
 def measure(folder, output, args):
-    """What metrics_auc.py finds in a folder of colored images, by image: what auc.npz holds."""
+    """Run metrics_auc.py on a folder of results and return the per-image sums of its auc.npz."""
     flags = ["--prior", args.prior] if args.prior else []
-    made_with = read_json(folder / COLORING) or {}
-    if made_with.get("crop_size"):  # squares, to compare with the same squares of the true images
-        flags += [f"--{size}={made_with[size]}" for size in ("load_size", "crop_size")]
-    where = ["--imgs_dir", args.val_dir, "--results_dir", str(folder), "--save_path", str(output)]
+    where = ["--image_dir", args.val_dir, "--result_path", str(folder), "--save_path", str(output)]
     metrics_auc.main(metrics_auc.parse_args([*where, *flags, "--num_workers", str(args.num_workers)]))
     with np.load(output / "auc.npz") as file:
         return dict(file)
 
 
 def recognize(where, output, args):
-    """What metrics_acc.py finds there, by image: {name: its line of accuracy_images.csv}."""
+    """Run metrics_acc.py and return the lines of its accuracy_images.csv by image name."""
     flags = ["--arch", args.arch, "--num_workers", str(args.num_workers), "--save_path", str(output)]
     for name in ("weights", "labels"):
         flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
@@ -92,7 +91,7 @@ def recognize(where, output, args):
 
 
 def align(measured, recognized):
-    """The names of the images that all rows have, and what was measured of these, in this order; all by row."""
+    """Return the names of the images that all rows have, and each row's sums for these, in this order."""
     places = {row: {name: i for i, name in enumerate(images["names"].tolist())} for row, images in measured.items()}
     first = next(iter(measured))
     names = [name for name in places[first] if all(name in x for x in (*places.values(), *recognized.values()))]
@@ -102,16 +101,16 @@ def align(measured, recognized):
     for row, images in measured.items():
         aligned[row] = {key: values[[places[row][name] for name in names]] for key, values in images.items()}
         if not np.array_equal(aligned[row]["areas"][:, 2], aligned[first]["areas"][:, 2]):
-            raise UserError(f"{row} and {first} are not of the same size or crop: each needs a table of its own")
+            raise UserError(f"{row} and {first} are not of the same size or crop: compare them in separate tables")
     return names, aligned
 
 
 # -------------------------------------------------------------------------------------------------
-# Figures and their intervals
+# Values and their intervals
 
 
 def resamples(images, number, seed):
-    """How often each image is taken: float64 [1 + number, images]; each once, then as the bootstrap draws them."""
+    """Return how often each image counts, float64 [1 + number, images]: once in the first row, then bootstrap draws."""
     random = np.random.default_rng(seed)
     times = np.ones((1 + number, images))
     for row in times[1:]:
@@ -119,57 +118,62 @@ def resamples(images, number, seed):
     return times
 
 
-def figures(names, measured, recognized, times, bin_weights):
-    """Every quantity of the images pooled, for each resample: {row: {quantity: [1 + B]}}.
+def measures(names, measured, recognized, times, bin_weights):
+    """Compute every quantity for each resample of the pooled images: {row: {quantity: [1 + B]}}.
 
-    measured, recognized: by row, as `align`, `recognize` return them; times [1 + B, N]; bin_weights [313].
+    Args:
+        names (list[str]): The N images.
+        measured (dict): Sums by row, from `align`.
+        recognized (dict): Lines by row, from `recognize`.
+        times (ndarray): [1 + B, N], from `resamples`.
+        bin_weights (ndarray): [313].
     """
     found = {}
     for row, images in measured.items():
-        found[row], *controls = metrics_auc.figures(metrics_auc.pool(images, times), bin_weights).values()
-    found[GRAY], found[TRUE] = controls  # the same, whichever row they are from
+        found[row], *controls = metrics_auc.measures(metrics_auc.pool(images, times), bin_weights).values()
+    found[GRAY], found[TRUE] = controls  # the same for all rows
     for row, lines in recognized.items():
         version = row if row in (GRAY, TRUE) else "colored"
         for top in ("top1", "top5"):
             found[row][top] = times @ [int(lines[name][f"{version}_{top}"]) for name in names] / len(names)
-    return {row: {x: values for x, values in of.items() if np.isfinite(values).all()} for row, of in found.items()}
+    return {row: {x: v for x, v in values.items() if np.isfinite(v).all()} for row, values in found.items()}
 
 
 def estimate(values):
-    """The value and its 95% percentile interval, of [1 + B].
+    """Return the value and its 95% percentile interval from [1 + B].
 
-    A resample misses some of the rarest colors: where few images have these, the rebalanced AuC's is lopsided.
+    Resamples miss some of the rarest colors, so the interval of a rebalanced AuC may be asymmetric.
     """
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
 def differences(found):
-    """What the paper's pattern is about, as far as its rows are there: each with its interval and whether it holds."""
+    """Return the differences that PATTERN expects to be positive, with intervals and verdicts, for existing rows."""
     lines = []
     for quantity, rows in PATTERN.items():
         rows = [row for row in rows if quantity in found.get(row, ())]
         for more, less in zip(rows, rows[1:]):
-            of = estimate(found[more][quantity] - found[less][quantity])
-            verdict = "holds" if of["low"] > 0 else "does not" if of["high"] < 0 else "undecided"
-            lines.append({"quantity": quantity, "of": more, "minus": less, **of, "verdict": verdict})
+            change = estimate(found[more][quantity] - found[less][quantity])
+            verdict = "holds" if change["low"] > 0 else "does not" if change["high"] < 0 else "undecided"
+            lines.append({"quantity": quantity, "of": more, "minus": less, **change, "verdict": verdict})
     return lines
 
 
 # -------------------------------------------------------------------------------------------------
-# What is written
+# Output files
 
 
 def markdown(summary):
-    """The results and the pattern as two Markdown tables, and between them what they were measured on."""
+    """Return the results and the differences as two Markdown tables with a caption."""
     results, prior, classifier = summary["results"], summary["prior"], summary["classifier"]
     measured = {x: how for x, how in QUANTITIES.items() if any(x in row for row in results.values())}
     rows = [["", *(heading for heading, _ in measured.values())]]
-    for row, of in results.items():
-        rows.append([ROWS.get(row, row), *(show(of.get(x), factor) for x, (_, factor) in measured.items())])
+    for row, values in results.items():
+        rows.append([ROWS.get(row, row), *(show(values.get(x), factor) for x, (_, factor) in measured.items())])
     caption = (
         f"*{summary['images']} images. AuC and accuracy in percent, chroma in ab units, PSNR in dB"
-        + ("; KL of the last validation in nats per position, less is better" if "kl" in measured else "")
+        + ("; KL of the last validation in nats per position, lower is better" if "kl" in measured else "")
         + f". In parentheses the 95% interval of {summary['bootstrap']} bootstrap resamples. Rebalanced by "
         + f"{os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…)"
         + (f"; accuracy by {classifier['arch']}.*" if classifier else ".*")
@@ -184,21 +188,21 @@ def markdown(summary):
 
 
 def table(rows):
-    """Lists of cells as a Markdown table, the first one its head."""
+    """Return rows of cells, the first one being the header, as a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |\n" for cells in rows]
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
-def show(figure, factor):
-    """A cell: the value and its interval, if it has one, which need not be centered on it."""
-    if figure is None:
+def show(estimated, factor):
+    """Return a cell: the value and its interval, if it has one."""
+    if estimated is None:
         return "–"
-    value, low, high = (f"{factor * figure.get(x, figure['value']):.2f}" for x in ("value", "low", "high"))
+    value, low, high = (f"{factor * estimated.get(x, estimated['value']):.2f}" for x in ("value", "low", "high"))
     return f"{value} ({low} – {high})" if low != high else value
 
 
 def plot_curves(logs, path):
-    """KL against the step, of {row: lines of train.jsonl}: running means in training, and validation as points."""
+    """Plot KL by step from {row: lines of train.jsonl}: running means in training, points in validation."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for i, (row, lines) in enumerate(logs.items()):
@@ -217,7 +221,7 @@ def plot_curves(logs, path):
 
 
 def save_sheet(names, true_dir, results, path):
-    """gray | each row's | true, for each photograph of these names; results: {row: folder}."""
+    """Write a contact sheet of the named images: gray | each row's result | true; results: {row: folder}."""
     true, colored, rows = named_images(true_dir), [named_images(folder) for folder in results.values()], []
     for name in names:
         original, *versions = (ImageOps.contain(open_rgb(images[name]), THUMBNAIL) for images in (true, *colored))
@@ -232,72 +236,69 @@ def save_sheet(names, true_dir, results, path):
 
 
 def parse_args(argv=None):
-    parser = Parser(description="A table of folders of colored images, with intervals.")
-    add = parser.add_argument_group("what to compare").add_argument
-    add("--val_dir", required=True, help="folder of the true photographs")
-    add("--results", required=True, nargs="+", metavar="DIR", help="folders that test.py colored them into")
-    add("--runs", help="folder of the trainings' log folders, with the rows' names")
+    parser = Parser(description="Compare folders of colorized images in one table with bootstrap intervals.")
+    add = parser.add_argument_group("images").add_argument
+    add("--val_dir", required=True, help="folder of the originals")
+    add("--results", required=True, nargs="+", metavar="DIR", help="folders of results (test.py)")
+    add("--runs", help="folder of training log folders with the rows' names")
 
     add = parser.add_argument_group("metrics").add_argument
-    add("--prior", help="file of 313 probabilities that tells how rare a color is, instead of the shipped prior")
+    add("--prior", help="file of 313 probabilities of the ab bins, instead of the bundled prior")
     add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models; none: no accuracy")
-    add("--weights", metavar="FILE", help="its weights (.pdparams), instead of a download")
+    add("--weights", metavar="FILE", help="weights of the classifier (.pdparams), instead of a download")
     add("--labels", metavar="FILE", help="lines of an image's name and its class, instead of class folders")
-    add("--bootstrap", type=whole(), default=1000, help="resamples of the images behind the intervals")
+    add("--bootstrap", type=whole(), default=1000, help="bootstrap resamples of the images")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--seed", type=SEED, default=0, help="of the resamples and of the choice of photographs to show")
-    add("--panel", type=whole(), default=6, help="photographs to show")
-    add(
-        "--num_workers",
-        type=WORKERS,
-        default=min(8, default_workers()),
-        help="processes that read; 0: none but this one",
-    )
-    add("--save_path", default="./ablation", help="folder for what is written, the metrics' results included")
+    add("--seed", type=SEED, default=0, help="seed of the resamples and of the images to show")
+    add("--panel", type=whole(), default=6, help="number of images to show")
+    add("--num_workers", type=WORKERS, default=min(8, default_workers()), help="worker processes; 0: this one only")
+    add("--save_path", default="./ablation", help="folder for the tables and the metrics' results")
     return parser.parse_args(argv)
 
 
 def main(args):
-    # Setup; what can be wrong is found before the work
+    # Setup; report wrong flags before the work
     output, true = Path(args.save_path), named_images(args.val_dir)
     results = {printable(os.path.basename(os.path.abspath(folder))): Path(folder) for folder in args.results}
     if len({*results, GRAY, TRUE}) < len(args.results) + 2:
-        raise UserError(f"--results: the rows go by the folders' names: each its own, and neither {GRAY} nor {TRUE}")
+        raise UserError(f"--results: rows have the folders' names, which must differ and be neither {GRAY} nor {TRUE}")
     results = {row: results[row] for row in sorted(results, key=[*ROWS, *results].index)}
     bin_weights = rebalancing_weights(load_prior(args.prior), lam=0).numpy().astype(np.float64)
+    if args.arch != "none":
+        metrics_acc.load_classifier(args.arch, args.weights)
     make_folder(output)
 
     # Measure each folder; the controls once
     measured = {row: measure(folder, output / row, args) for row, folder in results.items()}
     recognized, classifier = {}, None
     if args.arch != "none":
-        controls = recognize(["--controls_only", "--imgs_dir", args.val_dir], output, args)
-        recognized = {row: recognize(["--results_dir", str(x)], output / row, args) for row, x in results.items()}
+        controls = recognize(["--controls_only", "--image_dir", args.val_dir], output, args)
+        recognized = {row: recognize(["--result_path", str(x)], output / row, args) for row, x in results.items()}
         recognized.update({GRAY: controls, TRUE: controls})
         classifier = read_json(output / "accuracy.json")["classifier"]
 
     # Pool and resample
     names, measured = align(measured, recognized)
-    found = figures(names, measured, recognized, resamples(len(names), args.bootstrap, args.seed), bin_weights)
-    estimates = {row: {x: estimate(values) for x, values in of.items()} for row, of in found.items()}
+    found = measures(names, measured, recognized, resamples(len(names), args.bootstrap, args.seed), bin_weights)
+    estimates = {row: {x: estimate(v) for x, v in values.items()} for row, values in found.items()}
     logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in results} if args.runs else {}
     for row, lines in logs.items():
         estimates[row].update([("kl", {"value": line["val_kl"]}) for line in lines if "val_kl" in line])  # the last one
 
-    # Write and tell
+    # Write and print
     first = next(iter(results))
-    of_first = read_json(output / first / "auc.json")
+    first_summary = read_json(output / first / "auc.json")
     left_out = [printable(name) for name in true if name not in set(names)]
     summary = {
         "results": estimates,
         "differences": differences(found),
         "images": len(names),
-        "true_images": of_first["true_images"],
+        "true_images": first_summary["true_images"],
         "coloring": {row: read_json(folder / COLORING) for row, folder in results.items()},
         "bootstrap": args.bootstrap,
         "seed": args.seed,
-        "prior": of_first["prior"],
+        "prior": first_summary["prior"],
         "classifier": classifier,
         "left_out": left_out,
         **provenance(),

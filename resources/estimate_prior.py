@@ -1,30 +1,18 @@
-"""Estimates the prior: how often each of the 313 ab bins occurs in a folder of photographs.
+"""Estimate the prior: how often each of the 313 ab bins occurs in a folder of images.
 
     python resources/estimate_prior.py --image_dir DIR                   writes ./prior_probs.npy
     python train.py --image_dir DIR --prior prior_probs.npy              trains with it
 
-The mean, over all pixels, of each color's distribution over the bins (a Gaussian of sigma 5 over all of
-them, so that none is zero). Photographs are squeezed into a square of 256 pixels, so that each counts
-the same. Gray ones and files that cannot be read are left out and counted.
+The prior is the mean, over all pixels, of each color's distribution over the bins (a Gaussian with sigma 5 over all
+bins), after one pixel is added to every bin. Images are resized to 256x256, so that each has the same weight. Gray
+images and unreadable files are left out and counted.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import (
-    AT_THE_END,
-    EXIT_SKIPPED,
-    WORKERS,
-    Parser,
-    UserError,
-    note,
-    number,
-    printable,
-    progress,
-    run_script,
-    whole,
-)
+from support import cli
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
 from support.images import InvalidImageError, list_images, open_rgb
@@ -43,7 +31,7 @@ CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then 
 
 
 class SquareDataset(paddle.io.Dataset):
-    """Whole photographs as uint8 [3, SIZE, SIZE], with whether the file could be read."""
+    """Whole images, resized to uint8 [3, SIZE, SIZE], and whether the file could be read."""
 
     def __init__(self, paths):
         super().__init__()
@@ -56,20 +44,20 @@ class SquareDataset(paddle.io.Dataset):
         try:
             image = open_rgb(self.paths[index], least_side=SIZE).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         except InvalidImageError as error:
-            note(f"skipped {error}")
+            cli.note(f"skipped {error}")
             return np.zeros((3, SIZE, SIZE), np.uint8), False
         return np.asarray(image).transpose(2, 0, 1), True
 
 
 def count_colors(ab):
-    """ab [2, M] -> the number of colors in each cell of the ab plane, int64 [cells * cells]."""
+    """Count the colors in each cell of the ab plane: ab [2, M] -> int64 [cells * cells]."""
     cells = 2 * AB_LIMIT * CELLS_PER_UNIT
     a, b = np.floor((ab + AB_LIMIT) * CELLS_PER_UNIT).astype(np.int64).clip(0, cells - 1)
     return np.bincount(a * cells + b, minlength=cells * cells)
 
 
 def encode_counts(counts, ab_bins, sigma, chunk=4096):
-    """The mean distribution over the bins of the counted colors: [cells * cells], [Q, 2] -> float64 [Q]."""
+    """Return the mean distribution of the counted colors over the bins: [cells * cells], [Q, 2] -> float64 [Q]."""
     cells = 2 * AB_LIMIT * CELLS_PER_UNIT
     occupied = np.flatnonzero(counts)
     total = np.zeros(len(ab_bins))
@@ -78,18 +66,18 @@ def encode_counts(counts, ab_bins, sigma, chunk=4096):
         squared = ((centers[:, None] - ab_bins) ** 2).sum(axis=2)
         weights = np.exp((squared.min(axis=1, keepdims=True) - squared) / (2 * sigma**2))
         total += counts[part] @ (weights / weights.sum(axis=1, keepdims=True))
-    # One more pixel in every bin: a bin that a small set has never seen is rare, not impossible. Without it the
-    # Gaussian's far tail (1e-15) would make weights of 1e12 when lambda is 0.
+    # Add one pixel to every bin: a bin that does not occur in a small dataset is rare, not impossible. Without it, the
+    # Gaussian's far tail (1e-15) would give weights of 1e12 for lambda = 0.
     return (total + 1) / (total + 1).sum()
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--image_dir", required=True, help="folder of photographs, nested or flat")
-    parser.add_argument("--output", default="prior_probs.npy", help="the file to write")
-    parser.add_argument("--sigma", type=number(1e-3, 1e3), default=5.0, help="of the Gaussian, in ab units")
-    parser.add_argument("--batch_size", type=whole(), default=32, help="images converted at a time")
-    parser.add_argument("--num_workers", type=WORKERS, default=min(2, default_workers()), help="processes that decode")
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image_dir", required=True, help="folder of images, nested or flat")
+    parser.add_argument("--output", default="prior_probs.npy", help="output file")
+    parser.add_argument("--sigma", type=cli.number(1e-3, 1e3), default=5.0, help="sigma of the Gaussian in ab units")
+    parser.add_argument("--batch_size", type=cli.whole(), default=32, help="images per batch")
+    parser.add_argument("--num_workers", type=cli.WORKERS, default=min(2, default_workers()), help="worker processes")
     return parser.parse_args(argv)
 
 
@@ -101,7 +89,7 @@ def main(args):
         SquareDataset(paths), batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
     )
     counts, used, gray, broken = 0, 0, 0, 0
-    for rgb, readable in progress(from_workers(loader), len(paths), "counting", count=lambda batch: len(batch[0])):
+    for rgb, readable in cli.progress(from_workers(loader), len(paths), "counting", count=lambda batch: len(batch[0])):
         ab = rgb_to_lab(rgb)[:, 1:]
         readable, gray_images = readable.numpy(), is_gray(ab).numpy()
         color = readable & ~gray_images
@@ -111,13 +99,13 @@ def main(args):
         broken += int((~readable).sum())
     left_out = f"{gray} gray, {broken} broken"
     if not used:
-        raise UserError(f"{args.image_dir}: no color image among {len(paths)} files ({left_out})")
+        raise cli.UserError(f"{args.image_dir}: no color image among {len(paths)} files ({left_out})")
     prior = encode_counts(counts, load_ab_bins().numpy().astype(np.float64), args.sigma)
     with atomic_path(args.output) as temporary, open(temporary, "wb") as file:
         np.save(file, prior)
-    print(f"{printable(args.output)}: from {used} color images; left out: {left_out}")
-    return EXIT_SKIPPED if broken else 0
+    print(f"{cli.printable(args.output)}: from {used} color images; left out: {left_out}")
+    return cli.EXIT_SKIPPED if broken else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, parse_args, AT_THE_END))
+    sys.exit(cli.run_script(main, parse_args, cli.AT_THE_END))

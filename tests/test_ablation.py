@@ -115,10 +115,10 @@ def value(summary, row, quantity):
 
 
 # -------------------------------------------------------------------------------------------------
-# Figures
+# Values
 
 
-def pixel_figures(images, bin_weights):
+def pixel_measures(images, bin_weights):
     """AuC raw, rebalanced and own-rebalanced and chroma of (true ab, predicted ab, bins) of images, from definition."""
     true, predicted, bins = (np.concatenate(parts) for parts in zip(*images))
     distance = np.linalg.norm(true - predicted, axis=1)
@@ -130,7 +130,7 @@ def pixel_figures(images, bin_weights):
     return [*result, np.linalg.norm(predicted, axis=1).mean()]
 
 
-def test_figures_and_intervals_are_those_of_a_loop_over_pixels(val_dir, results, tmp_path):
+def test_values_and_intervals_agree_with_a_loop_over_pixels(val_dir, results, tmp_path):
     """A bootstrap that gathers the pixels of each resample again; images of different sizes."""
     args = ablation.parse_args(["--val_dir", str(val_dir), "--results", "-", "--num_workers", "0"])
     measured = {"full": ablation.measure(results / "full", tmp_path, args)}
@@ -143,7 +143,7 @@ def test_figures_and_intervals_are_those_of_a_loop_over_pixels(val_dir, results,
         noise.append(peak_signal_noise_ratio(true, colored, data_range=255))
         true_ab, colored_ab = (rgb2lab(rgb)[..., 1:].reshape(-1, 2) for rgb in (true, colored))
         images.append((true_ab, colored_ab, tree.query(true_ab)[1]))
-    found = ablation.figures(names, measured, {"full": lines}, ablation.resamples(8, 20, seed=3), weights)
+    found = ablation.measures(names, measured, {"full": lines}, ablation.resamples(8, 20, seed=3), weights)
 
     random = np.random.default_rng(3)
     draws = [np.arange(8), *(random.integers(8, size=8) for _ in range(20))]
@@ -153,7 +153,7 @@ def test_figures_and_intervals_are_those_of_a_loop_over_pixels(val_dir, results,
         versions = [(true, predicted if row == "full" else 0 * true, bins) for true, predicted, bins in images]
         expected = [
             [
-                *pixel_figures([versions[i] for i in draw], weights),
+                *pixel_measures([versions[i] for i in draw], weights),
                 *hits[draw].mean(axis=0),
                 np.mean([noise[i] for i in draw]),
             ]
@@ -173,7 +173,7 @@ def test_figures_and_intervals_are_those_of_a_loop_over_pixels(val_dir, results,
     assert "psnr" not in found["true"]
 
 
-def test_the_difference_is_paired_and_judged_by_its_interval():
+def test_differences_are_paired_and_judged_by_their_interval():
     """Rows that vary together by much more than they differ."""
     common = np.random.default_rng(0).normal(0, 10, 1001)
     found = {"non_rebalance": {"auc_raw": common + 1}, "full": {"auc_raw": common}}
@@ -191,7 +191,7 @@ def test_the_difference_is_paired_and_judged_by_its_interval():
     assert ablation.differences({"96": found["full"], "gray": found["gray"]}) == []
 
 
-def test_resamples_follow_from_the_seed():
+def test_resamples_depend_on_the_seed_only():
     times = ablation.resamples(20, 30, seed=0)
     assert times.shape == (31, 20) and (times[0] == 1).all() and (times.sum(axis=1) == 20).all()
     assert (times == ablation.resamples(20, 30, seed=0)).all() and (times != ablation.resamples(20, 30, seed=1)).any()
@@ -203,9 +203,9 @@ def test_resamples_follow_from_the_seed():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_figures_are_those_of_the_metrics(done, val_dir, results, tmp_path, classifier, variant):
+def test_values_agree_with_the_metrics(done, val_dir, results, tmp_path, classifier, variant):
     output, summary = done
-    where = ["--imgs_dir", str(val_dir), "--results_dir", str(results / variant), "--save_path", str(tmp_path)]
+    where = ["--image_dir", str(val_dir), "--result_path", str(results / variant), "--save_path", str(tmp_path)]
     assert metrics_auc.main(metrics_auc.parse_args([*where, "--num_workers", "0"])) == 0
     assert metrics_acc.main(metrics_acc.parse_args([*where, "--num_workers", "0", *classifier])) == 0
     auc, accuracy = (json.loads((tmp_path / name).read_text()) for name in ("auc.json", "accuracy.json"))
@@ -222,7 +222,7 @@ def test_figures_are_those_of_the_metrics(done, val_dir, results, tmp_path, clas
     assert len({round(value(summary, row, "auc_raw"), 4) for row in (*VARIANTS, "gray")}) == 4  # a mix-up would show
 
 
-def test_what_is_written(done):
+def test_output_tables(done):
     output, summary = done
     files = [f"ablation{end}" for end in (".json", ".md", "_auc.png", "_curves.png", "_sheet.jpg")]
     assert sorted(path.name for path in output.glob("ablation*")) == files
@@ -278,7 +278,7 @@ def test_columns_of_a_sheet_are_in_their_order(tmp_path):
 # Any folders; what is missing, broken or does not fit
 
 
-def test_rows_of_any_name_with_what_they_have_in_common(tmp_path, val_dir, results, capsys):
+def test_rows_of_any_name_use_their_common_images(tmp_path, val_dir, results, capsys):
     """One image is broken in one row, another is missing in the other: the figures are those without both."""
     for row in ("96", "no (1)"):
         shutil.copytree(results / "full", tmp_path / row)
@@ -302,10 +302,10 @@ def test_rows_of_any_name_with_what_they_have_in_common(tmp_path, val_dir, resul
     assert without["results"]["96"] == summary["results"]["96"]
 
 
-def test_squares_are_compared_with_the_same_squares(tmp_path, val_dir, results, stopped):
+def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, results, stopped):
     """As their coloring.json tells; beside whole images they are refused."""
     _, summary = run(val_dir, results, ["squares"], tmp_path, "--arch", "none")
-    where = ["--imgs_dir", str(val_dir), "--results_dir", str(results / "squares"), "--save_path", str(tmp_path)]
+    where = ["--image_dir", str(val_dir), "--result_path", str(results / "squares"), "--save_path", str(tmp_path)]
     sizes = ["--load_size", "40", "--crop_size", "32", "--num_workers", "0"]
     metrics_auc.main(metrics_auc.parse_args([*where, *sizes]))
     expected = json.loads((tmp_path / "auc.json").read_text())
@@ -319,8 +319,8 @@ def test_squares_are_compared_with_the_same_squares(tmp_path, val_dir, results, 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (("full", "a/full"), "the rows go by the folders' names: each its own"),
-        (("gray",), "the rows go by the folders' names: each its own, and neither gray nor true"),
+        (("full", "a/full"), "rows have the folders' names, which must differ"),
+        (("gray",), "rows have the folders' names, which must differ and be neither gray nor true"),
         (("missing",), "missing: no such file or folder"),
     ],
 )
@@ -328,6 +328,13 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, val_dir, stopped, rows, me
     monkeypatch.chdir(tmp_path)
     args = ablation.parse_args(["--val_dir", str(val_dir), "--arch", "none", "--results", *rows])
     assert message in stopped(ablation.main, args)
+
+
+def test_missing_classifier_is_reported_before_measuring(tmp_path, val_dir, results, stopped):
+    flags = ["--results", str(results / "full"), "--save_path", str(tmp_path / "out"), "--weights", "missing.pdparams"]
+    args = ablation.parse_args(["--val_dir", str(val_dir), *flags, "--arch", "mobilenet_v2"])
+    assert "missing.pdparams: no such checkpoint" in stopped(ablation.main, args)
+    assert not (tmp_path / "out").exists()
 
 
 def test_worker_processes_give_the_same(tmp_path, val_dir, results, done):

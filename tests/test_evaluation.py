@@ -1,4 +1,4 @@
-"""The README's three steps in a row: get_invalid_images.py, test.py, then both metrics."""
+"""Run the README's three steps: get_invalid_images.py, test.py, then both metrics."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def colorize(*flags):
 
 
 @pytest.mark.parametrize("layout, squares", [("synsets", False), ("flat", True)])
-def test_three_steps(tmp_path, monkeypatch, weights, layout, squares):
+def test_three_steps_of_evaluation(tmp_path, monkeypatch, weights, layout, squares):
     monkeypatch.chdir(tmp_path)
     names = [
         f"val/{synset}/ILSVRC2012_val_0000000{i}" if layout == "synsets" else f"val/ILSVRC2012_val_0000000{i}"
@@ -68,9 +68,8 @@ def test_three_steps(tmp_path, monkeypatch, weights, layout, squares):
     assert [str(path.with_suffix("")) for path in results] == sorted(n.replace("val", "result", 1) for n in names)
 
     # 3. Evaluate
-    auc_sizes = sizes if squares else []
-    assert metrics_auc.main(metrics_auc.parse_args(["--imgs_dir", "val", *auc_sizes])) == 0
-    arguments = ["--imgs_dir", "val", "--arch", "squeezenet1_1", "--weights", str(weights / "squeezenet1_1.pdparams")]
+    assert metrics_auc.main(metrics_auc.parse_args(["--image_dir", "val"])) == 0
+    arguments = ["--image_dir", "val", "--arch", "squeezenet1_1", "--weights", str(weights / "squeezenet1_1.pdparams")]
     arguments += ["--labels", "labels.txt"] if layout == "flat" else []
     assert metrics_acc.main(metrics_acc.parse_args(arguments)) == 0
     area = json.loads(Path("metrics/auc.json").read_text())

@@ -1,4 +1,4 @@
-"""metrics_acc.py with a classifier of random weights whose answers an independent pass tells in advance."""
+"""Test metrics_acc.py with a random classifier whose answers are computed independently."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def run(output, weights, *flags):
 # Classes
 
 
-def test_synsets_are_the_sorted_thousand():
+def test_synsets_are_1000_and_sorted():
     assert len(set(SYNSETS)) == 1000 and sorted(SYNSETS) == SYNSETS
     known = {0: "n01440764", 1: "n01443537", 207: "n02099601", 281: "n02123045", 817: "n04285008", 999: "n15075141"}
     assert {i: SYNSETS[i] for i in known} == known  # tench, goldfish, golden retriever, tabby, sports car, tissue
@@ -112,7 +112,7 @@ def test_labels_file_with_a_bad_line(tmp_path, line):
 
 
 # -------------------------------------------------------------------------------------------------
-# Figures
+# Measures
 
 
 def test_top1_and_top5_in_a_flat_folder(tmp_path, weights, ranking):
@@ -121,7 +121,7 @@ def test_top1_and_top5_in_a_flat_folder(tmp_path, weights, ranking):
     (tmp_path / "labels.txt").write_text("\n".join(lines))
     results = save_all(tmp_path / "c", PHOTOS)
     for flags in (), ("--batch_size", 3), ("--num_workers", 2):
-        code, summary = run(tmp_path, weights, "--results_dir", results, "--labels", tmp_path / "labels.txt", *flags)
+        code, summary = run(tmp_path, weights, "--result_path", results, "--labels", tmp_path / "labels.txt", *flags)
         assert (code, summary["images"]) == (0, 4)
         assert summary["accuracy"] == {"colored": {"top1": 0.25, "top5": 0.75}}
 
@@ -138,7 +138,7 @@ def test_controls_and_class_folders(tmp_path, weights, ranking, capsys):
             rank = ranking(versions[version]).tolist().index(label)
             expected[version].append([rank < 1, rank < 5])
     (colored / "coloring.json").write_text('{"checkpoint": "some.pdparams"}')
-    code, summary = run(tmp_path, weights, "--results_dir", colored, "--imgs_dir", true)
+    code, summary = run(tmp_path, weights, "--result_path", colored, "--image_dir", true)
     shares = {version: np.mean(hits, axis=0).tolist() for version, hits in expected.items()}
     assert code == 0
     assert {version: [*found.values()] for version, found in summary["accuracy"].items()} == shares
@@ -165,7 +165,7 @@ def test_controls_and_class_folders(tmp_path, weights, ranking, capsys):
             [f"{x:d}" for x in y] for y in hits
         ]
     # And without results.
-    _, controls = run(tmp_path, weights, "--controls_only", "--imgs_dir", true)
+    _, controls = run(tmp_path, weights, "--controls_only", "--image_dir", true)
     assert controls["accuracy"] == {version: summary["accuracy"][version] for version in ("true", "gray")}
     assert controls["colored_images"] is None
 
@@ -174,22 +174,22 @@ def test_classes_do_not_depend_on_the_other_folders(tmp_path, weights, ranking):
     image = PHOTOS["coffee"]
     top = ranking(image)[0]
     save(tmp_path / "c" / SYNSETS[top] / "a.png", image)
-    assert run(tmp_path, weights, "--results_dir", tmp_path / "c")[1]["accuracy"]["colored"]["top1"] == 1
+    assert run(tmp_path, weights, "--result_path", tmp_path / "c")[1]["accuracy"]["colored"]["top1"] == 1
     save(tmp_path / "c" / SYNSETS[0] / "a.png", image)  # sorted before it
-    assert run(tmp_path, weights, "--results_dir", tmp_path / "c")[1]["accuracy"]["colored"]["top1"] == 0.5
+    assert run(tmp_path, weights, "--result_path", tmp_path / "c")[1]["accuracy"]["colored"]["top1"] == 0.5
     # The class folder itself may be named.
-    assert run(tmp_path, weights, "--results_dir", tmp_path / "c" / SYNSETS[top])[1]["accuracy"]["colored"]["top1"] == 1
+    assert run(tmp_path, weights, "--result_path", tmp_path / "c" / SYNSETS[top])[1]["accuracy"]["colored"]["top1"] == 1
 
 
-def test_sizes_reach_the_classifier(tmp_path, weights, monkeypatch):
+def test_load_and_crop_size_reach_the_classifier(tmp_path, weights, monkeypatch):
     seen = []
     real = metrics_acc.top_classes
     monkeypatch.setattr(metrics_acc, "top_classes", lambda network, rgb: seen.append(rgb) or real(network, rgb))
     save(tmp_path / "c" / SYNSETS[5] / "a.png", PHOTOS["coffee"])
-    run(tmp_path, weights, "--results_dir", tmp_path / "c", "--load_size", "256", "--crop_size", "96")
+    run(tmp_path, weights, "--result_path", tmp_path / "c", "--load_size", "256", "--crop_size", "96")
     square = PHOTOS["coffee"][80:176, 102:198]
     assert np.abs(seen[0].numpy()[0].transpose(1, 2, 0) * 255 - square).max() < 1e-3
-    run(tmp_path, weights, "--results_dir", tmp_path / "c", "--load_size", "128", "--crop_size", "96")
+    run(tmp_path, weights, "--result_path", tmp_path / "c", "--load_size", "128", "--crop_size", "96")
     half = np.asarray(Image.fromarray(PHOTOS["coffee"]).resize((150, 128), Image.Resampling.BILINEAR))
     assert np.abs(seen[1].numpy()[0].transpose(1, 2, 0) * 255 - half[16:112, 27:123]).max() < 1.01
 
@@ -199,7 +199,7 @@ def test_gray_is_lab_without_ab():
     assert np.abs(found.transpose(1, 2, 0) * 255 - gray(PHOTOS["coffee"])).max() < 0.6
 
 
-def test_networks_with_several_outputs():
+def test_first_of_several_outputs_is_used():
     logits = paddle.to_tensor([[0.0, 3, 1, 2, 5, 4]])
     for output in (logits, (logits, -logits, -logits), [logits]):
         top = metrics_acc.top_classes(lambda _, output=output: output, paddle.zeros([1, 3, 8, 8]))
@@ -216,7 +216,7 @@ def test_unreadable_and_missing_images_are_left_out_of_all_versions(tmp_path, we
     save_all(colored, {name: image for name, image in PHOTOS.items() if name != "rocket"})
     (colored / "coffee.png").write_bytes((colored / "coffee.png").read_bytes()[:3000])
     (true / "chelsea.png").write_text("text")
-    code, summary = run(tmp_path, weights, "--imgs_dir", tmp_path / "t", "--results_dir", tmp_path / "c")
+    code, summary = run(tmp_path, weights, "--image_dir", tmp_path / "t", "--result_path", tmp_path / "c")
     assert (code, summary["images"]) == (EXIT_SKIPPED, 1)
     assert summary["left_out"] == {
         "no colored image": [f"{SYNSETS[7]}/rocket"],
@@ -231,25 +231,25 @@ def test_unreadable_and_missing_images_are_left_out_of_all_versions(tmp_path, we
         assert line in error
     (colored / "astronaut.png").unlink()
     with pytest.raises(SystemExit, match="none of the 2 images can be read"):
-        run(tmp_path, weights, "--imgs_dir", tmp_path / "t", "--results_dir", tmp_path / "c")
+        run(tmp_path, weights, "--image_dir", tmp_path / "t", "--result_path", tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--results_dir", "missing"), "missing: no such file or folder"),
-        (("--results_dir", "named"), "tabby: the folder of tabby/a is no ImageNet class"),
-        (("--results_dir", "flat"), "flat: the folder of a is no ImageNet class"),
-        (("--results_dir", "flat", "--labels", "labels.txt"), "a: has no line in labels.txt"),
-        (("--results_dir", "flat", "--labels", "missing.txt"), "missing.txt: cannot be read: no such file"),
-        (("--results_dir", "good", "--arch", "vgg61"), "--arch vgg61: not one of alexnet, densenet121, "),
-        (("--results_dir", "good", "--arch", "LeNet"), "--arch LeNet: not one of "),
-        (("--results_dir", "good", "--weights", "missing.pdparams"), "missing.pdparams: no such checkpoint"),
-        (("--results_dir", "good", "--weights", "labels.txt"), "labels.txt: not a readable checkpoint"),
-        (("--results_dir", "good", "--arch", "squeezenet1_0"), "another network's checkpoint"),
-        (("--results_dir", "good", "--load_size", "200"), "--crop_size 224: larger than --load_size 200"),
-        (("--controls_only",), "--controls_only needs --imgs_dir"),
-        (("--results_dir", "good", "--save_path", "labels.txt"), "labels.txt: cannot be written to: file exists"),
+        (("--result_path", "missing"), "missing: no such file or folder"),
+        (("--result_path", "named"), "tabby: the folder of tabby/a is not an ImageNet class"),
+        (("--result_path", "flat"), "flat: the folder of a is not an ImageNet class"),
+        (("--result_path", "flat", "--labels", "labels.txt"), "a: is not listed in labels.txt"),
+        (("--result_path", "flat", "--labels", "missing.txt"), "missing.txt: cannot be read: no such file"),
+        (("--result_path", "good", "--arch", "vgg61"), "--arch vgg61: not one of alexnet, densenet121, "),
+        (("--result_path", "good", "--arch", "LeNet"), "--arch LeNet: not one of "),
+        (("--result_path", "good", "--weights", "missing.pdparams"), "missing.pdparams: no such checkpoint"),
+        (("--result_path", "good", "--weights", "labels.txt"), "labels.txt: not a readable checkpoint"),
+        (("--result_path", "good", "--arch", "squeezenet1_0"), "another network's checkpoint"),
+        (("--result_path", "good", "--load_size", "200"), "--crop_size 224: larger than --load_size 200"),
+        (("--controls_only",), "--controls_only needs --image_dir"),
+        (("--result_path", "good", "--save_path", "labels.txt"), "labels.txt: cannot be written to: file exists"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, weights, flags, message):
@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, weights, flags, message):
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
-def test_without_a_network_the_file_is_named(monkeypatch, caplog):
+def test_failed_download_names_the_file(monkeypatch, caplog):
     """Paddle's own downloader, whose requests all fail."""
     monkeypatch.setattr("paddle.utils.download._md5check", lambda *_: False)  # as if nothing were cached
     monkeypatch.setattr("paddle.utils.download._download_methods", {"get": lambda *_: False})
@@ -271,18 +271,18 @@ def test_without_a_network_the_file_is_named(monkeypatch, caplog):
     caplog.set_level("INFO")
     with pytest.raises(SystemExit) as stop:
         metrics_acc.load_classifier("squeezenet1_1")
-    assert str(stop.value).startswith("cannot download https://")
-    assert ".pdparams; fetch that file where there is a network" in str(stop.value)
+    assert str(stop.value).startswith("https://")
+    assert ".pdparams: download failed; download the file on a machine with internet access" in str(stop.value)
     assert "--arch squeezenet1_1 --weights FILE" in str(stop.value) and "\n" not in str(stop.value)
     assert caplog.text == ""  # not a line for each retry
 
 
-def test_classifiers_without_published_weights(monkeypatch):
+def test_classifier_without_published_weights_needs_a_file(monkeypatch):
     def create(pretrained=False):
         raise AssertionError("vgg11 model do not have a pretrained model now")
 
     monkeypatch.setattr(paddle.vision.models, "vgg11", create)
-    with pytest.raises(SystemExit, match="--arch vgg11: Paddle has no published weights for it; give --weights FILE"):
+    with pytest.raises(SystemExit, match="--arch vgg11: Paddle has no published weights for it; pass --weights FILE"):
         metrics_acc.load_classifier("vgg11")
 
 
@@ -292,4 +292,4 @@ def test_as_a_command(tmp_path):
     save(tmp_path / "result" / "no class" / "a.png", PHOTOS["coffee"])
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("no class: the folder of no class/a is no ImageNet class")
+    assert done.stderr.splitlines()[-1].startswith("no class: the folder of no class/a is not an ImageNet class")

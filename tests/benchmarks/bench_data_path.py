@@ -1,8 +1,8 @@
-"""What precedes the network, per training image on one thread, beside decoding and resizing alone (the floor).
+"""Measure preprocessing per training image on one thread, compared with decoding and resizing alone (the floor).
 
     python tests/benchmarks/bench_data_path.py --image_dir DIR [--images 200]
 
-Then images a second with worker processes, as `train.py` uses them.
+Then measure images per second with worker processes, as `train.py` uses them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LOAD, CROP, BATCH = 256, 176, 40
 
 
 def floor(paths):
-    """Decode and resize the short side to 256, with nothing that a plain loader would not do."""
+    """Decode and resize the shorter side to 256, as any loader would do."""
     for path in paths:
         image = Image.open(path).convert("RGB")
         scale = LOAD / min(image.size)
@@ -38,7 +38,7 @@ def squares(dataset, indices):
 
 
 def to_targets(batch, ab_bins, bin_weights):
-    """All that the step does ahead of the network."""
+    """Prepare a batch as a training step does before the network runs."""
     rgb = paddle.to_tensor(np.stack(batch))
     lightness, ab = targets(rgb)
     indices, weights = soft_encode(ab, ab_bins)
@@ -46,7 +46,7 @@ def to_targets(batch, ab_bins, bin_weights):
 
 
 def parts(rgb, ab_bins):
-    """Milliseconds an image of the batch-wise parts."""
+    """Measure the seconds of the batch-wise parts."""
     ab = rgb_to_lab(rgb[:, :, ::4, ::4])[:, 1:]
     return {
         "lightness": seconds(lambda: rgb_to_lightness(rgb)),
@@ -62,7 +62,7 @@ def seconds(function):
 
 
 def workers(paths, count):
-    """Images a second out of a DataLoader."""
+    """Measure the images per second of a DataLoader."""
     dataset = ColorizationDataset(paths, LOAD, CROP, augment=True)
     loader = paddle.io.DataLoader(dataset, batch_size=BATCH, num_workers=count)
     return len(paths) / seconds(lambda: [None for _ in loader])
@@ -76,24 +76,24 @@ def main():
     args = parser.parse_args()
     use_all_cores(1)
     keep_freed_memory()  # as train.py does
-    paths = list_images(args.image_dir)[: args.images // BATCH * BATCH]
+    paths = list_images(args.image_dir)[: args.images]
     dataset = ColorizationDataset(paths, LOAD, CROP, augment=True)
-    ab_bins, bin_weights = load_ab_bins(), rebalancing_weights(load_prior())
-    to_targets(squares(dataset, range(BATCH)), ab_bins, bin_weights)
+    ab_bins, bin_weights, size = load_ab_bins(), rebalancing_weights(load_prior()), min(BATCH, len(paths))
+    to_targets(squares(dataset, range(size)), ab_bins, bin_weights)
 
     def full():
         for start in range(0, len(paths), BATCH):
-            to_targets(squares(dataset, range(start, start + BATCH)), ab_bins, bin_weights)
+            to_targets(squares(dataset, range(start, min(start + BATCH, len(paths)))), ab_bins, bin_weights)
 
     rounds = [(seconds(lambda: floor(paths)), seconds(full)) for _ in range(args.rounds)]
-    rgb = paddle.to_tensor(np.stack(squares(dataset, range(BATCH))))
+    rgb = paddle.to_tensor(np.stack(squares(dataset, range(size))))
     for name in (measured := [parts(rgb, ab_bins) for _ in range(args.rounds)])[0]:
-        print(f"{name}: {1000 * statistics.median(x[name] for x in measured) / BATCH:.2f} ms an image")
-    for name, times in zip(("floor: decode and resize", "all ahead of the network"), zip(*rounds)):
-        print(f"{name}: {1000 * statistics.median(times) / len(paths):.2f} ms an image")
+        print(f"{name}: {1000 * statistics.median(x[name] for x in measured) / size:.2f} ms per image")
+    for name, times in zip(("floor: decode and resize", "all preprocessing"), zip(*rounds)):
+        print(f"{name}: {1000 * statistics.median(times) / len(paths):.2f} ms per image")
     print(f"ratio: {statistics.median(b / a for a, b in rounds):.2f}")
     for count in (1, 2):
-        print(f"{count} worker(s): {statistics.median(workers(paths, count) for _ in range(3)):.0f} images a second")
+        print(f"{count} worker(s): {statistics.median(workers(paths, count) for _ in range(3)):.0f} images per second")
 
 
 if __name__ == "__main__":

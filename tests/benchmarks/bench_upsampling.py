@@ -1,11 +1,11 @@
-"""How well true colors survive the way to every 4th pixel and back: put at their pixels, or amid 4x4 blocks.
+"""Measure the error of ground-truth ab after downsampling to every 4th pixel and upsampling, by two placements.
 
     python tests/benchmarks/bench_upsampling.py --image_dir DIR
 
-Each photograph at its short side of 256 pixels, its own ab at every 4th pixel brought back to all of them. Prints the
-mean ab error and the share of pixels within 5 units:
+Each image is resized to a shorter side of 256 pixels. Positions are placed at the centers of 4x4 blocks or at their
+pixels. Prints the mean ab error and the share of pixels within 5 units:
 
-    200 photographs   blocks 3.47  80.1% within 5   pixels 2.54  86.2% within 5
+    200 images   blocks 3.47  80.1% within 5   pixels 2.54  86.2% within 5
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import support  # noqa: F401  ahead of Paddle
+import support  # noqa: F401  before Paddle
 from support.images import list_images, open_rgb
 
 import numpy as np
@@ -28,14 +28,14 @@ from utils import upsample_ab
 
 
 def errors(path):
-    """[2, 2]: mean error and share within 5, as blocks and as pixels."""
+    """Return mean error and share within 5, for blocks and pixels: [2, 2]."""
     image = open_rgb(path)
     small = image.resize(network_size(*image.size, 256), Image.Resampling.BILINEAR)
     rgb = paddle.to_tensor(np.asarray(small).transpose(2, 0, 1)[None])
     ab, size = targets(rgb)[1], rgb.shape[2:]
     found = []
-    for brought_back in (F.interpolate(ab, size=size, mode="bilinear"), upsample_ab(ab, *size)):
-        distance = np.hypot(*(brought_back - rgb_to_lab(rgb)[:, 1:])[0].numpy())
+    for restored in (F.interpolate(ab, size=size, mode="bilinear"), upsample_ab(ab, *size)):
+        distance = np.hypot(*(restored - rgb_to_lab(rgb)[:, 1:])[0].numpy())
         found.append((distance.mean(), (distance <= 5).mean()))
     return found
 
@@ -45,8 +45,10 @@ def main():
     parser.add_argument("--image_dir", required=True)
     paths = list_images(parser.parse_args().image_dir)
     blocks, pixels = np.mean([errors(path) for path in paths], axis=0)
-    told = "   ".join(f"{name} {x[0]:.2f}  {x[1]:.1%} within 5" for name, x in (("blocks", blocks), ("pixels", pixels)))
-    print(f"{len(paths)} photographs   {told}")
+    errors_by_placement = "   ".join(
+        f"{name} {x[0]:.2f}  {x[1]:.1%} within 5" for name, x in (("blocks", blocks), ("pixels", pixels))
+    )
+    print(f"{len(paths)} images   {errors_by_placement}")
 
 
 if __name__ == "__main__":
