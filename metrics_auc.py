@@ -2,7 +2,7 @@
 
     python metrics_auc.py --image_dir DIR                      compare ./result with the originals in DIR
     python metrics_auc.py --image_dir DIR --gray               gray baseline (ab = 0); needs no results
-    python metrics_auc.py --image_dir DIR --random             random baseline: each image gets another one's ab
+    python metrics_auc.py --image_dir DIR --random             random baseline: the ab of a different image
 
 The AuC is the area under the share of pixels whose ab error is at most t, for t = 0 … 150, divided by 150. All pixels
 of all images are pooled, weighted in three ways:

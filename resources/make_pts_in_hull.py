@@ -1,11 +1,10 @@
-"""Writes `pts_in_hull.npy`, the paper's 313 ab bins in their published order.
+"""Write `pts_in_hull.npy`, the paper's 313 ab bins in their published order.
 
     python resources/make_pts_in_hull.py
 
-The order (a ascending, then b ascending) matters: the channels of every published network follow
-it. The bins are the points of a grid of 10 that lie "in gamut"; each row below is one value of a
-and the first and last b that belong to it. They nearly, not wholly, follow from the sRGB gamut
-(`tests/test_resources.py` says which four do not), hence a table instead of a formula.
+The order (a ascending, then b ascending) matters: the channels of every published network follow it. The bins are the
+points of a grid of 10 that lie "in gamut"; each row below contains one value of a and the first and last b of its bins.
+All but four follow from the sRGB gamut (`tests/test_resources.py` lists the four), so this is a table and not a formula.
 """
 
 from pathlib import Path
@@ -38,7 +37,7 @@ ROWS = (  # a, first b, last b
 
 
 def ab_bins():
-    """The bins as int64 [313, 2]."""
+    """Return the bins as int64 [313, 2]."""
     return np.array([(a, b) for a, first, last in ROWS for b in range(first, last + GRID, GRID)])
 
 

@@ -303,7 +303,7 @@ def test_rows_of_any_name_use_their_common_images(tmp_path, val_dir, results, ca
 
 
 def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, results, stopped):
-    """As their coloring.json tells; beside whole images they are refused."""
+    """Sizes come from coloring.json; crops and whole images cannot share a table."""
     _, summary = run(val_dir, results, ["squares"], tmp_path, "--arch", "none")
     where = ["--image_dir", str(val_dir), "--result_path", str(results / "squares"), "--save_path", str(tmp_path)]
     sizes = ["--load_size", "40", "--crop_size", "32", "--num_workers", "0"]

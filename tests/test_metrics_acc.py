@@ -45,7 +45,7 @@ def gray(image):
 
 
 def logits(network, image):
-    """Of an image uint8 [256, 300, 3], with the crop and the normalization in NumPy."""
+    """Compute the logits of uint8 [256, 300, 3], with the crop and the normalization in NumPy."""
     square = image[16:240, 38:262].astype(np.float64) / 255
     normalized = (square - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     return network(paddle.to_tensor(normalized.transpose(2, 0, 1)[None].astype(np.float32))).numpy()[0]
@@ -73,7 +73,7 @@ def weights(tmp_path_factory, network):
 
 @pytest.fixture(scope="module")
 def ranking(network):
-    """Of an image: its classes by falling logit."""
+    """Return a function that sorts the classes of an image by descending logit."""
     return lambda image: np.argsort(-logits(network, image))
 
 

@@ -68,7 +68,7 @@ def test_very_long_image_needs_little_memory(shape):
 @pytest.mark.parametrize("short_side", [64, 256])
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_ground_truth_is_restored_better_than_from_4x4_block_centers(name, short_side):
-    image = Image.fromarray(getattr(data, name)())  # sides of 300 to 640, no multiples of what the network sees
+    image = Image.fromarray(getattr(data, name)())  # sides of 300 to 640, not multiples of the network's input size
     ab = true_ab(image, network_size(*image.size, short_side))
     by_blocks = F.interpolate(ab.unsqueeze(0), size=[image.height, image.width], mode="bilinear")[0]
     assert mean_error(upsample_ab(ab, image.height, image.width), image) < 0.9 * mean_error(by_blocks, image)
@@ -76,7 +76,7 @@ def test_ground_truth_is_restored_better_than_from_4x4_block_centers(name, short
 
 @pytest.mark.parametrize("scale", [1, 3.7, 10])
 def test_color_edge_stays_within_one_input_pixel(scale):
-    width, height = round(128 * scale), round(32 * scale)  # the network sees 128 x 32
+    width, height = round(128 * scale), round(32 * scale)  # the network's input is 128x32
     displacements = []
     for edge in range(61, 65):  # in network pixels: at each place between two positions of its output, at 60 and 64
         pixels = np.full((height, width, 3), RED, np.uint8)
