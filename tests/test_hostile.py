@@ -491,7 +491,7 @@ def test_labels_as_others_write_them(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("a 5\na 6\n", "line 2: a has another class"), ("a " + "9" * 5000, "not a name")]
+    ("text", "line"), [("a 5\na 6\n", "line 2: a has a different class"), ("a " + "9" * 5000, "not a name")]
 )
 def test_labels_that_cannot_be_meant(tmp_path, text, line):
     (tmp_path / "labels.txt").write_text(text, "utf-8")
