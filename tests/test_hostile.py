@@ -143,7 +143,8 @@ def test_lack_of_memory_and_errors_of_files_are_one_line(handlers, capsys, error
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_ends_by_the_same_rule(path):
-    assert re.search(r'__name__ == "__main__":\n    sys\.exit\((?:cli\.)?run_script\(main, parse_args', path.read_text("utf-8"))
+    ending = r'__name__ == "__main__":\n    sys\.exit\((?:cli\.)?run_script\(main, parse_args'
+    assert re.search(ending, path.read_text("utf-8"))
 
 
 COLOR_SMALL = """

@@ -45,10 +45,9 @@ def main():
     parser.add_argument("--image_dir", required=True)
     paths = list_images(parser.parse_args().image_dir)
     blocks, pixels = np.mean([errors(path) for path in paths], axis=0)
-    errors_by_placement = "   ".join(
-        f"{name} {x[0]:.2f}  {x[1]:.1%} within 5" for name, x in (("blocks", blocks), ("pixels", pixels))
-    )
-    print(f"{len(paths)} images   {errors_by_placement}")
+    results = {"blocks": blocks, "pixels": pixels}
+    columns = [f"{name} {error:.2f}  {share:.1%} within 5" for name, (error, share) in results.items()]
+    print("   ".join([f"{len(paths)} images", *columns]))
 
 
 if __name__ == "__main__":
