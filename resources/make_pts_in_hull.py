@@ -4,7 +4,7 @@
 
 The order (a ascending, then b ascending) matters: the channels of every published network follow it. The bins are the
 points of a grid of 10 that lie "in gamut"; each row below contains one value of a and the first and last b of its bins.
-All but four follow from the sRGB gamut (`tests/test_resources.py` lists the four), so this is a table and not a formula.
+All but four follow from the sRGB gamut (`tests/test_resources.py` lists the four): this is a table, not a formula.
 """
 
 from pathlib import Path
