@@ -16,7 +16,6 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 import glob
 import math
 import os
-import stat
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from support import cli
-from support.cli import UserError, counted, note, printable
+from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
 from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
 from support.gpu import check_gpu
@@ -44,6 +43,7 @@ from utils import TEMPERATURE
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
 IMAGES_AHEAD = 64  # at most, as each may be an open file
 NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
+LONGEST_NAME = 255  # bytes, of the usual file systems
 COLUMNS = ("gray", "colored", "original")  # of a contact sheet
 
 # -------------------------------------------------------------------------------------------------
@@ -91,11 +91,10 @@ def check_apart(results, args):
 
 def obstacle(target, path, record):
     """Return why the result of `path` cannot be written to `target`, which may have the record of an earlier result."""
-    try:
-        if stat.S_ISDIR(os.stat(target).st_mode):
-            return "is a folder"
-    except OSError as error:  # a name too long
-        return None if isinstance(error, FileNotFoundError) else f"cannot be written: {error.strerror.lower()}"
+    if os.path.isdir(target):
+        return "is a folder"
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        return "cannot be written: file name too long"
     if record and record["source"]["path"] != absolute(path):
         return f"is the result of {record['source']['path']}; choose another --result_path"
     return None
@@ -325,4 +324,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_script(main, parse_args, after_stop="to resume: the same command with --skip_existing"))
+    sys.exit(run_script(main, parse_args, after_stop="to resume: the same command with --skip_existing"))
