@@ -46,7 +46,7 @@ class DataUnpickler(pickle._Unpickler):
     def __init__(self, file, size):
         super().__init__(file, encoding="latin1")  # Python 2 wrote the bytes of an array as a string
         self.bytes_left = 4 * size  # for all arrays: a few may share their numbers, a thousand are an attack
-        self.storages, self.seen = {}, set()
+        self.storages = {}
 
     def find_class(self, module, name):
         module = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
@@ -74,32 +74,28 @@ class DataUnpickler(pickle._Unpickler):
             if self.bytes_left < 0:
                 raise pickle.UnpicklingError("its arrays are many times as large as the file")
             return widen_bfloat16(value.to_numpy())
-        if value is None or isinstance(value, (bool, int, float, str, np.generic)):
-            return value
-        if not isinstance(value, (dict, list, tuple)):
-            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which no checkpoint needs")
-        if id(value) in self.seen and value:  # 60 lists that each hold the next one twice are 2^60 lists
-            raise pickle.UnpicklingError("it holds the same list, tuple or dict twice")
-        self.seen.add(id(value))
         if isinstance(value, dict):
             return {key: self.to_plain(item) for key, item in value.items()}
-        return (tuple if isinstance(value, tuple) else list)(map(self.to_plain, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.to_plain, value))
+        if value is None or isinstance(value, (bool, int, float, str, np.generic)):
+            return value
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which no checkpoint needs")
 
 
-class _Tuple(tuple):
-    __hash__ = None  # as a key, 60 tuples that each hold the next one twice would take forever to hash
+def _unshared(load):
+    """Make an opcode refuse to repeat a container: 60 lists that each hold the next one twice stand for 2^60."""
 
-
-def _make_unhashable(load):
-    def load_tuple(self):
+    def load_unshared(self):
         load(self)
-        self.stack[-1] = _Tuple(self.stack[-1])
+        if isinstance(self.stack[-1], (dict, list, tuple)):
+            raise pickle.UnpicklingError("it holds the same list, tuple or dict twice")
 
-    return load_tuple
+    return load_unshared
 
 
-for _opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    DataUnpickler.dispatch[_opcode[0]] = _make_unhashable(DataUnpickler.dispatch[_opcode[0]])
+for _opcode in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
+    DataUnpickler.dispatch[_opcode[0]] = _unshared(DataUnpickler.dispatch[_opcode[0]])
 
 # -------------------------------------------------------------------------------------------------
 # Stand-ins
@@ -148,7 +144,7 @@ def _to_bytes(data):
 
 def _tensor(storage, offset, shape, strides, *_):
     end = offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
-    if min(offset, *shape, *strides) < 0 or (end > storage.count and math.prod(shape)):
+    if min((offset, *shape, *strides)) < 0 or (end > storage.count and math.prod(shape)):
         raise pickle.UnpicklingError("it holds a tensor that is not within its storage")
     size = storage.dtype.itemsize
     return _Array(storage, shape, offset=offset * size, strides=[stride * size for stride in strides])
