@@ -239,11 +239,11 @@ def test_every_script_reads_png(squares, script):
 READERS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__", "cpu")
 
 
-def test_steps_read_no_value_from_the_device(run_training, monkeypatch):
-    """Between two lines of the log, as each reading would wait until the device has finished.
+def test_float32_step_reads_no_value_from_the_device(run_training, monkeypatch):
+    """Reading a value waits until the device has finished all its work, so it happens only for lines of the log.
 
-    A loader's batches are in the host's memory (pinned, with a GPU). They may be read there, but must pass through
-    `to_device`, because an operator would copy them and wait.
+    A loader's batches are in pinned host memory, also with a GPU. They may be read, but an operator would copy them and
+    wait, so they must pass through `to_device`. In fp16, Paddle's loss scaling reads values in every step.
     """
     reads, batches, copies = [], [], []
     read_batches = train.from_workers
@@ -297,16 +297,28 @@ def pretend_gpu(monkeypatch, *capability):
         ("off", (8, 9), (False, "float16", False)),
     ],
 )
-def test_mixed_precision_on_a_gpu(monkeypatch, choice, capability, expected):
-    """Only the choice is tested, as there is no GPU here."""
+def test_mixed_precision_follows_the_gpus_capability(monkeypatch, choice, capability, expected):
     scalers = []
     pretend_gpu(monkeypatch, *capability)
     monkeypatch.setattr(paddle.amp, "GradScaler", lambda **settings: scalers.append(settings))
     autocast, _ = mixed_precision(choice)
     assert (autocast["enable"], autocast["dtype"], scalers[0]["enable"]) == expected
+    assert scalers[0]["init_loss_scaling"] * 3535 < np.finfo(np.float16).max  # the largest gradient from `small`
 
 
-def test_autocast_arguments_do_not_contradict_paddles_lists():
+def test_unsupported_mixed_precision_prints_one_line(monkeypatch, capsys):
+    pretend_gpu(monkeypatch, 7, 5)
+    mixed_precision("bf16")
+    assert capsys.readouterr().err == "--amp bf16: not supported by this GPU; training in float32\n"
+
+
+def test_device_that_is_neither_cpu_nor_cuda_prints_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(paddle, "get_device", lambda: "xpu:0")
+    check_gpu()
+    assert capsys.readouterr().err.startswith("xpu:0: this kind of device is untested")
+
+
+def test_autocast_lists_do_not_contradict_paddles():
     """Operators in neither list would be computed in float32."""
     from paddle.amp.amp_lists import black_list, white_list
 
@@ -324,28 +336,28 @@ def test_autocast_arguments_do_not_contradict_paddles_lists():
         ((8, 9), (61, 70, 75, 80, 86), True),  # Ada runs code for 8.6
         ((9, 0), (61, 70, 75, 80, 86), False),
         ((12, 0), ["80", "86", "90", "120"], True),
-        ((12, 0), [], True),  # unknown: Paddle's own word will have to do
+        ((12, 0), [], True),  # unknown: left to Paddle
     ],
 )
-def test_a_gpu_that_this_paddle_has_no_code_for_is_named(monkeypatch, capability, archs, usable):
+def test_gpu_without_code_in_this_paddle_raises_user_error(monkeypatch, capability, archs, usable):
     pretend_gpu(monkeypatch, *capability)
     monkeypatch.setattr(paddle.version, "cuda_archs", lambda: archs, raising=False)
     with nullcontext() if usable else pytest.raises(UserError, match=r"NVIDIA X .*not supported.*requirements-gpu.txt"):
         check_gpu()
 
 
-def test_a_gpu_beside_a_paddle_for_cpus_costs_a_line(monkeypatch, capsys):
+def test_gpu_with_a_cpu_build_of_paddle_prints_one_line(monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     check_gpu()
     assert "is built for CPUs; see requirements-gpu.txt" in capsys.readouterr().err
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     check_gpu()
     assert capsys.readouterr().err == ""
 
 
-def test_a_copy_to_the_gpu_does_not_wait(monkeypatch):
+def test_copy_to_the_gpu_does_not_wait(monkeypatch):
     class Pinned:
         def cuda(self, blocking=True):
             return "there", blocking
@@ -355,8 +367,8 @@ def test_a_copy_to_the_gpu_does_not_wait(monkeypatch):
 
 
 @pytest.mark.parametrize("other", [1.0, 1.2])
-def test_batch_norm_that_is_not_synchronized_stops_the_run(monkeypatch, other):
-    """`other`: another process's statistics, as a factor to this one's."""
+def test_unsynchronized_batch_norm_stops_the_run(monkeypatch, other):
+    """`other` is the ratio of the statistics of a second process to this one's."""
 
     def maximum(values, _):
         return np.maximum(values, values * other)

@@ -101,7 +101,7 @@ def test_cells_of_the_notebook_page_run(tmp_path):
     command = [sys.executable, "-c", CELL, *cells]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert len(cells) == 5 and done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "colorized").glob("*.png"))) >= 5 and '"step": 5' in done.stdout
+    assert len(list((tmp_path / "result").glob("*.png"))) >= 5 and '"step": 5' in done.stdout
 
 
 def name_of_thread(_):
