@@ -1,11 +1,11 @@
-"""Writes `epoch_small_model.safetensors`, the weights that come with the project, from those that were trained.
+"""Convert trained weights to the bundled weights, `epoch_small_model.safetensors`.
 
     python resources/make_small.py cic_small.safetensors
 
-Three things happen to them. The logits of each bin are lowered by CALM times the log of its rebalancing weight (in
-the last layer's bias): a network trained with the weights w then predicts as though w^(1 - CALM) had been its own,
-which leaves fewer patches of rare colors on plain surfaces. Each output channel of a convolution is rounded to 8 bits
-with a scale of its own. And the file says at which short side of a photograph the network is at its best.
+Three changes are made. Logit adjustment: STRENGTH times the log of each bin's rebalancing weight w is subtracted from
+the bias of the last layer, so that a network trained with w predicts as if trained with w^(1 - STRENGTH); this leaves
+fewer patches of rare colors. The weights of convolutions are rounded to int8 with per-channel scales. The file's
+metadata contains the shorter side at which the network works best.
 """
 
 import sys
@@ -22,13 +22,13 @@ import numpy as np
 from pretrained import SMALL
 from utils import load_prior, rebalancing_weights
 
-CALM, LOAD_SIZE = 0.2, 96  # docs/weights.md tells how they were found
-TRANSPOSED = "conv8.0.weight"  # has its output channels second: [512, 256, 4, 4]
+STRENGTH, LOAD_SIZE = 0.4, 112  # docs/weights.md describes how they were chosen
+TRANSPOSED = "conv8.0.weight"  # its output channels come second: [512, 256, 4, 4]
 
 
 def round_to_8_bits(weight, channels):
-    """A weight with its output channels along the axis `channels`: int8, and the float32 scale of each channel."""
-    others = tuple(axis for axis in range(weight.ndim) if axis != channels)
+    """Round a weight whose output channels lie along the axis `channels`; return int8 and float32 scales."""
+    others = tuple(i for i in range(weight.ndim) if i != channels)
     scale = np.abs(weight).max(axis=others, keepdims=True) / np.float32(127)
     return np.rint(weight / scale).astype(np.int8), scale
 
@@ -41,7 +41,7 @@ def parse_args(argv=None):
 
 def main(args):
     state = load_checkpoint(args.source)
-    state["conv8_313.bias"] = state["conv8_313.bias"] - CALM * np.log(rebalancing_weights(load_prior()).numpy())
+    state["conv8_313.bias"] = state["conv8_313.bias"] - STRENGTH * np.log(rebalancing_weights(load_prior()).numpy())
     rounded = {}
     for name, array in state.items():
         rounded[name] = array.astype(np.float32)

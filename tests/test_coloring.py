@@ -208,7 +208,7 @@ def test_missing_checkpoint_lists_those_that_exist(run, photographs, tmp_path, s
 
     models = tmp_path / "model"
     (models / "epoch_19_model.pdparams").rename(models / "epoch_latest_model.pdparams")
-    assert "there are: --load_model latest" in message("--load_model", 19)
+    assert "available: --load_model latest" in message("--load_model", 19)
     (models / "epoch_latest_model.pdparams").rename(models / "epoch_best_model.pdparams")
     os.link(models / "epoch_best_model.pdparams", models / "epoch_norebal_model.pdparams")
     assert "there are: --load_model best, norebal" in message()  # which of the two, nobody can tell

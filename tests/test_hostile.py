@@ -440,7 +440,7 @@ def test_a_checkpoint_may_be_named_as_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "line"), [("p.txt", "no .npy file"), ("p.npz", "no .npy file"), (".", "is a directory")]
+    ("name", "line"), [("p.txt", "not a .npy file"), ("p.npz", "not a .npy file"), (".", "is a directory")]
 )
 def test_a_prior_of_another_format(tmp_path, stopped, name, line):
     (tmp_path / "p.txt").write_text("hello")
