@@ -12,9 +12,9 @@ from pathlib import Path
 
 from support import inference
 from support.cli import UserError, note
-from support.cpu import computes_bf16
+from support.cpu import available_cores, computes_bf16, threads
 from support.files import atomic_path
-from support.gpu import autocast
+from support.gpu import autocast, on_gpu
 from support.images import SRGB_PROFILE, open_image, to_rgb
 
 import numpy as np
@@ -26,7 +26,7 @@ from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
 from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
 
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
-STRIP_PIXELS = 2**18  # converted at a time, so that a large image needs little more memory than itself
+STRIP_PIXELS = 2**17  # converted at a time by each core, so that a large image needs little more memory than itself
 
 
 class Colorizer:
@@ -171,13 +171,16 @@ def join(rgb, ab):
         ndarray: uint8 [H, W, 3].
     """
     height, width = rgb.shape[:2]
-    colored = np.empty_like(rgb)
-    for top in range(0, height, rows := max(1, STRIP_PIXELS // width)):
+    result, rows = np.empty_like(rgb), max(1, STRIP_PIXELS // width)
+
+    def join_strip(top):
         strip = slice(top, top + rows)
         lightness = rgb_to_lightness(paddle.to_tensor(np.ascontiguousarray(rgb[strip].transpose(2, 0, 1)[None])))
         lab = paddle.concat([lightness, upsample_ab(ab, height, width, top, rows).unsqueeze(0)], axis=1)
-        colored[strip] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
-    return colored
+        result[strip] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
+
+    list(threads(1 if on_gpu() else available_cores()).map(join_strip, range(0, height, rows)))
+    return result
 
 
 # -------------------------------------------------------------------------------------------------

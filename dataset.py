@@ -61,7 +61,7 @@ def _linear(rgb):
     """Undo the sRGB transfer curve: [N, 3, H, W] -> three channels, each float32 [N, 1, H, W]."""
     if rgb.dtype == paddle.uint8:  # twice as fast by looking up the 256 levels
         levels = _undo_transfer(paddle.arange(256, dtype="float32") / 255)
-        linear = paddle.gather(levels, rgb.flatten().astype("int32")).reshape(rgb.shape)
+        linear = paddle.take_along_axis(levels, rgb.flatten().astype("int64"), axis=0).reshape(rgb.shape)
     else:
         linear = _undo_transfer(rgb.astype("float32"))
     return linear.split(3, axis=1)

@@ -4,10 +4,9 @@ Eager mode's convolution first copies the patches of its input on one core, then
 one chunk of the batch per core, all cores always work, and a training step takes about a tenth less time.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
-from support.cpu import cores_each
+from support.cpu import cores_each, threads
 
 import paddle
 import paddle.nn.functional as F
@@ -54,11 +53,6 @@ def part_sizes(images, parts):
     """Return the sizes of at most `parts` chunks, as equal as possible."""
     parts = min(parts, images)
     return [images // parts + (i < images % parts) for i in range(parts)]
-
-
-@cache
-def threads(count):
-    return ThreadPoolExecutor(count)
 
 
 class _Convolution(paddle.autograd.PyLayer):

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import paddle
@@ -43,6 +45,12 @@ def available_cores():
 def cores_each():
     """Return the number of this machine's cores for each of the processes that train on it."""
     return max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
+
+
+@cache
+def threads(count):
+    """Return a pool of threads that stays for later calls: each new thread would start OpenMP threads of its own."""
+    return ThreadPoolExecutor(count)
 
 
 def lower_priority():

@@ -211,7 +211,7 @@ def test_missing_checkpoint_lists_those_that_exist(run, photographs, tmp_path, s
     assert "available: --load_model latest" in message("--load_model", 19)
     (models / "epoch_latest_model.pdparams").rename(models / "epoch_best_model.pdparams")
     os.link(models / "epoch_best_model.pdparams", models / "epoch_norebal_model.pdparams")
-    assert "there are: --load_model best, norebal" in message()  # which of the two, nobody can tell
+    assert "available: --load_model best, norebal" in message()  # which of the two, nobody can tell
     for path in models.iterdir():
         path.unlink()
     for word in ("train.py", "small", "official"):
