@@ -9,7 +9,7 @@ The format is recognized by the file's content. The second argument, ./model by 
 .pdparams or .safetensors file to write. The last lines report the result and the command that uses it:
 
     model/epoch_official_model.pdparams: 32,240,377 numbers of the authors' PyTorch release
-    python test.py --model_path model --load_model official --image_dir DIR
+    python test.py --load_model model/epoch_official_model.pdparams --image_dir DIR
 """
 
 import re
@@ -77,12 +77,7 @@ def main(args):
 
     # Report it and the command that uses it
     print(f"{printable(path)}: {sum(p.size for p in network.parameters()):,} numbers of {kind}")
-    if match := re.fullmatch(pretrained.CHECKPOINT_NAME, path.name):
-        print(
-            f"python test.py --model_path {printable(path.parent)} --load_model {printable(match[1])} --image_dir DIR"
-        )
-    else:
-        print(f"python test.py --load_model {printable(path)} --image_dir DIR")
+    print(f"python test.py --load_model {printable(path)} --image_dir DIR")
 
 
 if __name__ == "__main__":

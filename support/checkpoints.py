@@ -6,7 +6,15 @@ from pathlib import Path
 
 from support.cli import UserError, one_line
 from support.files import atomic_path, make_folder
-from support.foreign import is_pytorch, is_safetensors, read_caffe, read_metadata, read_pytorch, read_safetensors
+from support.foreign import (
+    is_caffe,
+    is_pytorch,
+    is_safetensors,
+    read_caffe,
+    read_metadata,
+    read_pytorch,
+    read_safetensors,
+)
 from support.pickles import read_pickle
 from support.processes import all_reduce, is_first, share_statistics
 
@@ -47,31 +55,23 @@ def load_checkpoint(path):
     Raises UserError, naming the file, if it is missing, damaged or holds anything but arrays, numbers, strings and
     containers of these.
     """
-    return read_checkpoint(path)[0]
-
-
-def read_checkpoint(path):
-    """Return what `load_checkpoint` does and, as a dict, what else the checkpoint contains: its ENTRIES."""
-    return read_file(path, _read_state)
+    return read_file(path, _read_state)[0]
 
 
 def read_info(path):
-    """Return the second half of `read_checkpoint`; the arrays of a safetensors file are not read."""
+    """Return, as a dict, what a checkpoint contains besides its weights: its ENTRIES, or the metadata of safetensors."""
     return read_file(path, lambda file: read_metadata(file) if is_safetensors(file) else _read_state(file)[1])
 
 
 def _read_state(file):
-    start = file.peek(256)[:256]
     if is_safetensors(file):
-        return read_safetensors(file), read_metadata(file)
-    if is_pytorch(file):
+        state = read_safetensors(file)
+    elif is_pytorch(file):
         state = read_pytorch(file)
-    elif start.startswith(b"\x80"):
-        state = read_pickle(file)
-    elif start.isascii() and start.decode().replace("\n", "").replace("\r", "").isprintable():
-        raise ValueError("text or empty: did its download go wrong?")
-    else:
+    elif is_caffe(file):
         state = read_caffe(file)
+    else:
+        state = read_pickle(file)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not the state of a network")
     state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
@@ -94,15 +94,12 @@ def read_file(path, function):
 
 def check_names(state, expected, path):
     """Raise UserError, naming them, if the state lacks expected names or has others."""
-    if missing := [name for name in expected if name not in state]:
-        raise UserError(f"{path}: another network's checkpoint, it lacks {_some(missing)}")
-    if unexpected := [str(name) for name in state if name not in expected]:
-        raise UserError(f"{path}: another network's checkpoint, it also has {_some(unexpected)}")
+    if different := set(expected) ^ set(map(str, state)):
+        raise UserError(f"{path}: another network's checkpoint: missing or unknown: {_some(sorted(different))}")
 
 
 def _some(names):
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return one_line(", ".join(names[:3])) + more
+    return one_line(", ".join(names[:3])) + (", …" if len(names) > 3 else "")
 
 
 def load_weights(network, path):
@@ -115,18 +112,14 @@ def set_weights(network, state, path):
     tensors = network.state_dict()
     expected = {name: f"float {list(tensor.shape)}" for name, tensor in tensors.items()}
     check_names(state, expected, path)
-    found = {name: _describe(state[name]) for name in expected}
-    if found != expected:
-        wrong = [
-            f"{name} {found[name]} instead of {expected[name]}" for name in expected if found[name] != expected[name]
-        ]
-        raise UserError(f"{path}: another network's checkpoint: {_some(wrong)}")
+    if wrong := [name for name in expected if _describe(state[name]) != expected[name]]:
+        found = f"{wrong[0]} is {_describe(state[wrong[0]])} instead of {expected[wrong[0]]}"
+        raise UserError(f"{path}: another network's checkpoint: {found}")
     with np.errstate(over="ignore"):
         state = {name: state[name].astype(np.float32, copy=False) for name in expected}
-    if broken := [name for name, array in state.items() if not np.isfinite(array).all()]:
-        raise UserError(f"{path}: not finite (NaN or infinity): {_some(broken)}")
-    if negative := [name for name in state if name.endswith("_variance") and state[name].min() < 0]:
-        raise UserError(f"{path}: negative variances: {_some(negative)}")
+    for name, array in state.items():
+        if not np.isfinite(array).all() or (name.endswith("_variance") and array.min() < 0):
+            raise UserError(f"{path}: not finite (NaN or infinity), or a negative variance: {name}")
     for name, tensor in tensors.items():
         tensor.set_value(state[name])
 
@@ -157,10 +150,11 @@ def claim(model_path, log_path, advice=None):
         return []
     for folder in (model_path, log_path):
         make_folder(folder)
-    saved, log = _matching(model_path, WRITTEN), Path(log_path, "train.jsonl")
-    unsaved = not saved and Path(model_path, LOCK).exists()
-    if advice and (saved or (not unsaved and log.exists() and log.stat().st_size)):
-        raise UserError(f"{model_path if saved else log}: belongs to an earlier run; {advice}")
+    earlier = _matching(model_path, WRITTEN)
+    if not Path(model_path, LOCK).exists():
+        earlier += _matching(log_path, LOGGED)
+    if advice and earlier:
+        raise UserError(f"{earlier[0]}: belongs to an earlier run; {advice}")
     return [hold(folder) for folder in {model_path, log_path}]
 
 
@@ -209,11 +203,12 @@ class Run:
         share_statistics(self.network)
         if is_first():
             self._write(names)
+            self._prune()
         all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
     def _write(self, names):
         weights = self.network.state_dict()
-        if not all(bool(paddle.isfinite(tensor).all()) for tensor in weights.values()):
+        if not all(paddle.isfinite(tensor).all() for tensor in weights.values()):
             raise UserError("the weights are not finite and were not saved: try a lower --lr")
         state = {
             "network": weights,
@@ -225,7 +220,6 @@ class Run:
         for name in names:
             save_checkpoint(state, self.folder / f"epoch_{name}_state.pdopt")
             self.save_weights(name)
-        self._prune(max((name for name in names if isinstance(name, int)), default=0))
 
     def save_weights(self, name):
         if is_first():
@@ -233,14 +227,14 @@ class Run:
             trained = {entry: np.array(known[entry], np.int64) for entry in TRAINED}
             save_checkpoint({**self.network.state_dict(), **trained}, self.folder / f"epoch_{name}_model.pdparams")
 
-    def _prune(self, newest):
-        """Remove numbered checkpoints up to `newest`, except for the last ones to keep; never `latest` or `best`."""
-        matches = [re.fullmatch(r"epoch_(\d+)_model\.pdparams", path.name) for path in self.folder.glob("epoch_*")]
+    def _prune(self):
+        """Remove numbered checkpoints, except for the last ones to keep; never `latest` or `best`."""
+        names = [path.name.split("_")[1] for path in self.folder.glob("epoch_*_model.pdparams")]
         # Later epochs remain from before a run was resumed at an earlier one.
-        epochs = sorted(int(match[1]) for match in matches if match and int(match[1]) <= newest)
-        for epoch in epochs[: -self.keep] if self.keep else []:
-            for name in ("model.pdparams", "state.pdopt"):
-                (self.folder / f"epoch_{epoch}_{name}").unlink(missing_ok=True)
+        epochs = sorted(int(name) for name in names if name.isdecimal() and int(name) < self.progress["epoch"])
+        for epoch in epochs[: -self.keep]:  # none if it is 0
+            (self.folder / f"epoch_{epoch}_model.pdparams").unlink(missing_ok=True)
+            (self.folder / f"epoch_{epoch}_state.pdopt").unlink(missing_ok=True)
 
     def resume(self, name):
         """Restore what `save` wrote. Return the flags that have changed since, as {name: message}."""
@@ -254,21 +248,12 @@ class Run:
                 raise UserError(f"{path}: not a training state: its {key} is {value!r}")
             self.progress[key] = value
         set_weights(self.network, state["network"], path)
-        self.optimizer.set_state_dict(to_tensors(state["optimizer"]))
+        self.optimizer.set_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        return {key: text for key in self.flags if (text := self._change(key, state["flags"].get(key)))}
-
-    def _change(self, name, before):
-        now = self.flags[name]
-        if isinstance(now, np.ndarray):
-            same = before is not None and np.shape(before) == now.shape and np.allclose(before, now)
-            return None if same else f"{name} has changed"
-        return None if before == now else f"{name} {before} is now {now}"
-
-
-def to_tensors(state):
-    """NumPy arrays in nested dicts -> tensors."""
-    if isinstance(state, dict):
-        return {key: to_tensors(value) for key, value in state.items()}
-    return paddle.to_tensor(state) if isinstance(state, np.ndarray) else state
+        changes = {}
+        for name, now in self.flags.items():
+            before = state["flags"].get(name)
+            if not np.array_equal(before, now):
+                changes[name] = f"{name} has changed" if np.ndim(now) else f"{name} {before} is now {now}"
+        return changes

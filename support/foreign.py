@@ -1,6 +1,5 @@
 """Weights in the formats of others, read without the frameworks that write them: safetensors, PyTorch, Caffe."""
 
-import math
 import os
 import zipfile
 
@@ -31,9 +30,9 @@ def read_safetensors(file):
     """Return the arrays: bfloat16 as float32, and an int8 array `X` with a float array `X.scale` as their product."""
     arrays = {}
     for name, entry in deserialize(file.read()):
-        array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        arrays[name] = widen_bfloat16(array) if entry["dtype"] == "BF16" else array
-    for name in [name for name, array in arrays.items() if array.dtype == np.int8 and f"{name}.scale" in arrays]:
+        arrays[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = widen_bfloat16(arrays[name])
+    for name in [name for name in arrays if f"{name}.scale" in arrays]:
         product = arrays[name].astype(np.float32)
         product *= arrays.pop(f"{name}.scale")  # in place: raises ValueError if the scale has a larger shape
         arrays[name] = product
@@ -70,73 +69,55 @@ def read_pytorch(file):
 
 def _read_zip(archive, size):
     """Read the layout since 1.6: a pickle and each storage as a file of its own, uncompressed."""
-    files = archive.infolist()
-    pickled = next((file.filename for file in files if file.filename.endswith("/data.pkl")), None)
-    if not pickled:
-        raise ValueError("a zip archive that PyTorch did not write")
-    if any(file.compress_type for file in files) or sum(file.file_size for file in files) > size:
+    if sum(file.file_size for file in archive.infolist()) > size:
         raise ValueError("its parts are larger than the file")
-    reader = DataUnpickler(archive.open(pickled), size)
+    folder = archive.namelist()[0].split("/")[0]
+    reader = DataUnpickler(archive.open(f"{folder}/data.pkl"), size)
     state = reader.load()
     for key, storage in reader.storages.items():
-        storage.data = archive.read(pickled.replace("data.pkl", f"data/{key}"))
+        storage.data = archive.read(f"{folder}/data/{key}")
     return reader.to_plain(state)
 
 
 # -------------------------------------------------------------------------------------------------
 # Caffe
 
-# The fields of Caffe's caffe.proto that hold weights; the others are skipped. `data` and `double_data` are packed
-# floats and doubles, which have the same encoding as bytes. As bytes, NumPy can take them as a whole.
-CAFFE_PROTO = {
-    "BlobShape": ["repeated int64 dim = 1"],
-    "BlobProto": [
-        *("optional int64 num = 1", "optional int64 channels = 2", "optional int64 height = 3"),
-        *("optional int64 width = 4", "optional bytes data = 5", "optional BlobShape shape = 7"),
-        "optional bytes double_data = 8",
-    ],
-    "LayerParameter": ["optional string name = 1", "repeated BlobProto blobs = 7"],
-    "V1LayerParameter": ["optional string name = 4", "repeated BlobProto blobs = 6"],
-    "NetParameter": ["repeated V1LayerParameter layers = 2", "repeated LayerParameter layer = 100"],
+# The fields of Caffe's caffe.proto that hold weights, as protobuf's own FileDescriptorProto; others are skipped. `data`
+# is packed floats, which have the same encoding as bytes. As bytes, NumPy can take them as a whole.
+CAFFE_PROTO = """
+name: "caffe_weights.proto"
+message_type { name: "BlobShape" field { name: "dim" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type {
+  name: "BlobProto"
+  field { name: "data" number: 5 label: LABEL_OPTIONAL type: TYPE_BYTES }
+  field { name: "shape" number: 7 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".BlobShape" }
 }
+message_type {
+  name: "LayerParameter"
+  field { name: "name" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+  field { name: "blobs" number: 7 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".BlobProto" }
+}
+message_type {
+  name: "NetParameter"
+  field { name: "layer" number: 100 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".LayerParameter" }
+}
+"""
 
 
-def _caffe_net():
-    """Return an empty NetParameter, the message that a .caffemodel is, without a compiled caffe.proto."""
-    from google.protobuf import descriptor_pb2, message_factory
-
-    constants = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="caffe_weights.proto", package="caffe", syntax="proto2")
-    for message, fields in CAFFE_PROTO.items():
-        declared = file.message_type.add(name=message)
-        for field in fields:
-            label, kind, name, _, number = field.split()
-            field = declared.field.add(name=name, number=int(number))
-            field.label = getattr(constants, f"LABEL_{label.upper()}")
-            if kind in CAFFE_PROTO:
-                field.type, field.type_name = constants.TYPE_MESSAGE, f".caffe.{kind}"
-            else:
-                field.type = getattr(constants, f"TYPE_{kind.upper()}")
-    return message_factory.GetMessages([file])["caffe.NetParameter"]()
+def is_caffe(file):
+    """Return whether an open file begins as a .caffemodel, with the network's name, inputs or layers."""
+    return file.peek(2).startswith((b"\n", b"\x1a", b"\xa2\x06"))
 
 
 def read_caffe(file):
     """Return {"conv1_2.0": weight, "conv1_2.1": bias, …}: the arrays by the layer's name and their position in it."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf import descriptor_pb2, message_factory, text_format
 
-    net = _caffe_net()
-    try:
-        net.ParseFromString(file.read())
-    except DecodeError:
-        raise ValueError("damaged, or in an unknown format") from None
-    layers = [*net.layer, *net.layers]
-    return {f"{layer.name}.{i}": _blob_array(blob) for layer in layers for i, blob in enumerate(layer.blobs)}
-
-
-def _blob_array(blob):
-    shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]  # formerly always four
-    data, dtype = (blob.data, "<f4") if blob.data else (blob.double_data, "<f8")
-    count = math.prod(shape)
-    if count * np.dtype(dtype).itemsize != len(data):
-        raise ValueError(f"it holds {len(data)} bytes for a blob of {count} numbers")
-    return np.ndarray(shape, dtype, data)  # raises ValueError if sizes are negative
+    proto = text_format.Parse(CAFFE_PROTO, descriptor_pb2.FileDescriptorProto())
+    net = message_factory.GetMessages([proto])["NetParameter"]()
+    net.ParseFromString(file.read())
+    return {
+        f"{layer.name}.{i}": np.frombuffer(blob.data, "<f4").reshape(blob.shape.dim)
+        for layer in net.layer
+        for i, blob in enumerate(layer.blobs)
+    }

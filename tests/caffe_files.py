@@ -19,22 +19,13 @@ def field(number, payload):
     return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
-def blob(array, old_shape=False, double=False):
-    shape = field(7, field(1, b"".join(map(varint, array.shape))))
-    if old_shape:
-        sizes = (1,) * (4 - array.ndim) + array.shape
-        shape = b"".join(varint(number << 3) + varint(size) for number, size in enumerate(sizes, start=1))
-    return shape + (field(8, array.astype("<f8").tobytes()) if double else field(5, array.astype("<f4").tobytes()))
-
-
-def write_caffe(path, layers, old=False, **options):
-    """`layers`: {name: arrays}. `old` is the form of layers before 2015."""
-    layer_number, name_number, blob_number = (2, 4, 6) if old else (100, 1, 7)
+def write_caffe(path, layers):
+    """Write {name: arrays}."""
     net = field(1, b"a network") + field(3, b"data_l")
     for name, arrays in layers.items():
-        kind = varint(5 << 3) + varint(4) if old else field(2, b"Convolution")
-        blobs = b"".join(field(blob_number, blob(array, old_shape=old, **options)) for array in arrays)
-        net += field(layer_number, field(name_number, name.encode()) + kind + blobs)
+        shapes = [field(7, field(1, b"".join(map(varint, array.shape)))) for array in arrays]
+        blobs = [field(7, shape + field(5, array.astype("<f4").tobytes())) for shape, array in zip(shapes, arrays)]
+        net += field(100, field(1, name.encode()) + field(2, b"Convolution") + b"".join(blobs))
     path.write_bytes(net)
     return path
 

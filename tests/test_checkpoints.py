@@ -106,25 +106,6 @@ def test_bfloat16_is_widened(network, path):
     np.testing.assert_allclose(array, [1.5, -2.0, 3e38], rtol=1 / 128)
 
 
-def test_dense_tensors_come_back(path):
-    """Paddle writes these as a call of `eval`, of which only this one expression is understood."""
-    two = paddle.full([2], 2.0)  # by name, as the DenseTensor does not keep it alive
-    save_checkpoint({"dense": [two.value().get_tensor()], "tensor": [paddle.ones([1])]}, path)
-    assert_same(load_checkpoint(path), {"dense": [two], "tensor": [np.ones(1)]})
-
-
-def test_large_parameters_that_paddle_split_are_joined(path):
-    """Below protocol 4 it writes an array of over 1 GB in parts."""
-    state = {
-        "weight@@.0": np.arange(4.0),
-        "weight@@.1": np.arange(4.0, 6.0),
-        "UnpackBigParamInfor@@": {"weight": {"OriginShape": (2, 3), "slices": ["weight@@.0", "weight@@.1"]}},
-        "StructuredToParameterName@@": {"weight": "linear_0.w_0"},
-    }
-    path.write_bytes(pickle.dumps(state, 2))
-    assert_same(load_checkpoint(path), {"weight": np.arange(6.0).reshape(2, 3)})
-
-
 def test_a_checkpoint_of_paddle_2_0_under_python_2_comes_back(path):
     """Text is bytes, an array's numbers are such text, and NumPy's module has its old name."""
     path.write_bytes(
@@ -201,7 +182,7 @@ def test_entries_of_a_training_run_are_kept_apart_from_its_weights(network, path
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
 def test_pytorch_state_equals_what_torch_load_returns(path, zipped):
-    """Views, shared storages, every type of numbers, parameters and buffers."""
+    """Views, shared storages, every type of numbers."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     base = torch.randn(4, 6)
@@ -210,7 +191,6 @@ def test_pytorch_state_equals_what_torch_load_returns(path, zipped):
     state.update(
         {"base": base, "transposed": base.t(), "part": base[1:3, ::2], "tied": base, "expanded": base[:1].expand(3, 6)},
         channels_last=torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-        parameter=layers[0].weight,
         number=torch.tensor(2.5),
         empty=torch.zeros(0, 3),
         **{name: (10 * base).to(getattr(torch, name)) for name in ("float16", "bfloat16", "float64", "int8", "int64")},
@@ -290,10 +270,8 @@ def test_a_malicious_pickle_does_not_run(path, tmp_path, protocol):
         (np.save, str(trace)),
     ):
         attack = {"conv1.0.weight": np.ones(3), "conv1.0.bias": Call(function, argument)}
-        # Paddle writes protocol 2 and later; earlier ones have no beginning to recognize them by.
-        reason = "which no checkpoint needs" if protocol >= 2 else "not a readable checkpoint"
-        assert reason in refusal(path, pickle.dumps(attack, protocol))
-        assert reason in refusal(path, pickle.dumps(Call(function, argument), protocol))
+        for content in (attack, Call(function, argument)):
+            assert "which no checkpoint needs" in refusal(path, pickle.dumps(content, protocol))
     assert not list(tmp_path.glob("it-ran*"))
 
 
@@ -336,6 +314,7 @@ def test_forged_arrays_are_refused(path):
         ((2**40,), "f4", b"\0" * 8, "many times as large as the file"),
         ((3,), "f4", b"\0" * 8, "8 bytes for an array of 3 numbers"),
         ((2**32, 2**32), "f4", b"", "many times as large as the file"),  # its size overflows to 0 in 64 bits
+        ((1,), "u4", b"\0" * 4, "array of 'u4'"),  # numbers, but of a type that no framework writes
         ((-2, -1), "f4", b"\0" * 8, "negative dimensions"),
         ((1,), "V8", b"\0" * 8, "array of 'V8'"),
         ((1,), "S8", b"\0" * 8, "array of 'S8'"),
@@ -462,18 +441,18 @@ def test_noise_and_missing_files_are_refused_in_one_line(path, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.pop("0.bias"), r"another network's checkpoint, it lacks 0.bias$"),
-        (lambda s: s.clear(), r"it lacks 0.weight, 0.bias, 1.weight and 3 more$"),
-        (lambda s: s.update(extra=paddle.ones([1])), r"another network's checkpoint, it also has extra$"),
+        (lambda s: s.pop("0.bias"), r"another network's checkpoint: missing or unknown: 0.bias$"),
+        (lambda s: s.clear(), r"missing or unknown: 0.bias, 0.weight, 1._mean, …$"),
+        (lambda s: s.update(extra=paddle.ones([1])), r"another network's checkpoint: missing or unknown: extra$"),
         (
             lambda s: s.update({"0.bias": paddle.ones([4])}),
-            r"another network's checkpoint: 0.bias float \[4\] instead of float \[3\]",
+            r"another network's checkpoint: 0.bias is float \[4\] instead of float \[3\]",
         ),
         (lambda s: s.update({"0.bias": paddle.to_tensor([1.0, float("nan"), 1.0])}), r"not finite .*: 0.bias$"),
-        (lambda s: s.update({"0.bias": [1.0, 2.0, 3.0]}), r"checkpoint: 0.bias list instead of float \[3\]"),
-        (lambda s: s.update({"0.bias": paddle.ones([3], "int64")}), r"0.bias int \[3\] instead of float \[3\]"),
+        (lambda s: s.update({"0.bias": [1.0, 2.0, 3.0]}), r"checkpoint: 0.bias is list instead of float \[3\]"),
+        (lambda s: s.update({"0.bias": paddle.ones([3], "int64")}), r"0.bias is int \[3\] instead of float \[3\]"),
         (lambda s: s.update({"0.bias": np.array([1e300, 1, 1])}), r"not finite .*: 0.bias$"),
-        (lambda s: s.update({"1._variance": -paddle.ones([3])}), r"negative variances: 1._variance$"),
+        (lambda s: s.update({"1._variance": -paddle.ones([3])}), r"a negative variance: 1._variance$"),
     ],
     ids=[
         "missing",
