@@ -32,26 +32,23 @@ from support.cli import AT_THE_END, EXIT_SKIPPED, WORKERS, Parser, UserError, no
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
 from support.images import InvalidImageError, list_images, open_image, relative_path, to_rgb
+from support.records import absolute
 from support.workers import parallel_map
 
 import numpy as np
+from PIL import Image
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 NOT_CHECKED = "not checked"
-SINGLE_CHANNEL_MODES = ("1", "L", "LA", "La", "I", "F")  # of Pillow, as well as those that start with "I;"
 
-# The script can be run twice, replaces no file, and continues after an error.
 SCRIPT_HEAD = """\
 #!/usr/bin/env bash
 # Written by get_invalid_images.py; invalid_images.csv gives the reason for each file.
+# It can be run twice, replaces no file, and continues after an error.
 failed=0
-"""
-REMOVE_FUNCTION = """\
 remove() { # FILE
     rm -f -- "$1" || failed=1
 }
-"""
-MOVE_FUNCTION = """\
 move() { # FILE TARGET
     if [ ! -e "$1" ] && [ ! -L "$1" ]; then return; fi # moved before
     if [ -e "$2" ] || [ -L "$2" ]; then
@@ -65,38 +62,34 @@ move() { # FILE TARGET
 
 
 def why_invalid(path, tolerance):
-    """Return a (reason, detail) why an image is unsuitable; None if it is suitable."""
+    """Return the reason why an image is unsuitable, None if it is suitable, and for an unreadable one a detail."""
     try:
         with open_image(path) as image:
             mode = image.mode
             rgb = np.asarray(to_rgb(image, path))
     except InvalidImageError as error:
         return UNREADABLE if error.damaged else NOT_CHECKED, error.reason
-    if mode in SINGLE_CHANNEL_MODES or mode.startswith("I;"):
+    if Image.getmodebase(mode) == "L":
         return SINGLE_CHANNEL, ""
-    return (GRAY, "") if channel_spread(rgb) <= tolerance else None
-
-
-def channel_spread(rgb):
-    """Return the largest difference between two channels of one pixel, uint8 [H, W, 3] -> 0 (gray) … 255."""
-    return int((rgb.max(axis=2) - rgb.min(axis=2)).max())
+    spread = (rgb.max(axis=2) - rgb.min(axis=2)).max()  # the largest difference between two channels of a pixel
+    return GRAY if spread <= tolerance else None, ""
 
 
 def write_csv(invalid, path):
     with atomic_text(path) as file:
         writer = csv.writer(file)
         writer.writerow(("path", "reason"))
-        for name, reason, detail in invalid:
+        for name, (reason, detail) in invalid.items():
             writer.writerow((name.replace(os.sep, "/"), f"{reason}: {detail}" if detail else reason))
 
 
 def write_script(targets, path):
-    """Write a script that does the same from any working directory, because its paths are absolute."""
-    moves = any(targets.values())
+    """Write a script that does the same as `remove`, from any working directory, because its paths are absolute."""
     with atomic_text(path) as file:
-        file.write(SCRIPT_HEAD + (MOVE_FUNCTION if moves else REMOVE_FUNCTION))
+        file.write(SCRIPT_HEAD)
         for source, target in targets.items():
-            file.write(shlex.join(["move", source, target] if moves else ["remove", source]) + "\n")
+            command = shlex.join(["move", source, target] if target else ["remove", source])
+            file.write(command.replace(os.sep, "/") + "\n")
         file.write('exit "$failed"\n')
 
 
@@ -105,23 +98,17 @@ def remove(targets):
     failed = 0
     for source, target in targets.items():
         try:
-            if target and os.path.lexists(target):
+            if not target:
+                os.remove(source)
+            elif os.path.lexists(target):
                 raise FileExistsError(None, f"there is already {target}")
-            if target:
+            else:
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 shutil.move(source, target)
-            else:
-                os.remove(source)
         except OSError as error:
             note(f"{source}: not removed: {error.strerror}")
             failed += 1
     return failed
-
-
-def system_path(path):
-    """Return the absolute path of a file, with links in its folder resolved as the system does; it may be a link."""
-    folder, name = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), name)
 
 
 def parse_args(argv=None):
@@ -134,9 +121,7 @@ def parse_args(argv=None):
         default=5,  # a gray image with noise of +-2 levels has up to 5 after a JPEG of quality 95
         help="largest difference between the channels of a pixel, of 255 levels, for an image to count as gray",
     )
-    add(
-        "--num_workers", type=WORKERS, default=available_cores(), help="processes that decode; 0: the main process only"
-    )
+    add("--num_workers", type=WORKERS, default=available_cores(), help="decoding processes; 0: the main process only")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
@@ -152,23 +137,20 @@ def main(args):
     make_folder(args.output)
 
     # Decode all of every image, because a truncated file shows only at its end.
-    invalid, counts = [], Counter()
+    invalid, counts = {}, Counter()
     judge = partial(why_invalid, tolerance=args.tolerance)
-    for path, verdict in zip(paths, parallel_map(judge, paths, args.num_workers, "reading")):
-        if verdict:
-            counts[verdict[0]] += 1
-            if verdict[0] == NOT_CHECKED:
-                note(f"{path}: not checked: {verdict[1]}")
-            else:
-                invalid.append((path, *verdict))
+    for path, (reason, detail) in zip(paths, parallel_map(judge, paths, args.num_workers, "reading")):
+        counts[reason] += 1
+        if reason == NOT_CHECKED:
+            note(f"{path}: not checked: {detail}")
+        elif reason:
+            invalid[path] = (reason, detail)
 
     # Write the list and the script, and remove the images if asked to.
     csv_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
     write_csv(invalid, csv_path)
     folder = args.move_to and os.path.realpath(args.move_to)
-    targets = {
-        system_path(path): folder and os.path.join(folder, relative_path(path, args.image_dir)) for path, *_ in invalid
-    }
+    targets = {absolute(path): folder and os.path.join(folder, relative_path(path, args.image_dir)) for path in invalid}
     write_script(targets, script_path)
     not_removed = remove(targets) if args.remove else 0
 

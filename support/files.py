@@ -21,7 +21,6 @@ import paddle
 import PIL
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of temporary files
-DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
@@ -61,7 +60,8 @@ def remove_temporaries(folder):
     """Remove temporary files that are more than a day old, which killed processes left in `folder`."""
     for path in Path(folder).glob(".*.tmp"):
         with suppress(OSError):  # another process may remove the same file
-            if TEMPORARY.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < time.time() - DAY:
+            old = path.stat().st_mtime < time.time() - 24 * 60 * 60
+            if old and TEMPORARY.fullmatch(path.name) and path.is_file():
                 path.unlink()
 
 
@@ -72,12 +72,10 @@ def make_folder(path):
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-        reason = "permission denied"
+        if not os.access(path, os.W_OK):
+            raise PermissionError(None, "permission denied")
     except OSError as error:
-        writable, reason = False, error.strerror.lower()
-    if not writable:
-        raise UserError(f"{path}: cannot be written to: {reason}")
+        raise UserError(f"{path}: cannot be written to: {error.strerror.lower()}") from error
     remove_temporaries(path)
 
 

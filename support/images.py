@@ -4,12 +4,12 @@ import os
 import re
 import struct
 import warnings
-from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
+from itertools import product
 
-from support.cli import UserError, counted, note, note_some
+from support.cli import UserError, counted, note
 from support.records import absolute, read_records
 
 import numpy as np
@@ -69,37 +69,39 @@ def list_images(root):
         return [root]
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such file or folder")
-    paths, visited, left_out, others = [], set(), defaultdict(list), Counter()
+    paths, visited, others = [], set(), []
     tops = [root]
     for top in tops:  # the loop appends links to folders, so a folder's own path comes before links to it
-        for folder, folders, files in os.walk(
-            top, onerror=lambda error: left_out[error.strerror.lower()].append(error.filename)
-        ):
+        for folder, folders, files in os.walk(top, onerror=_note_unreadable):
             real, within = os.path.realpath(folder), os.path.join(folder, "")
-            has_results = folder != root and COLORING in files
-            if has_results or real in visited:
-                problem = (
-                    f"results of test.py ({COLORING})" if has_results else "a link to a folder that is visited anyway"
-                )
-                left_out[problem].append(folder)
+            if real in visited:
+                note(f"{folder}: skipped: a link to a folder that is visited anyway")
                 folders.clear()
-                continue
-            visited.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-            tops += filter(os.path.islink, [within + name for name in folders])
-            for name in files:
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(HIDDEN):
-                    paths.append(within + name)
-                elif not name.startswith(HIDDEN):
-                    others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-    for problem, names in left_out.items():
-        note_some(f"skipped: {problem}", sorted(names))
+            elif COLORING in files and folder != root:
+                note(f"{folder}: skipped: results of test.py ({COLORING})")
+                folders.clear()
+            else:
+                visited.add(real)
+                folders[:] = sorted(filter(_is_visible, folders))
+                tops += filter(os.path.islink, map(within.__add__, folders))
+                for name in filter(_is_visible, files):
+                    if name.lower().endswith(IMAGE_SUFFIXES):
+                        paths.append(within + name)
+                    else:
+                        others.append(os.path.splitext(name)[1].lower())
     if others:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        note(f"{root}: other files skipped: {kinds}" + ", …" * (len(others) > 5))
+        note(f"{root}: {counted(len(others), 'other file')} skipped ({' '.join(sorted(set(others))).strip()})")
     if not paths:
         raise UserError(f"{root}: no images here ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(paths)
+
+
+def _note_unreadable(error):
+    note(f"{error.filename}: skipped: {error.strerror.lower()}")
+
+
+def _is_visible(name):
+    return not name.startswith(HIDDEN)
 
 
 def relative_path(path, root):
@@ -113,12 +115,10 @@ def named_images(*roots):
     With several folders and files, paths are relative to the folder that contains all of them. Where two images differ
     in their suffix only, the second keeps it (photo.png, photo.tif.png), as do the results of test.py.
     """
-    top = roots[0]
-    if len(roots) > 1:
-        try:
-            top = os.path.commonpath([os.path.dirname(os.path.abspath(root)) for root in roots])
-        except ValueError as error:
-            raise UserError(f"{' '.join(roots)}: on different drives; process one drive at a time") from error
+    try:
+        top = os.path.commonpath(list(map(os.path.abspath, roots)))
+    except ValueError as error:
+        raise UserError(f"{' '.join(roots)}: on different drives; process one drive at a time") from error
     paths = {os.path.abspath(path): path for root in roots for path in list_images(root)}
     images = {}
     for path in sorted(paths.values(), key=lambda path: relative_path(path, top)):  # the order of the names is kept
@@ -135,26 +135,26 @@ def pair_images(true_dir, colored_dir):
     UserError if there are no pairs.
     """
     true, colored = named_images(true_dir), named_images(colored_dir)
-    originals = {absolute(path): name for name, path in true.items()}
-    top = os.path.join(os.path.realpath(true_dir if os.path.isdir(true_dir) else os.path.dirname(true_dir)), "")
-    results = {relative_path(path, colored_dir).replace(os.sep, "/"): name for name, path in colored.items()}
-    sources = {
-        results[result]: record["source"]["path"]
-        for result, record in read_records(colored_dir).items()
-        if result in results and record["source"]["path"].startswith(top)
-    }
-    by_name = {name: name for name in colored if name not in sources}  # others' results, or the images were moved
+    originals = dict(zip(map(absolute, true.values()), true))
+    sources = {result: record["source"]["path"] for result, record in read_records(colored_dir).items()}
+    top = absolute(os.path.join(true_dir, ""))
+    by_record, by_name = {}, {}  # the result of each original
+    for name, path in colored.items():
+        source = sources.get(relative_path(path, colored_dir), "")
+        if source in originals:
+            by_record[originals[source]] = name
+        elif name in true and not source.startswith(top):  # others' results, or the images were moved
+            by_name[name] = name
     if by_name:
         note(f"{colored_dir}: {counted(len(by_name), 'image')} paired by name, without a record of the original")
-    result_of = {**by_name, **{originals[x]: name for name, x in sources.items() if x in originals}}
-    pairs = [(name, true[name], colored[result_of[name]]) for name in true if name in result_of]
-    paired = {path for *_, path in pairs}
-    left_out = {
-        "no colored image": [name for name in true if name not in result_of],
-        "no true image": [name for name, path in colored.items() if path not in paired],
-    }
+    result_of = {**by_name, **by_record}
+    pairs = [(name, true[name], colored[result]) for name, result in sorted(result_of.items())]
     if not pairs:
         raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path but for the suffix)")
+    left_out = {
+        "no colored image": sorted(true.keys() - result_of.keys()),
+        "no true image": sorted(colored.keys() - result_of.values()),
+    }
     return pairs, {problem: names for problem, names in left_out.items() if names}
 
 
@@ -187,10 +187,7 @@ def image_size(path):
 
 
 def has_more_frames(image):
-    """Return whether an image (its path, or opened) has frames or pages after the first. Raises InvalidImageError."""
-    if not isinstance(image, Image.Image):
-        with open_image(image) as opened:
-            return has_more_frames(opened)
+    """Return whether an opened image has frames or pages after the first."""
     # MPO, as phones write it, has depth or brightness after the image.
     return getattr(image, "is_animated", False) and image.format != "MPO"
 
@@ -200,40 +197,35 @@ def open_image(path, least_side=None):
     """Open an image without decoding it. Any error in the block is raised as an InvalidImageError."""
     if not os.path.isfile(path):
         raise InvalidImageError(path, "no such file, or not a regular one")
+    image = None
     try:
-        image = Image.open(path, formats=sorted(FORMATS & Image.OPEN.keys()))
-    except Exception as error:  # plugins raise OSError, ValueError, KeyError and others
-        raise InvalidImageError(path, *_why_not_opened(path, error)) from error
-    try:
-        with image:
+        with Image.open(path, formats=sorted(FORMATS & Image.OPEN.keys())) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
             if least_side:
                 image.draft(None, (least_side, least_side))
             yield image
-    except Exception as error:
+    except UnidentifiedImageError as error:
+        raise InvalidImageError(path, *_why_unidentified(path)) from error
+    except Exception as error:  # plugins raise OSError, ValueError, KeyError and others
         # Decoders report damage by an OSError without a number or by a SyntaxError; `to_rgb` raises ValueError.
-        damaged = isinstance(error, (OSError, SyntaxError)) and not getattr(error, "errno", None)
-        raise InvalidImageError(path, _message(error), damaged) from error
+        strerror = getattr(error, "strerror", None)
+        damaged = image is not None and isinstance(error, (OSError, SyntaxError)) and not strerror
+        reason = strerror.lower() if strerror else str(error) or type(error).__name__
+        raise InvalidImageError(path, reason, damaged) from error
 
 
-def _why_not_opened(path, error):
-    """Return why Pillow could not open a file, and whether the file is known to be damaged."""
-    if not isinstance(error, UnidentifiedImageError):
-        return _message(error), False
+def _why_unidentified(path):
+    """Return why Pillow does not open a file, and whether the file is known to be damaged."""
     with open(path, "rb") as file:
-        head = file.read(32).ljust(32, b"\0")
-    formats = [format for pattern, format in NEEDED.items() if re.match(pattern, head, re.DOTALL)]
-    known = [format for format, (_, accept) in Image.OPEN.items() if accept and accept(head)]
-    formats += [f"{format} of a kind that cannot be read, or damaged" for format in known]
-    if formats:
-        return formats[0], False
-    return "not an image" if os.path.getsize(path) else "empty file", True
-
-
-def _message(error):
-    strerror = getattr(error, "strerror", None)
-    return strerror.lower() if strerror else (str(error).splitlines() or [type(error).__name__])[0]
+        head = file.read(32)
+    for pattern, format in NEEDED.items():
+        if re.match(pattern, head, re.DOTALL):
+            return format, False
+    for format, (_, accept) in Image.OPEN.items():
+        if accept and accept(head.ljust(32, b"\0")):  # the header may be damaged, or of a kind newer than Pillow
+            return f"{format} of a kind that cannot be read, or damaged", False
+    return "not an image" if head else "empty file", True
 
 
 # -------------------------------------------------------------------------------------------------
@@ -242,13 +234,13 @@ def _message(error):
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 TURNS = dict(enumerate(map(Image.Transpose.__getitem__, TURNS), 2))  # by EXIF orientation, 2 to 8
 TIFF_SAMPLES = {  # that Pillow decodes correctly, by photometric interpretation
-    0: "uint1 uint2 uint4 uint8 uint16",  # gray, 0 is white
-    1: "uint1 uint2 uint4 uint8 uint16 float32",  # gray, 0 is black
-    2: "uint8 uint16",  # RGB
-    3: "uint1 uint2 uint4 uint8",  # palette
-    5: "uint8 uint16",  # CMYK
-    6: "uint8",  # YCbCr
-    8: "uint8",  # Lab
+    0: {"uint1", "uint2", "uint4", "uint8", "uint16"},  # gray, 0 is white
+    1: {"uint1", "uint2", "uint4", "uint8", "uint16", "float32"},  # gray, 0 is black
+    2: {"uint8", "uint16"},  # RGB
+    3: {"uint1", "uint2", "uint4", "uint8"},  # palette
+    5: {"uint8", "uint16"},  # CMYK
+    6: {"uint8"},  # YCbCr
+    8: {"uint8"},  # Lab
 }
 SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float"}
 
@@ -287,29 +279,28 @@ def _check_tiff(tags):
     """Raise ValueError unless Pillow decodes a TIFF with these tags correctly, and to its full size."""
     if tags.get(254, 0) & 1:  # NewSubfileType: reduced
         raise ValueError("TIFF that begins with a thumbnail, like camera raw files: convert it to another format first")
-    photometric, planar = tags.get(262, 0), tags.get(284, 1)
-    depths = tags.get(258, (1,))
-    kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{bits}" for format in tags.get(339, (1,)) for bits in depths}
-    raw_planes = (depths[0], planar, tags.get(259)) == (16, 2, 1)  # not compressed: Pillow would return stripes
-    if raw_planes or not kinds <= set(TIFF_SAMPLES.get(photometric, "").split()):
+    photometric, planar, compression = tags.get(262, 0), tags.get(284, 1), tags.get(259, 1)
+    samples = product(tags.get(339, (1,)), tags.get(258, (1,)))
+    kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{bits}" for format, bits in samples}
+    stripes = (kinds, planar, compression) == ({"uint16"}, 2, 1)  # of which Pillow would make one picture
+    if stripes or not kinds <= TIFF_SAMPLES.get(photometric, set()):
         kinds = f"{' '.join(sorted(kinds))} samples, photometric interpretation {photometric}"
         raise ValueError(f"TIFF with {kinds} and planar configuration {planar} is not supported")
 
 
 def _to_rgb(image):
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if image.mode[0] in "IF":  # 16 bits per sample, which Pillow widens to "I" for some formats, or floating point
         samples, most = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not (samples.min() >= 0 and samples.max() <= most):  # also true of NaN
+        if not ((samples >= 0) & (samples <= most)).all():  # NaN fails, too
             raise ValueError(f"gray samples outside [0, {most}]")
         gray = (samples * (255 / most)).round().astype(np.uint8)
-        min_is_white = image.format == "TIFF" and image.tag_v2.get(262, 0) == 0
-        return Image.fromarray(255 - gray if min_is_white else gray).convert("RGB")
-    empty_alpha = image.format == "BMP" and image.getbands()[-1] == "A" and not image.getchannel("A").getbbox()
-    if image.has_transparency_data and not empty_alpha:  # in BMPs, alpha that is 0 everywhere means opaque
+        if image.format == "TIFF" and image.tag_v2.get(262, 0) == 0:  # 0 is white
+            gray = 255 - gray
+        return Image.fromarray(gray).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if image.getchannel("A").getbbox():  # alpha that is 0 everywhere is unused, as in many BMPs
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -350,7 +341,7 @@ def _in_color_space(image, rgb, name):
     if not (profile := image.info.get("icc_profile", adobe_rgb)):
         return rgb
     samples = image if image.mode == "CMYK" else rgb
-    if profile[16:20] == b"GRAY" and image.mode[0] in "1LIF":
+    if profile[16:20] == b"GRAY" and Image.getmodebase(image.mode) == "L":
         samples = rgb.getchannel(0)
     try:
         transform = _to_srgb(profile, samples.mode)

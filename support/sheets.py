@@ -1,6 +1,7 @@
 """Contact sheets: rows of thumbnails under column headings, with a name below each row."""
 
 import os
+import re
 from pathlib import Path
 
 from support.files import atomic_path
@@ -11,8 +12,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 CELL = (320, 240)  # largest width and height of a thumbnail, in pixels
 ROWS = 12  # of a contact sheet
 MARGIN, HEAD, FOOT = 10, 44, 30  # pixels: gap, headings, name below a row
-# Beginnings of the names of fonts with East Asian characters
-EAST_ASIAN = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Microsoft YaHei", "SimHei", "PingFang", "Hiragino Sans")
+EAST_ASIAN = (  # fonts of the systems that have East Asian characters, by preference
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Hiragino Sans"),
+)
 
 
 def fit(image, cell=CELL):
@@ -50,12 +53,10 @@ def font(size, text=""):
     """
     import matplotlib  # imported here, because only contact sheets need it
 
-    if any("\u2e80" <= character <= "\uffef" for character in text):
-        from matplotlib.font_manager import fontManager  # searches the system for fonts when imported
+    if re.search("[\u2e80-\uffef]", text):
+        from matplotlib.font_manager import FontProperties, findfont  # searches the system for fonts when imported
 
-        for found in fontManager.ttflist:
-            if found.name.startswith(EAST_ASIAN):
-                return ImageFont.truetype(found.fname, size)
+        return ImageFont.truetype(findfont(FontProperties(family=[*EAST_ASIAN, "DejaVu Sans"])), size)
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 

@@ -329,7 +329,7 @@ def test_other_files_are_counted_in_one_line(tmp_path, photo, capsys):
         (tmp_path / name).touch()
     assert [os.path.basename(path) for path in list_images(tmp_path)] == ["a.png", "b.JP2", "b.avif", "b.heic"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("other files skipped: 2 .md, 1 without suffix")
+    assert line.endswith(": 3 other files skipped (.md)")
 
 
 def test_jpeg_2000_is_read(tmp_path):
