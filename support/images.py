@@ -150,7 +150,7 @@ def pair_images(true_dir, colored_dir):
     result_of = {**by_name, **by_record}
     pairs = [(name, true[name], colored[result]) for name, result in sorted(result_of.items())]
     if not pairs:
-        raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path but for the suffix)")
+        raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
     left_out = {
         "no colored image": sorted(true.keys() - result_of.keys()),
         "no true image": sorted(colored.keys() - result_of.values()),

@@ -1,4 +1,4 @@
-"""Make images of many formats and modes from the photographs that scikit-image bundles, and damage most of them.
+"""Make images of many formats and modes from those that scikit-image bundles, and damage most of them.
 
 As a script it runs `test.py`, `get_invalid_images.py` and `metrics_auc.py` on them:
 

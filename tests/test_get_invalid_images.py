@@ -1,4 +1,4 @@
-"""get_invalid_images.py: what it finds, and what its script does to files of every kind of name."""
+"""get_invalid_images.py: the listed images, and the script that removes files of any name."""
 
 import csv
 import os
@@ -43,7 +43,7 @@ def save(path, image, **options):
 
 
 def run(image_dir, output, *flags):
-    """main's exit code and the listed {path: reason}."""
+    """Return the exit code of `main` and the listed {path: reason}."""
     arguments = ["--image_dir", str(image_dir), "--output", str(output), "--num_workers", "0", *flags]
     code = get_invalid_images.main(get_invalid_images.parse_args(arguments))
     with open(output / "invalid_images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -61,7 +61,7 @@ def noisy_gray(levels):
     return (GRAY[..., None] + noise).clip(0, 255).astype(np.uint8)
 
 
-def test_tells_the_reasons_apart(tmp_path, capsys):
+def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     images = tmp_path / "images"
     gray_rgb = np.repeat(GRAY[..., None], 3, axis=2)
     one_red_corner = gray_rgb.copy()
@@ -112,14 +112,14 @@ def test_tells_the_reasons_apart(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spread", "flags", "invalid"), [(5, (), True), (6, (), False), (6, ("--tolerance", "6"), True)]
 )
-def test_tolerance_is_the_spread_of_a_pixels_channels(tmp_path, spread, flags, invalid):
+def test_tolerance_limits_the_spread_of_each_pixels_channels(tmp_path, spread, flags, invalid):
     image = np.repeat(GRAY[..., None] // 2, 3, axis=2)
     image[50, 60, 1] += spread  # in one pixel only
     save(tmp_path / "images" / "a.png", image)
     assert bool(run(tmp_path / "images", tmp_path, *flags)[1]) == invalid
 
 
-def test_script_removes_the_listed_files_whatever_their_names(tmp_path):
+def test_script_removes_the_listed_files_of_any_name(tmp_path):
     images = tmp_path / "$(touch pwned) 'images'"
     for name in NASTY_NAMES:
         save(images / FOLDER / name, GRAY)
@@ -136,7 +136,7 @@ def test_script_removes_the_listed_files_whatever_their_names(tmp_path):
     assert list(elsewhere.iterdir()) == []
 
 
-def test_script_moves_and_keeps_the_folders(tmp_path):
+def test_script_with_move_to_keeps_the_folders(tmp_path):
     images, target = tmp_path / "images", tmp_path / "-moved $ones"
     for name in NASTY_NAMES:
         save(images / FOLDER / name, GRAY)
@@ -151,7 +151,7 @@ def test_script_moves_and_keeps_the_folders(tmp_path):
     assert (target / FOLDER / NASTY_NAMES[0]).read_bytes() == content
 
 
-def test_moving_replaces_nothing_and_goes_on(tmp_path):
+def test_script_replaces_no_file_and_continues(tmp_path):
     images, target = tmp_path / "images", tmp_path / "moved"
     for name in ("a.png", "b.png"):
         save(images / name, GRAY)
@@ -164,7 +164,7 @@ def test_moving_replaces_nothing_and_goes_on(tmp_path):
     assert (target / "b.png").exists() and not (images / "b.png").exists()
 
 
-def test_one_file_as_image_dir(tmp_path):
+def test_image_dir_that_is_one_file_is_moved(tmp_path):
     path = save(tmp_path / "images" / "gray.png", GRAY)
     run(path, tmp_path, "--move_to", str(tmp_path / "moved"))
     assert run_script(tmp_path).returncode == 0
@@ -209,7 +209,7 @@ def test_only_gray_and_damaged_images_are_listed(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("move", [False, True])
-def test_remove_does_the_same_as_the_script(tmp_path, capsys, move):
+def test_remove_flag_does_the_same_as_the_script(tmp_path, capsys, move):
     flags = ["--move_to", str(tmp_path / "moved")] if move else []
     trees = []
     for folder, more in (("script", ()), ("flag", ("--remove",))):
@@ -229,7 +229,7 @@ def test_remove_does_the_same_as_the_script(tmp_path, capsys, move):
     assert trees[0] == trees[1] and (len(trees[0]) > len(NASTY_NAMES)) == move
 
 
-def test_remove_replaces_no_file_and_continues(tmp_path, capsys):
+def test_remove_flag_replaces_no_file_and_continues(tmp_path, capsys):
     images, target = tmp_path / "images", tmp_path / "moved"
     for name in ("a.png", "b.png"):
         save(images / name, GRAY)
@@ -240,13 +240,13 @@ def test_remove_replaces_no_file_and_continues(tmp_path, capsys):
     assert (target / "b.png").exists() and not (images / "b.png").exists()
 
 
-def test_nothing_found_still_leaves_a_script(tmp_path):
+def test_script_without_invalid_images_does_nothing(tmp_path):
     save(tmp_path / "images" / "color.png", COLOR)
     assert run(tmp_path / "images", tmp_path) == (0, {})
     assert run_script(tmp_path).returncode == 0
 
 
-def test_worker_processes_find_the_same(tmp_path):
+def test_worker_processes_give_the_same_list(tmp_path):
     for i in range(20):
         save(tmp_path / "images" / f"{i}.png", GRAY if i % 3 else COLOR)
     _, alone = run(tmp_path / "images", tmp_path)
@@ -263,7 +263,7 @@ def test_worker_processes_find_the_same(tmp_path):
         (("--image_dir", "images", "--output", "images/a.png"), "images/a.png: cannot be written to: file exists"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
+def test_invalid_input_is_reported_in_one_line(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     save(tmp_path / "images" / "a.png", COLOR)
@@ -273,7 +273,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, flags, message):
 
 
 @pytest.mark.slow
-def test_as_a_command(tmp_path):
+def test_command_of_the_readme_removes_images_and_stops_on_errors(tmp_path):
     """The README's line; a wrong path ends it before the script of an earlier run is executed."""
     save(tmp_path / "images" / "gray.png", GRAY)
     command = f"'{sys.executable}' '{ROOT / 'get_invalid_images.py'}' --image_dir images && bash remove_invalid.sh"

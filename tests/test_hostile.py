@@ -39,7 +39,7 @@ SCRIPTS = [path for path in SCRIPTS if "def parse_args" in path.read_text(encodi
 
 @pytest.fixture
 def color(tmp_path, small_network):
-    """Colors with a small network. Returns the exit code."""
+    """Colorizes with a small network. Returns the exit code."""
     save_checkpoint(SmallNetwork().state_dict(), tmp_path / "model" / "epoch_19_model.pdparams")
 
     def color(*flags):
@@ -80,7 +80,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("script", "needed", "flags"), [*TRAIN, *PRIOR, *COLOR, *OTHERS])
-def test_flag_outside_its_range_exits_with_2_and_one_line_that_names_it(capsys, script, needed, flags):
+def test_flag_out_of_range_exits_with_2_and_one_line_that_names_it(capsys, script, needed, flags):
     with pytest.raises(SystemExit) as stop:
         script.parse_args([*needed.split(), *flags.split()])
     (line,) = capsys.readouterr().err.splitlines()
@@ -89,23 +89,23 @@ def test_flag_outside_its_range_exits_with_2_and_one_line_that_names_it(capsys, 
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_number_among_the_flags_has_a_range(path):
+def test_flags_that_are_numbers_have_a_range(path):
     """A bare int or float would accept -1 and NaN."""
     assert not re.search(r"type=(int|float)\b", path.read_text(encoding="utf-8"))
 
 
-def test_a_truth_value_that_is_none_is_named(capsys):
+def test_flag_that_is_neither_true_nor_false_is_named(capsys):
     with pytest.raises(SystemExit):
         test.parse_args(["x.jpg", "--compare", "maybe"])
     assert "neither true nor false: 'maybe'" in capsys.readouterr().err
 
 
-# How a script ends
+# Ends of scripts
 
 
 @pytest.fixture
 def handlers():
-    """The usual ones, whatever the tests were started with: in a shell's background Ctrl-C is ignored."""
+    """Restores the usual handlers, because Ctrl-C is ignored when a shell runs the tests in the background."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in cli.SIGNALS}
     yield
     for number, handler in before.items():
@@ -120,20 +120,20 @@ def ended(main, capsys, after_stop=""):
 
 
 @pytest.mark.parametrize(("number", "code", "why"), [("INT", 130, "by Ctrl-C"), ("TERM", 143, "by SIGTERM")])
-def test_a_stopped_script_says_how_far_it_came(handlers, capsys, number, code, why):
+def test_stopped_script_reports_how_many_images_were_done(handlers, capsys, number, code, why):
     def main():
         for i in progress(iter(range(9)), 9):
             if i == 4:
                 os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
 
-    assert ended(main, capsys, "go on so") == (code, f"stopped {why} after 4 of 9 images; go on so")
+    assert ended(main, capsys, "continue so") == (code, f"stopped {why} after 4 of 9 images; continue so")
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [(MemoryError(), "not enough memory"), (OSError(24, "Too many open files", "a.png"), "a.png: too many open files")],
 )
-def test_lack_of_memory_and_errors_of_files_are_one_line(handlers, capsys, error, line):
+def test_lack_of_memory_or_a_file_error_ends_the_script_with_one_line(handlers, capsys, error, line):
     def main():
         raise error
 
@@ -142,7 +142,7 @@ def test_lack_of_memory_and_errors_of_files_are_one_line(handlers, capsys, error
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_ends_by_the_same_rule(path):
+def test_every_script_ends_through_run_script(path):
     ending = r'__name__ == "__main__":\n    sys\.exit\((?:cli\.)?run_script\(main, parse_args'
     assert re.search(ending, path.read_text("utf-8"))
 
@@ -154,13 +154,13 @@ import test, pretrained
 from support.cli import run_script
 from small_network import SmallNetwork
 pretrained.CIC = SmallNetwork
-sys.exit(run_script(test.main, test.parse_args, "to go on: --skip_existing"))
+sys.exit(run_script(test.main, test.parse_args, "to continue: --skip_existing"))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_coloring_that_is_stopped_leaves_whole_results_and_goes_on(tmp_path, color, photographs, number, code):
+def test_stopped_colorization_leaves_complete_results_only(tmp_path, color, photographs, number, code):
     (tmp_path / "many").mkdir()
     for i in range(600):
         (tmp_path / "many" / f"{i}.png").symlink_to(photographs / "coffee.png")
@@ -174,7 +174,7 @@ def test_coloring_that_is_stopped_leaves_whole_results_and_goes_on(tmp_path, col
         os.killpg(process.pid, number)
         assert process.wait(60) == code
     lines = (tmp_path / "run" / "err").read_text().strip().splitlines()
-    stop = re.fullmatch(r"stopped by .* after (\d+) of 600 images; to go on: --skip_existing", lines[-1])
+    stop = re.fullmatch(r"stopped by .* after (\d+) of 600 images; to continue: --skip_existing", lines[-1])
     assert 0 < int(stop[1]) <= len(list(result.glob("*.png"))) < 600
     assert "Traceback" not in "".join(lines) and (result / "coloring.json").exists()
     assert not list(result.glob(".*"))
@@ -182,7 +182,7 @@ def test_coloring_that_is_stopped_leaves_whole_results_and_goes_on(tmp_path, col
         Image.open(path).load()
 
 
-def test_a_closed_pipe_is_no_error():
+def test_closed_pipe_ends_the_script_silently():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import run_script\n"
     code += "sys.exit(run_script(lambda _: print('x' * 10**6), lambda: None))"
     done = subprocess.run(f"{sys.executable} -W ignore -c \"$CODE\" | head -c 1", shell=True, capture_output=True,
@@ -209,7 +209,7 @@ def test_only_temporary_files_older_than_a_day_are_removed(tmp_path):
     make_folder(tmp_path / "new")
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path):
+def test_interrupted_write_keeps_the_old_file(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("new")
@@ -242,7 +242,7 @@ def test_file_that_is_held_for_a_moment_is_replaced_later(tmp_path, monkeypatch)
     assert (tmp_path / "a").read_text() == "new" and len(attempts) == 3
 
 
-def test_the_longest_names_are_written(tmp_path):
+def test_files_with_the_longest_names_are_written(tmp_path):
     for path in (tmp_path / ("x" * 251 + ".png"), tmp_path / ("猫" * 83 + ".png")):
         with atomic_path(path) as temporary:
             temporary.write_text("")
@@ -311,14 +311,14 @@ def test_thumbnails_and_trash_of_network_drives_are_skipped(tmp_path, photo):
     assert list_images(tmp_path) == [str(tmp_path / "a.png")]
 
 
-def test_names_have_forward_slashes_on_every_system(tmp_path, photo, monkeypatch):
+def test_names_on_windows_have_forward_slashes(tmp_path, photo, monkeypatch):
     photo(tmp_path / "class" / "a.png")
     monkeypatch.setattr(os.path, "relpath", lambda *_: r"class\a.png")
     monkeypatch.setattr(os, "sep", "\\")
     assert relative_path(tmp_path / "class" / "a.png", tmp_path) == "class/a.png"
 
 
-def test_images_on_two_drives_are_one_line(monkeypatch, stopped):
+def test_images_on_two_drives_are_refused_in_one_line(monkeypatch, stopped):
     monkeypatch.setattr("support.images.os.path", ntpath)
     assert "different drives" in stopped(lambda roots: named_images(*roots), ("C:\\a", "D:\\b"))
 
@@ -348,10 +348,10 @@ def test_truncated_jpeg_is_damaged(tmp_path, photographs):
         assert error.value.damaged
 
 
-# Results and photographs
+# Results and images
 
 
-def test_several_files_and_folders_keep_their_names(tmp_path, color, photo):
+def test_results_of_several_files_and_folders_keep_their_names(tmp_path, color, photo):
     for name in ("one.png", "two.png", "beach/a.png", "hills/a.png"):
         photo(tmp_path / name)
     names = [tmp_path / name for name in ("one.png", "two.png", "beach")]
@@ -363,7 +363,7 @@ def test_several_files_and_folders_keep_their_names(tmp_path, color, photo):
     assert list(named_images(tmp_path / "one.png", tmp_path / "one.png")) == ["one"]
 
 
-def test_one_photograph_to_a_named_file(tmp_path, color, photo, stopped):
+def test_output_names_the_result_of_one_image(tmp_path, color, photo, stopped):
     photo(tmp_path / "a.png")
     assert color(tmp_path / "a.png", "--output", tmp_path / "new" / "b.jpg") == 0
     assert found(tmp_path / "new", "*") == ["b.jpg"] and Image.open(tmp_path / "new" / "b.jpg").format == "JPEG"
@@ -377,8 +377,8 @@ def test_one_photograph_to_a_named_file(tmp_path, color, photo, stopped):
         assert line in stopped(lambda flags: color(*flags), flags)
 
 
-def test_results_never_lie_among_the_photographs(tmp_path, color, photo, stopped):
-    """As they would, a second run would color them again, to x.png.png."""
+def test_result_path_that_contains_images_is_refused(tmp_path, color, photo, stopped):
+    """Otherwise a second run would colorize them again, as x.png.png."""
     photo(tmp_path / "same" / "x.png")
     photo(tmp_path / "same" / "y" / "x.png")
     for folders, result in (("same", "same"), ("same/y", "same"), ("same", "same/y"), ("same/x.png", "same")):
@@ -387,7 +387,7 @@ def test_results_never_lie_among_the_photographs(tmp_path, color, photo, stopped
     assert found(tmp_path / "same") == ["x.png", "y/x.png"]
 
 
-def test_earlier_results_and_their_sheets_are_not_colored(tmp_path, color, photo, capsys):
+def test_earlier_results_and_their_sheets_are_not_colorized(tmp_path, color, photo, capsys):
     photo(tmp_path / "x.png")
     for result in ("out1", "out2"):
         assert color(tmp_path, "--compare", "--result_path", tmp_path / result) == 0
@@ -395,14 +395,14 @@ def test_earlier_results_and_their_sheets_are_not_colored(tmp_path, color, photo
     assert "out1: skipped: results of test.py (coloring.json)" in capsys.readouterr().err
 
 
-def test_no_result_no_coloring_json(tmp_path, color):
+def test_run_without_results_writes_nothing(tmp_path, color):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"x")
     assert color(tmp_path / "in", "--result_path", tmp_path / "result") == 3
     assert not found(tmp_path / "result", "*")
 
 
-def test_a_name_too_long_for_a_result_costs_a_line(tmp_path, color, photo, capsys):
+def test_name_too_long_for_a_result_is_reported(tmp_path, color, photo, capsys):
     photo(tmp_path / "in" / "a.png")
     for suffix in ("gif", "ppm"):  # the second result would be x….ppm.png
         photo(tmp_path / "in" / ("x" * 251 + f".{suffix}"))
@@ -410,7 +410,7 @@ def test_a_name_too_long_for_a_result_costs_a_line(tmp_path, color, photo, capsy
     assert len(found(tmp_path / "result")) == 2 and "file name too long" in capsys.readouterr().err
 
 
-def test_samples_that_use_little_of_their_range_and_further_frames_are_said(tmp_path, color, photographs, capsys):
+def test_nearly_black_images_and_further_frames_are_reported(tmp_path, color, photographs, capsys):
     gray = Image.open(photographs / "coffee.png").convert("L")
     (tmp_path / "in").mkdir()
     Image.fromarray(np.asarray(gray).astype(np.uint16) << 4).save(tmp_path / "in" / "twelve.tif")
@@ -421,7 +421,7 @@ def test_samples_that_use_little_of_their_range_and_further_frames_are_said(tmp_
     assert len(lines) == 2 and "frames.gif: only the first" in lines[0] and "twelve.tif: nearly black" in lines[1]
 
 
-def test_the_script_that_removes_names_files_as_the_system_finds_them(tmp_path):
+def test_remove_script_with_a_linked_image_dir_names_the_right_files(tmp_path):
     """cur/link/.. is the folder above the one that the link leads to, not cur."""
     (tmp_path / "cur").mkdir()
     (tmp_path / "real" / "deep").mkdir(parents=True)
@@ -434,7 +434,7 @@ def test_the_script_that_removes_names_files_as_the_system_finds_them(tmp_path):
     assert (tmp_path / "cur" / "x.jpg").exists() and not (tmp_path / "real" / "x.jpg").exists()
 
 
-def test_a_checkpoint_may_be_named_as_its_file(tmp_path):
+def test_checkpoint_is_found_by_its_file_name(tmp_path):
     (tmp_path / "epoch_latest_model.pdparams").touch()
     assert find_weights(tmp_path, "epoch_latest_model.pdparams") == tmp_path / "epoch_latest_model.pdparams"
 
@@ -442,7 +442,7 @@ def test_a_checkpoint_may_be_named_as_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"), [("p.txt", "not a .npy file"), ("p.npz", "not a .npy file"), (".", "is a directory")]
 )
-def test_a_prior_of_another_format(tmp_path, stopped, name, line):
+def test_prior_of_another_format_is_refused_in_one_line(tmp_path, stopped, name, line):
     (tmp_path / "p.txt").write_text("hello")
     np.savez(tmp_path / "p.npz", a=np.ones(313))
     message = stopped(load_prior, tmp_path / name)
@@ -452,7 +452,7 @@ def test_a_prior_of_another_format(tmp_path, stopped, name, line):
 # Training
 
 
-def test_an_earlier_run_is_not_replaced_unasked(tmp_path, squares, stopped, small_network):
+def test_earlier_run_is_replaced_only_with_overwrite(tmp_path, squares, stopped, small_network):
     def run(*flags, model="model", log="log"):
         short = "--load_size 40 --crop_size 32 --batch_size 4 --max_steps 1 --num_workers 0"
         where = ["--model_path", str(tmp_path / model), "--log_path", str(tmp_path / log)]
@@ -469,7 +469,7 @@ def test_an_earlier_run_is_not_replaced_unasked(tmp_path, squares, stopped, smal
     assert run("--overwrite") == 0 and run("--continue_train") == 0
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_ahead_of_the_work(tmp_path, stopped):
+def test_folder_that_cannot_be_written_is_reported_before_training(tmp_path, stopped):
     (tmp_path / "file").touch()
     flags = [
         "--image_dir",
@@ -486,7 +486,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_ahead_of_the_work(tmp_path, 
 
 
 @pytest.mark.parametrize("text", ["\ufeffa.png 5\n", "a.png\t5\n", "a.png,5\n", "a.png, 5\n", "a.png 5\na.jpg 5\n"])
-def test_labels_as_others_write_them(tmp_path, text):
+def test_labels_of_other_styles_are_read(tmp_path, text):
     (tmp_path / "labels.txt").write_text(text, "utf-8")
     assert metrics_acc.find_labels(["a"], ".", tmp_path / "labels.txt") == [5]
 
@@ -494,14 +494,14 @@ def test_labels_as_others_write_them(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "line"), [("a 5\na 6\n", "line 2: a has a different class"), ("a " + "9" * 5000, "not a name")]
 )
-def test_labels_that_cannot_be_meant(tmp_path, text, line):
+def test_contradictory_or_malformed_labels_are_refused(tmp_path, text, line):
     (tmp_path / "labels.txt").write_text(text, "utf-8")
     with pytest.raises(UserError, match=line) as stop:
         metrics_acc.find_labels(["a"], ".", tmp_path / "labels.txt")
     assert len(str(stop.value)) < 500
 
 
-def test_names_of_any_bytes_in_the_last_line(tmp_path, squares, capsys, handlers):
+def test_name_that_is_not_utf_8_is_escaped_in_the_last_line(tmp_path, squares, capsys, handlers):
     output = os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.npy")
     flags = ["--image_dir", str(squares), "--num_workers", "0", "--output", output]
     assert run_script(estimate_prior.main, lambda: estimate_prior.parse_args(flags)) == 0

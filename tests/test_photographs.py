@@ -37,7 +37,7 @@ BRADFORD = np.array(((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.03
 
 
 def to_xyz(space):
-    """The matrix from linear RGB of a space to XYZ, white D65."""
+    """Return the matrix from linear RGB of a space to XYZ, white D65."""
     columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in PRIMARIES[space]]).T
     x, y = 0.3127, 0.3290
     return columns * np.linalg.solve(columns, (x / y, 1, (1 - x - y) / y))
@@ -104,7 +104,7 @@ def colors():
 
 
 @pytest.mark.parametrize("space", ["P3", "Adobe RGB"])
-def test_a_color_profile_is_converted_to_srgb(in_space, colors, space):
+def test_image_with_a_color_profile_is_converted_to_srgb(in_space, colors, space):
     true = 255 * from_linear(colors, "sRGB")
     found = read_rgb(in_space(colors, space)).astype(float)
     assert np.abs(found - true).max() < 3  # two roundings to 8 bits, one of them in coarser steps
@@ -113,13 +113,13 @@ def test_a_color_profile_is_converted_to_srgb(in_space, colors, space):
     assert np.abs(naive - true).mean() > 5
 
 
-def test_the_same_colors_in_p3_adobe_rgb_and_srgb_give_the_same_lab(in_space, colors):
+def test_same_colors_in_p3_adobe_rgb_and_srgb_give_the_same_lab(in_space, colors):
     labs = [color.rgb2lab(read_rgb(in_space(colors, space))) for space in PRIMARIES]
     for lab in labs[1:]:
         assert np.linalg.norm(lab - labs[0], axis=-1).mean() < 0.7
 
 
-def test_colors_out_of_srgb_are_clipped_to_it(in_space):
+def test_colors_outside_srgb_are_clipped(in_space):
     pure_green = np.linalg.inv(to_xyz("sRGB")) @ to_xyz("P3") @ (0, 1, 0)
     assert (np.abs(read_rgb(in_space(np.tile(pure_green, (4, 4, 1)), "P3")).astype(int) - (0, 255, 0)) <= 1).all()
 
@@ -135,7 +135,7 @@ def test_srgb_profile_changes_no_pixel_and_takes_no_conversion(in_space, colors,
         read_rgb(file)
 
 
-def test_profiles_of_gray_and_cmyk_images(tmp_path):
+def test_gray_image_with_a_gray_profile_is_converted(tmp_path):
     ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
     Image.fromarray(ramp).save(tmp_path / "gray.png", icc_profile=icc_profile("Gray"))
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "gray16.tif", icc_profile=icc_profile("Gray"))
@@ -156,7 +156,7 @@ def test_unusable_color_profile_warns_and_keeps_image(tmp_path, photographs, cap
     assert line.startswith(f"{path}: unusable color profile")
 
 
-def test_a_profile_is_used_whatever_else_is_done_to_the_image(in_space, colors):
+def test_profile_of_a_shrunk_and_rotated_jpeg_is_used(in_space, colors):
     large = colors.repeat(16, axis=0).repeat(16, axis=1)
     path = in_space(large, "P3", "{}.jpg", quality=98, subsampling=0, exif=exif(6))
     true = np.rot90(255 * from_linear(colors, "sRGB"), -1)
@@ -180,7 +180,7 @@ def test_adobe_rgb_that_only_exif_declares_is_converted(tmp_path, colors, index,
 
 
 def exif(orientation=6):
-    """As a camera writes it."""
+    """Return metadata like that of a camera."""
     data = Image.Exif()
     data[ExifTags.Base.Orientation] = orientation
     data[ExifTags.Base.Model] = "Camera"
@@ -196,7 +196,7 @@ def exif(orientation=6):
 
 @pytest.fixture
 def photograph(tmp_path):
-    """75 x 50 pixels, lying on its side, with 300 dots per inch."""
+    """A sideways image of 75 x 50 pixels, with 300 dots per inch."""
     folder = tmp_path / "in"
     folder.mkdir()
     Image.fromarray(data.coffee()[::8, ::8]).save(folder / "photo.jpg", exif=exif(), dpi=(300, 300), quality=95)
@@ -222,7 +222,7 @@ def color_files(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp"])
-def test_a_result_keeps_the_metadata_that_still_holds(color_files, photograph, format):
+def test_result_keeps_the_metadata_that_still_applies(color_files, photograph, format):
     code, result = color_files(photograph, "--format", format)
     assert code == 0
     image = Image.open(result / f"photo.{format}")
@@ -239,7 +239,7 @@ def test_a_result_keeps_the_metadata_that_still_holds(color_files, photograph, f
     assert found.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (48.0, 8.0, 6.5)
 
 
-def test_of_a_scan_the_caption_is_kept_not_how_its_file_was_laid_out(color_files, tmp_path):
+def test_result_of_a_scan_keeps_the_caption_without_the_file_layout(color_files, tmp_path):
     scan = Image.fromarray(data.coffee()[::8, ::8])
     scan.save(tmp_path / "scan.tif", description="a caption", dpi=(600, 600))
     _, result = color_files(tmp_path / "scan.tif")
@@ -249,7 +249,7 @@ def test_of_a_scan_the_caption_is_kept_not_how_its_file_was_laid_out(color_files
     assert found[ExifTags.Base.XResolution] == 600
 
 
-def test_damaged_metadata_does_not_cost_the_image(color_files, tmp_path):
+def test_images_with_damaged_metadata_are_colorized(color_files, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     whole = exif().tobytes()
@@ -264,12 +264,12 @@ def test_damaged_metadata_does_not_cost_the_image(color_files, tmp_path):
     assert code == 0 and len(list(result.glob("*.jpg"))) == 21
 
 
-def test_the_same_photograph_gives_the_same_file(color_files, photograph):
+def test_same_image_colorized_twice_gives_identical_files(color_files, photograph):
     files = [color_files(photograph, result=name)[1] / "photo.png" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_call_on_a_path_or_an_image_gives_the_pixels_and_the_metadata_of_test_py(
+def test_colorizer_called_with_a_path_or_an_image_gives_the_file_of_test_py(
     color_files, photograph, checkpoint, tmp_path
 ):
     _, result = color_files(photograph)
@@ -282,14 +282,14 @@ def test_a_call_on_a_path_or_an_image_gives_the_pixels_and_the_metadata_of_test_
 # Formats
 
 
-def test_a_jpeg_result_keeps_all_of_its_colors(color_files, photograph):
+def test_jpeg_result_has_full_color_resolution_and_quality_95(color_files, photograph):
     _, result = color_files(photograph, "--format", "jpg")
     image = Image.open(result / "photo.jpg")
     assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # 4:4:4
     assert image.quantization[0][0] <= 2  # quality 95
 
 
-def test_a_photograph_too_large_for_the_format_is_left_out(color_files, tmp_path, capsys):
+def test_image_too_large_for_the_format_is_skipped(color_files, tmp_path, capsys):
     Image.new("L", (17_000, 8)).save(tmp_path / "wide.png")
     code, _ = color_files(tmp_path / "wide.png", "--format", "webp", "--load_size", 8)
     assert code == EXIT_SKIPPED and "17000x8 is too large for webp" in capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_avif_is_read(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "lzw.tif"])
-def test_size_and_pixels_are_upright(tmp_path, suffix, orientation):
+def test_image_of_any_orientation_is_read_upright(tmp_path, suffix, orientation):
     """Recent versions of Pillow turn TIFFs themselves."""
     stored = data.coffee()[:64:2, ::8]
     turned = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2)}
@@ -379,7 +379,7 @@ REFUSED_TIFFS = {
 
 
 @pytest.mark.parametrize("kind", TIFFS)
-def test_tiff_is_read(tmp_path, kind):
+def test_supported_tiff_is_read(tmp_path, kind):
     samples, options = TIFFS[kind]
     tifffile.imwrite(tmp_path / "a.tif", samples, **options)
     expected = COFFEE if len(samples.shape) == 3 else np.repeat(COFFEE[..., 1:2], 3, axis=2)
@@ -416,7 +416,7 @@ def test_png_with_a_large_text_and_a_large_profile_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["EPS", "ICO", "ICNS", "PDF"])
-def test_undocumented_formats_are_not_opened(tmp_path, format, monkeypatch):
+def test_other_formats_of_pillow_are_not_opened(tmp_path, format, monkeypatch):
     Image.fromarray(COFFEE).save(tmp_path / "a.jpg", format)
     monkeypatch.setattr("subprocess.Popen", None)  # Ghostscript
     with pytest.raises(InvalidImageError, match=f"{format} of a kind|not an image"):
@@ -425,7 +425,7 @@ def test_undocumented_formats_are_not_opened(tmp_path, format, monkeypatch):
 
 def test_heic_is_read(tmp_path):
     pytest.importorskip("pillow_heif")
-    check_reading(tmp_path / "photo.heic", turned=False)  # pillow_heif itself turns what a telephone wrote turned
+    check_reading(tmp_path / "photo.heic", turned=False)  # pillow_heif itself rotates images
 
 
 def check_reading(path, turned):
@@ -455,7 +455,7 @@ def test_format_without_its_package_is_named_whatever_its_suffix(tmp_path, monke
     assert not error.value.damaged
 
 
-def test_metrics_pair_results_of_any_format(color_files, photograph):
+def test_results_of_any_format_are_paired_with_their_images(color_files, photograph):
     for format in colorizer.FORMATS:
         _, result = color_files(photograph, "--format", format, result=format)
         pairs, left_out = pair_images(photograph.parent, result)
