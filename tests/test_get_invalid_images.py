@@ -151,6 +151,12 @@ def test_script_with_move_to_keeps_the_folders(tmp_path):
     assert (target / FOLDER / NASTY_NAMES[0]).read_bytes() == content
 
 
+def test_script_on_windows_has_forward_slashes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    get_invalid_images.write_script({"C:\\in\\a.png": "C:\\moved/a.png"}, tmp_path / "script")
+    assert "move 'C:/in/a.png' 'C:/moved/a.png'\n" in (tmp_path / "script").read_text()
+
+
 def test_script_replaces_no_file_and_continues(tmp_path):
     images, target = tmp_path / "images", tmp_path / "moved"
     for name in ("a.png", "b.png"):
@@ -191,6 +197,7 @@ def test_only_gray_and_damaged_images_are_listed(tmp_path, capsys, monkeypatch):
         "jpeg_xl.jpg": b"\xff\x0a" + bytes(100),
         "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         "kind.tif": b"II*\0\x08\0\0\0" + bytes(100),
+        "cut_in_the_header.jpg": b"\xff\xd8\xff\xe0\0\x10JFIF\0",
     }
     monkeypatch.setattr("support.images.FORMATS", {"JPEG", "PNG", "TIFF"})
     for name, content in unsupported.items():
