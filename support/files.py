@@ -107,13 +107,9 @@ def sha256(path):
 
 def provenance():
     """Return the command, date and versions that produced a result."""
+    packages = {"paddle": paddle.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
     return {
         "command": printable(shlex.join(sys.argv)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "paddle": paddle.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {"python": platform.python_version(), **packages},
     }

@@ -151,11 +151,8 @@ def pair_images(true_dir, colored_dir):
     pairs = [(name, true[name], colored[result]) for name, result in sorted(result_of.items())]
     if not pairs:
         raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
-    left_out = {
-        "no colored image": sorted(true.keys() - result_of.keys()),
-        "no true image": sorted(colored.keys() - result_of.values()),
-    }
-    return pairs, {problem: names for problem, names in left_out.items() if names}
+    left_out = {"no colored image": {*true} - {*result_of}, "no true image": {*colored} - {*result_of.values()}}
+    return pairs, {problem: sorted(names) for problem, names in left_out.items() if names}
 
 
 # -------------------------------------------------------------------------------------------------

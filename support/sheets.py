@@ -12,10 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 CELL = (320, 240)  # largest width and height of a thumbnail, in pixels
 ROWS = 12  # of a contact sheet
 MARGIN, HEAD, FOOT = 10, 44, 30  # pixels: gap, headings, name below a row
-EAST_ASIAN = (  # fonts of the systems that have East Asian characters, by preference
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
-    *("Microsoft YaHei", "SimHei", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Hiragino Sans"),
-)
+# Fonts with East Asian characters, of Linux, Windows and macOS (of a font collection, matplotlib knows only the first)
+EAST_ASIAN = ("Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "Hiragino Sans GB", "Hiragino Sans")
 
 
 def fit(image, cell=CELL):
@@ -31,10 +29,9 @@ def contact_sheet(rows, columns, cell_width=CELL[0]):
     heights = [max(image.height for image in images) + FOOT for _, images in rows]
     sheet = Image.new("RGB", (width, HEAD + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    heading = font(20)
     centers = [MARGIN + column * (cell_width + MARGIN) + cell_width // 2 for column in range(len(columns))]
     for center, text in zip(centers, columns):
-        draw.text((center, HEAD // 2), text, "black", heading, anchor="mm")
+        draw.text((center, HEAD // 2), text, "black", font(20), anchor="mm")
     top = HEAD
     for (name, images), height in zip(rows, heights):
         for center, image in zip(centers, images):
@@ -62,11 +59,11 @@ def font(size, text=""):
 
 def shortened(name, draw, font, width):
     """Return the end of a name that fits into `width` pixels."""
-    if draw.textlength(name, font) <= width:
-        return name
-    while draw.textlength(f"…{name}", font) > width:
+    text = name
+    while draw.textlength(text, font) > width:
         name = name[1:]
-    return f"…{name}"
+        text = f"…{name}"
+    return text
 
 
 class Sheets:
