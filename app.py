@@ -15,9 +15,9 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from io import BytesIO
 from pathlib import Path
 
 from support.cli import Parser, UserError, run_script, whole
@@ -30,7 +30,7 @@ import skimage
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from colorizer import Colorizer, join, read_photograph, save
+from colorizer import Colorizer, colored, read_photograph, save
 from dataset import lab_to_rgb, rgb_to_lab
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
@@ -59,19 +59,15 @@ class Photo:
 
     name: str
     data: bytes  # the uploaded file
-    preview: np.ndarray  # uint8 [H, W, 3]
+    preview: Image.Image
     weights: str = None  # name of the weights that computed the logits
     logits: paddle.Tensor = None  # [1, 313, h/4, w/4]
 
-    @contextmanager
-    def file(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / self.name
-            path.write_bytes(self.data)
-            yield path
+    def image(self):
+        return Image.open(BytesIO(self.data))
 
     def gray(self):
-        return store(Image.fromarray(join(self.preview, paddle.zeros([2, 1, 1]))))
+        return store(colored(self.preview, paddle.zeros([2, 1, 1])))
 
     def ab(self, temperature):
         return annealed_mean(self.logits, load_ab_bins(), temperature)[0]  # [2, h/4, w/4]
@@ -92,15 +88,17 @@ def take(path):
         gr.Warning(html.escape(f"{Path(path).name} cannot be read as a photo: {error.reason}."))
         return gr.skip(), gr.skip(), None
     image.thumbnail((PREVIEW, PREVIEW))
-    photo = Photo(Path(path).name, Path(path).read_bytes(), np.asarray(image))
+    photo = Photo(Path(path).name, Path(path).read_bytes(), image)
     return photo, (photo.gray(), photo.gray()), None
 
 
 def compute(colorizer, photo, weights):
     """Run the network, unless its output for these weights is kept."""
     if photo and photo.weights != weights:
-        with photo.file() as path:
-            photo.logits, photo.weights = colorizer(weights).logits(path), weights
+        try:
+            photo.logits, photo.weights = colorizer(weights).logits(photo.image()), weights
+        except UserError as error:  # unusable weights
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
 
 def show(photo, temperature, across, down):
@@ -109,7 +107,7 @@ def show(photo, temperature, across, down):
         gr.Info(NO_PHOTO)
     if photo is None or photo.logits is None:
         return [gr.skip()] * 5
-    colorized = Image.fromarray(join(photo.preview, photo.ab(temperature)))
+    colorized = colored(photo.preview, photo.ab(temperature))
     pictures = photo.gray(), store(colorized)
     chart, text = distribution(photo, colorized, temperature, across or 0, down or 0)
     return photo, pictures, store(colorized), chart, text
@@ -119,12 +117,8 @@ def full_size(suffix, photo, temperature):
     """Write the file to download: the photo in its own size, colorized from the kept logits."""
     if photo is None or photo.logits is None:
         raise gr.Error(NO_PHOTO, print_exception=False)
-    with photo.file() as path:
-        image = read_photograph(path)
-    colorized = Image.fromarray(join(np.asarray(image), photo.ab(temperature)))
-    colorized.info = image.info
     target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
-    save(colorized, target)
+    save(colored(read_photograph(photo.image()), photo.ab(temperature)), target)
     return str(target)
 
 
@@ -132,20 +126,7 @@ def position(photo, event: gr.SelectData):
     """Return the clicked place in percent of the width and the height."""
     if photo is None:
         return gr.skip(), gr.skip()
-    height, width = photo.preview.shape[:2]
-    return [round(100 * (pixel + 0.5) / side, 1) for pixel, side in zip(event.index, (width, height))]
-
-
-def report_errors(handler):
-    """Turn an error that would end a script into a message on the page."""
-
-    def handle(*inputs):
-        try:
-            return handler(*inputs)
-        except UserError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
-
-    return handle
+    return [round(100 * (pixel + 0.5) / side, 1) for pixel, side in zip(event.index, photo.preview.size)]
 
 
 def store(image):
@@ -239,16 +220,13 @@ temperatures give the more likely colors more weight, and near 0 only the most l
 **Limits.** The colors are plausible at best. The network cannot know whether a dress was red or blue, so do not use its
 results as evidence of anything.
 
-**Model.** MODELS All other models are checkpoints from a folder of this server.
+**Model.** *small* is bundled with the page. It turns skies blue and plants often green; clothes, flowers and furniture
+mostly remain brown or gray. *official* is the model of the paper's authors, trained on the 1.3 million photos of
+ImageNet. All other models are checkpoints from a folder of this server.
 
 **Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
 hour after it if you close the page, or earlier if many people use the page.
 """
-KNOWN_WEIGHTS = {
-    "small": "is bundled with the page. It turns skies blue and plants often green; clothes, flowers and furniture "
-    "mostly remain brown or gray.",
-    "official": "is the model of the paper's authors, trained on the 1.3 million photos of ImageNet.",
-}
 PASTE = """() => document.addEventListener("paste", (event) => {
     const input = document.querySelector("#photo input[type=file]");
     if (!input || !event.clipboardData.files.length) return;
@@ -279,13 +257,14 @@ def build(names, colorizer):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
                 with gr.Row(elem_id="examples"):
-                    examples = {name: example_button(name) for name in EXAMPLES}
+                    examples = {EXAMPLE_FOLDER / file: example_button(name) for name, file in EXAMPLES.items()}
             picture = gr.ImageSlider(
                 label="Gray and colorized", max_height=520, buttons=["fullscreen"], **still, elem_id="picture"
             )
             with gr.Column(elem_id="adjust"):
                 slider = {"label": "Temperature", "info": "0: likeliest color, 1: mean of all", "buttons": []}
-                temperature = gr.Slider(0.02, 1, TEMPERATURE, step=0.02, elem_id="temperature", **slider)
+                suits = colorizer(names[0]).temperature
+                temperature = gr.Slider(0.02, 1, suits, step=0.02, elem_id="temperature", **slider)
                 choices = [(Path(name).name, name) for name in names]
                 weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")
                 with gr.Row():
@@ -302,8 +281,7 @@ def build(names, colorizer):
                     down = gr.Number(label="From the top (%)", elem_id="down", **percent)
                 text = gr.Markdown(elem_id="distribution")
                 chart = gr.Image(alt_text="Probabilities in the ab plane", buttons=[], elem_id="chart", **still)
-        known = [f"*{name}* {KNOWN_WEIGHTS[name]}" for name in names if name in KNOWN_WEIGHTS]
-        gr.Markdown(ABOUT.replace("MODELS", " ".join(known)))
+        gr.Markdown(ABOUT)
 
         # Events. The network runs for one user at a time; quick handlers need not wait for it.
         network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": picture}
@@ -311,21 +289,18 @@ def build(names, colorizer):
         quick = {"concurrency_limit": 4, "api_visibility": "private"}
         hidden = {"show_progress": "hidden", **quick}
         taken = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
-        computed = {"fn": report_errors(partial(compute, colorizer)), "inputs": [photo, weights], **network}
+        computed = {"fn": partial(compute, colorizer), "inputs": [photo, weights], **network}
         shown = {"inputs": [photo, temperature, across, down], "outputs": [photo, picture, marked, chart, text]}
         shown |= {"fn": show, **hidden}
-        chosen = [upload.upload(take, upload, **taken)]
-        for name, button in examples.items():
-            chosen.append(button.click(partial(take, EXAMPLE_FOLDER / EXAMPLES[name]), **taken))
-        for event in chosen:
-            event.then(**computed).success(**shown)
+        upload.upload(take, upload, **taken).then(**computed).success(**shown)
+        for path, button in examples.items():
+            button.click(partial(take, path), **taken).then(**computed).success(**shown)
         weights.input(**computed).success(**shown)
         gr.on([temperature.input, across.input, down.input], **shown, trigger_mode="always_last")
         marked.select(position, photo, [across, down], **hidden).then(**shown)
         divider.input(lambda share: gr.ImageSlider(slider_position=share), divider, picture, **hidden)
         for name, button in saves.items():
-            write = report_errors(partial(full_size, SUFFIXES[name]))
-            made = button.click(write, [photo, temperature], file, **network)
+            made = button.click(partial(full_size, SUFFIXES[name]), [photo, temperature], file, **network)
             made.success(None, file, js=DOWNLOAD)
     return page
 

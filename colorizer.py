@@ -14,7 +14,7 @@ from support import inference
 from support.cli import UserError, note
 from support.cpu import available_cores, computes_bf16, threads
 from support.files import atomic_path
-from support.gpu import autocast, on_gpu
+from support.gpu import autocast, half_types, on_gpu
 from support.images import SRGB_PROFILE, open_image, to_rgb
 
 import numpy as np
@@ -45,17 +45,21 @@ class Colorizer:
 
     def __init__(self, weights=None, model_path="./model", precision="auto"):
         self.checkpoint = find_weights(model_path, weights)
-        self.load_size = checkpoint_info(self.checkpoint).get("load_size", LOAD_SIZE)
+        info = checkpoint_info(self.checkpoint)
+        self.load_size = info.get("load_size", LOAD_SIZE)
+        self.temperature = info.get("temperature", TEMPERATURE)
         self.network, self.precision = make_predictor(self.checkpoint, precision)
         self.ab_bins = load_ab_bins()
 
-    def __call__(self, image, temperature=TEMPERATURE, load_size=None):
+    def __call__(self, image, temperature=None, load_size=None):
         """Colorize one image.
 
         Args:
             image (str | Path | Image | ndarray): A file, a Pillow image, or uint8 [H, W, 3].
-            temperature (float): Temperature of the annealed mean, > 0.
-            load_size (int, optional): Shorter side of the network's input in pixels; by default the checkpoint's own.
+            temperature (float, optional): Temperature of the annealed mean, > 0; by default the checkpoint's own,
+                otherwise 0.38.
+            load_size (int, optional): Shorter side of the network's input in pixels; by default the checkpoint's own,
+                otherwise 256.
 
         Returns:
             Image: An RGB image of the same size. Its `info` holds the metadata that `save` writes.
@@ -78,9 +82,9 @@ class Colorizer:
         """
         return self.predict_logits(network_input(read_photograph(image), load_size or self.load_size)[None])
 
-    def predict_ab(self, inputs, temperature=TEMPERATURE):
+    def predict_ab(self, inputs, temperature=None):
         """Predict ab: uint8 [N, h, w, 3], h and w multiples of 8 -> float32 [N, 2, h/4, w/4]."""
-        return annealed_mean(self.predict_logits(inputs), self.ab_bins, temperature)
+        return annealed_mean(self.predict_logits(inputs), self.ab_bins, temperature or self.temperature)
 
     @paddle.no_grad()
     def predict_logits(self, inputs):
@@ -113,20 +117,21 @@ def make_predictor(checkpoint, precision="auto"):
     Returns:
         (Callable, str): The network, lightness - 50 [N, 1, h, w] -> logits [N, 313, h/4, w/4], and its precision.
     """
-    on_cpu = paddle.get_device().startswith("cpu")
+    on_cpu = paddle.get_device() == "cpu"
+    has_bf16 = computes_bf16() if on_cpu else "bf16" in half_types()
     if precision == "auto":
-        precision = "bf16" if on_cpu and computes_bf16() else "float32"
+        precision = "bf16" if on_cpu and has_bf16 else "float32"
+    if precision == "bf16" and not has_bf16:
+        note("bf16: not supported by this processor, GPU or version of Paddle; colorizing in float32")
+        precision = "float32"
     if not on_cpu:
         return eager_predictor(checkpoint, precision), precision
-    if precision == "bf16" and not computes_bf16():
-        note("bf16: not supported by this processor or version of Paddle; colorizing in float32")
-        precision = "float32"
-    for choice in dict.fromkeys((precision, "float32")) if inference.has_engine() else ():
+    if inference.has_engine():
         try:
-            return engine_predictor(checkpoint, choice), choice
+            return engine_predictor(checkpoint, precision), precision
         except Exception as error:  # the engine raises many kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            note(f"Paddle Inference cannot be used in {choice} ({reason}); colorizing in a slower way")
+            reason = str(error).strip().partition("\n")[0]
+            note(f"Paddle Inference cannot be used in {precision} ({reason}); colorizing in a slower way, in float32")
     return eager_predictor(checkpoint, "float32"), "float32"
 
 
@@ -195,10 +200,10 @@ FORMATS = {  # by suffix: Pillow's settings
 }
 LARGEST_SIDE = {"jpg": 65_500, "jpeg": 65_500, "webp": 16_383}  # in pixels, of the formats that have a limit
 MAX_EXIF = 65_000  # bytes; a JPEG has no room for more
-KEPT_EXIF = {  # others describe how the file was laid out, or its thumbnail
-    *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer", "Copyright", "Rating"),
-    *("XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject"),
-}
+# Other entries describe how the file was laid out, or its thumbnail.
+KEPT_EXIF = "ImageDescription Make Model Software DateTime Artist HostComputer Copyright Rating "
+KEPT_EXIF += "XPTitle XPComment XPAuthor XPKeywords XPSubject"
+KEPT_EXIF = {ExifTags.Base[name] for name in KEPT_EXIF.split()}
 
 
 def read_photograph(image):
@@ -253,9 +258,7 @@ def kept_exif(exif, dpi):
     if dpi:
         kept[ExifTags.Base.XResolution], kept[ExifTags.Base.YResolution] = dpi
         kept[ExifTags.Base.ResolutionUnit] = 2  # inches
-    for tag, value in exif.items():
-        if ExifTags.TAGS.get(tag) in KEPT_EXIF:
-            kept[tag] = value
+    kept.update({tag: exif[tag] for tag in KEPT_EXIF & exif.keys()})
     for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
         if values := dict(exif.get_ifd(ifd)):
             kept[ifd] = values

@@ -7,7 +7,7 @@ Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, 
 output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to colorize an image with it. The last line names
 the file and the shorter side that the network's input should have:
 
-    small.onnx: 129 MB, for images with a shorter side of 96 pixels
+    small.onnx: 129 MB, for images with a shorter side of 112 pixels
 """
 
 import os
@@ -27,7 +27,6 @@ from pretrained import best_load_size, find_weights, load_network
 from utils import annealed_mean, load_ab_bins
 
 OPSET = 13  # of 2021, which all current ONNX runtimes support
-SIDES = {"lightness": ("N", 1, "H", "W"), "ab": ("N", 2, "H/4", "W/4")}  # shown by viewers
 
 
 class NetworkToAb(paddle.nn.Layer):
@@ -53,18 +52,18 @@ def parse_args(argv=None):
 @contextmanager
 def printed_to(path):
     """Redirect standard output and standard error to a file, also those of native code."""
-    kept = [os.dup(1), os.dup(2)]
     sys.stdout.flush()
+    kept = os.dup(1), os.dup(2)
     with open(path, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
     try:
         yield
     finally:
         sys.stdout.flush()
-        for number, file in zip((1, 2), kept):
-            os.dup2(file, number)
-            os.close(file)
+        for number, original in zip((1, 2), kept):
+            os.dup2(original, number)
+            os.close(original)
 
 
 def convert(checkpoint):
@@ -74,10 +73,8 @@ def convert(checkpoint):
         import paddle2onnx
     except ImportError:
         raise UserError("Paddle 3 and paddle2onnx are needed: pip install paddle2onnx") from None
-    inputs = [
-        paddle.static.InputSpec([None, 1, None, None], name="lightness"),
-        paddle.static.InputSpec([1], name="temperature"),
-    ]
+    sides = {"lightness": [None, 1, None, None], "temperature": [1]}
+    inputs = [paddle.static.InputSpec(shape, name=name) for name, shape in sides.items()]
     with tempfile.TemporaryDirectory() as folder:
         inference.export(NetworkToAb(load_network(checkpoint)), inputs, folder)
         files = [os.path.join(folder, f"program.{suffix}") for suffix in ("json", "pdiparams")]
@@ -93,15 +90,12 @@ def convert(checkpoint):
 
 
 def named(model):
-    """Return the ONNX model with its output named ab, and with names for the sides of its input and output."""
+    """Return the ONNX model with its output named ab."""
     graph = model.graph
     ab = graph.output[0].name
     for node in graph.node:
         node.output[:] = ["ab" if name == ab else name for name in node.output]
     graph.output[0].name = "ab"
-    for value in (graph.input[0], graph.output[0]):
-        for dimension, side in zip(value.type.tensor_type.shape.dim, SIDES[value.name]):
-            setattr(dimension, "dim_value" if isinstance(side, int) else "dim_param", side)
     return model
 
 

@@ -81,7 +81,7 @@ def main():
                 )
 
         colorize = Colorizer(weights, args.model_path)
-        expected = [np.asarray(colorize(io.BytesIO(photograph(i)))) for i in range(args.visitors)]
+        expected = [np.asarray(colorize(Image.open(io.BytesIO(photograph(i))))) for i in range(args.visitors)]
 
         photographs = [photograph(i) for i in range(args.visitors)]
 
@@ -94,7 +94,7 @@ def main():
             visitor.move(0.1)
             moved = time.perf_counter() - start - colored
             difference = np.int16(expected[i]) - Image.open(io.BytesIO(visitor.download()))
-            mine = np.abs(difference).max() <= 1  # the annealed mean is computed by Paddle Inference, or eagerly
+            mine = not difference.any()
             return gray, colored, moved, time.perf_counter() - start, mine
 
         with ThreadPoolExecutor(args.visitors) as pool:
