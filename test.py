@@ -215,7 +215,8 @@ def parse_args(argv=None):
     default = "(default: 19; if missing, latest, then the highest number, then small)"
     add("--load_model", metavar="NAME", help=f"{name} {default}")
     annealing = "temperature of the annealed mean; 1: mean over all colors, toward 0: the most likely color"
-    add("--temperature", type=cli.number(1e-3, 1e6), default=TEMPERATURE, help=annealing)
+    suits = f"(default: the checkpoint's own, otherwise {TEMPERATURE})"
+    add("--temperature", type=cli.number(1e-3, 1e6), help=f"{annealing} {suits}")
     bf16 = "bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware"
     add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=bf16)
     shorter = f"shorter side of the network's input in pixels (default: the checkpoint's own, otherwise {LOAD_SIZE})"
@@ -260,6 +261,7 @@ def main(args):
     checkpoint = find_weights(args.model_path, args.load_model)
     info = checkpoint_info(checkpoint)
     args.load_size = args.load_size or info.get("load_size", LOAD_SIZE)
+    args.temperature = args.temperature or info.get("temperature", TEMPERATURE)
     cli.check_crop(args, multiple=8)
     method = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
     settings = {"sha256": sha256(checkpoint), **method, "format": args.format}

@@ -79,15 +79,16 @@ def main(args):
     test.main(test.parse_args([str(images), "--load_model", "small", "--result_path", str(result)]))
     compare(images, result).save(output / "compare.png")
 
+    code = 0
     if args.steps:
         print(f"2. train: {args.steps} steps from the same weights, to overfit these images")
         length = f"--batch_size {number} --max_steps {args.steps} --num_epochs {args.steps} --save_freq 1000000"
         with tempfile.TemporaryDirectory() as checkpoints:
             folders = ["--image_dir", str(images), "--model_path", checkpoints, "--log_path", str(output / "log")]
-            train.main(train.parse_args([*folders, *TRAINING.split(), *length.split()]))
+            code = train.main(train.parse_args([*folders, *TRAINING.split(), *length.split()]))
 
     print(f"{printable(output / 'compare.png')}: {counted(number, 'image')} colorized ({', '.join(test.COLUMNS)})")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 
 from support import sheets
 from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
@@ -219,12 +218,19 @@ def test_missing_checkpoint_lists_those_that_exist(run, photographs, tmp_path, s
     assert message("--load_model", "x/model.pdparams") == "x/model.pdparams: no such checkpoint"
 
 
-def test_load_size_is_read_from_the_checkpoint(run, photographs, tmp_path):
+def test_size_and_temperature_are_those_of_the_checkpoint_unless_they_are_given(run, photographs, tmp_path):
     state = load_checkpoint(tmp_path / "model" / "epoch_19_model.pdparams")
-    save_safetensors(state, tmp_path / "model" / "epoch_wide_model.safetensors", {"load_size": "40"})
-    for flags, size in (((), 40), (("--load_size", 64), 64)):
+    wide = tmp_path / "model" / "epoch_wide_model.safetensors"
+    save_safetensors(state, wide, {"load_size": "40", "temperature": "0.7"})
+    written = []
+    for flags, size, temperature in (((), 40, 0.7), (("--load_size", 64, "--temperature", 0.1), 64, 0.1)):
         _, result = run(photographs / "coffee.png", "--load_model", "wide", *flags, result=f"at_{size}")
-        assert json.loads((result / "coloring.json").read_text())["load_size"] == size
+        made_by = json.loads((result / "coloring.json").read_text())
+        assert (made_by["load_size"], made_by["temperature"]) == (size, temperature)
+        written.append(pixels(result / "coffee.png"))
+    colorize = colorizer.Colorizer(wide, precision="float32")
+    assert np.array_equal(colorize(photographs / "coffee.png"), written[0])
+    assert np.array_equal(colorize(photographs / "coffee.png", 0.1, 64), written[1])
 
 
 def test_compare_writes_contact_sheets_next_to_the_results(run, photographs):
@@ -397,31 +403,24 @@ def test_patterns_that_the_shell_did_not_expand(run, photo):
 # Reading, the network and writing
 
 
-def test_images_are_read_once_and_written_in_order_of_names(run, photo, monkeypatch):
+def test_records_of_batches_are_in_the_order_of_names(run, photo):
     for name, angle in zip("abcd", (0, 90, 0, 90)):
         path = photo(f"in/{name}.png")
         Image.open(path).rotate(angle, expand=True).save(path)
-    opened, original = [], Image.open
-    monkeypatch.setattr(
-        Image, "open", lambda path, *args, **settings: opened.append(path) or original(path, *args, **settings)
-    )
     _, result = run("in")
-    assert [os.path.basename(path) for path in opened] == ["a.png", "b.png", "c.png", "d.png"]
     records = [json.loads(line) for line in (result / "coloring.jsonl").read_text().splitlines() if line]
     assert [record["result"]["path"] for record in records] == ["a.png", "b.png", "c.png", "d.png"]
 
 
-def test_threads_stay_within_the_pixels_ahead():
-    taken = []
-
-    def jobs():
-        for i in range(20):
-            taken.append(i)
-            yield test.PIXELS_AHEAD // 4, partial(int, i)
-
+def test_images_that_are_read_ahead_stay_within_the_limit(photo, tmp_path, monkeypatch):
+    paths = [str(photo(f"in/{name}.png")) for name in "abcdefghij"]
+    monkeypatch.setattr(test, "PIXELS_AHEAD", 4 * test.LEAST_PIXELS)
+    counted = []
+    monkeypatch.setattr(test, "pixel_count", lambda path: counted.append(path) or 0)
+    monkeypatch.setattr(test, "load", lambda path, args: path)
     with test.background_threads(2) as pool:
-        for i, result in enumerate(test.in_threads(pool, jobs())):
-            assert result == i and len(taken) - i <= 5  # four, and the next, which waits
+        for i, future in enumerate(test.read_ahead(pool, paths, None)):
+            assert future.result() == paths[i] and len(counted) - i <= 5  # four, and the next, which waits
 
 
 def photograph(width, height, count=1):
@@ -459,6 +458,15 @@ def test_auto_is_bf16_where_the_cpu_supports_it(supported, paddles, precision, r
     code, result = run(photographs / "coffee.png", "--precision", "auto", "--crop_size", 256)
     assert code == 0 and capsys.readouterr().out.strip().endswith(f"epoch_19_model.pdparams in {precision}")
     assert json.loads((result / "coloring.json").read_text())["precision"] == precision
+
+
+def test_bf16_on_a_gpu_without_it_prints_one_line_and_computes_in_float32(monkeypatch, capsys):
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(colorizer, "eager_predictor", lambda checkpoint, precision: precision)
+    for generation, precision in ((7, "float32"), (8, "bf16")):
+        monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda generation=generation: (generation, 0))
+        assert colorizer.make_predictor("checkpoint", "bf16") == (precision, precision)
+        assert capsys.readouterr().err.count("bf16: not supported") == (precision == "float32")
 
 
 def test_folded_batch_norm_computes_the_same():
