@@ -187,6 +187,19 @@ def test_invalid_large_and_missing_photos_are_rejected(page):
         visitor.download()
 
 
+def test_download_has_the_pixels_and_metadata_of_the_colorizer(trained, photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    path, exif = tmp_path / "coffee.jpg", Image.Exif()
+    exif[ExifTags.Base.Artist] = "someone"
+    Image.open(photographs / "coffee.png").save(path, exif=exif)
+    photo = app.Photo("coffee.jpg", path.read_bytes(), Image.open(path))
+    colorize = Colorizer(trained)
+    app.compute(lambda name: colorize, photo, "trained")
+    downloaded = Image.open(app.full_size("png", photo, 0.2))
+    assert np.array_equal(downloaded, colorize(path, temperature=0.2))
+    assert downloaded.getexif()[ExifTags.Base.Artist] == "someone"
+
+
 def test_distribution_belongs_to_the_place(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     logits = np.zeros((1, 313, 8, 12), np.float32)
