@@ -17,15 +17,14 @@ JSON to <log_path>/train.jsonl):
 """
 
 import math
-import re
 import sys
 import warnings
+from functools import partial
 
 from support import checkpoints, cli, convolutions, cpu, gpu, processes
 from support.cli import UserError, note, number, whole
 from support.images import list_images
 from support.logs import Log, Meter
-from support.sheets import tile
 from support.workers import begin_worker, default_workers, from_workers
 
 import numpy as np
@@ -62,7 +61,7 @@ TAGS = {  # VisualDL's names, in its order; each value of training has the same 
 PICTURE = "validation/gray, colored, true"
 ADVICE = "resume it with --continue_train, replace it with --overwrite, or choose another --model_path and --log_path"
 # Flags that define the objective: a run cannot be resumed with others.
-OBJECTIVE = ("rebalance", "gamma", "NN", "sigma")
+OBJECTIVE = ("rebalance", "gamma", "NN", "sigma", "prior")
 # Flags that define the order of the images: after a change, an epoch cannot be resumed in the middle.
 ORDER = ("seed", "batch_size", "images")
 # Flags that may change when a run is resumed.
@@ -100,18 +99,16 @@ def objective(network, rgb, ab_bins, bin_weights, args, autocast):
     v = utils.position_weight(indices, ab, bin_weights)  #                                   [N, H/4, W/4]
     # Divided by the number of all images, gray ones too: no process needs to know the images of the others.
     loss = (v * cross_entropy).sum() / len(rgb)
-    with paddle.no_grad():
-        mean = cross_entropy.mean()
-        return loss, paddle.stack([loss, mean, mean - entropy.mean()])
+    mean = cross_entropy.mean()
+    return loss, paddle.stack([loss, mean, mean - entropy.mean()]).detach()
 
 
 def set_training(network, args):
     """Switch to training mode; with --freeze_bn, batch norm keeps using its stored statistics."""
     network.train()
-    if args.freeze_bn:
-        for layer in network.sublayers():
-            if isinstance(layer, paddle.nn.BatchNorm2D):
-                layer.eval()
+    for layer in network.sublayers():
+        if args.freeze_bn and isinstance(layer, paddle.nn.BatchNorm2D):
+            layer.eval()
 
 
 def make_optimizer(network, args):
@@ -161,8 +158,8 @@ def validate(run, loader, ab_bins, args, autocast, stop, log):
     processes.share_statistics(run.network)
     run.network.eval()
     sums, histogram, panel = np.zeros(4), np.zeros(utils.MAX_THRESHOLD + 2), []
-    bar = {"unit": "batch", "leave": False, "disable": None if processes.is_first() else True}
-    for rgb, broken in tqdm(from_workers(loader, stop), "validating", len(loader), **bar):
+    bar = tqdm(from_workers(loader, stop), "validating", len(loader), unit="batch", leave=False, disable=None)
+    for rgb, broken in bar:
         if stop.noticed:
             break
         readable = np.flatnonzero(broken.numpy() == 0)
@@ -178,28 +175,27 @@ def validate(run, loader, ab_bins, args, autocast, stop, log):
         colored = utils.upsample_ab(utils.annealed_mean(logits, ab_bins), *rgb.shape[2:])
         histogram += utils.error_histogram(*(x.numpy().swapaxes(0, 1) for x in (colored, lab[:, 1:])))
         if len(panel) < PANEL_IMAGES:
-            panel += [side_by_side(*images) for images in zip(lab, colored, rgb)]
+            panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():
         return
     images, cross_entropy, kl, gray, *histogram = processes.all_reduce(np.concatenate([sums, histogram])).tolist()
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
-    if gray == images and processes.is_first():
-        note(f"{args.val_dir}: all {images:.0f} images are gray, so validation does not measure color")
-    values = {"val_cross_entropy": cross_entropy / images, "val_kl": kl / images, "val_auc": utils.auc(histogram)}
-    values = {"step": run.progress["step"], **values}
+    if gray == images:
+        processes.on_first(note, f"{args.val_dir}: all {images:.0f} images are gray: this does not measure color")
+    values = {"step": run.progress["step"], "val_cross_entropy": cross_entropy / images, "val_kl": kl / images}
+    values["val_auc"] = utils.auc(histogram)
     log.write(VAL_LINE.format(epoch=run.progress["epoch"], **values), values)
-    log.picture(PICTURE, tile(panel[:PANEL_IMAGES]) if panel else None, values["step"])
+    log.pictures(PICTURE, panel[:PANEL_IMAGES], values["step"])
     if values["val_kl"] < run.progress["best_kl"]:
         run.progress["best_kl"] = values["val_kl"]
         run.save_weights("best")
 
 
 def side_by_side(lab, ab, rgb):
-    """Compose gray | colorized | ground truth: Lab [3, H, W], ab [2, H, W], uint8 [3, H, W] -> uint8 [H, 3W, 3]."""
-    pair = paddle.stack([paddle.concat([lab[:1], x]) for x in (paddle.zeros_like(ab), ab)])  #        [2, 3, H, W]
-    gray, colored = to_uint8(lab_to_rgb(pair))
-    return np.concatenate([x.numpy().transpose(1, 2, 0) for x in (gray, colored, rgb)], axis=1)
+    """Compose gray | colorized | ground truth: Lab, ab [N, 2, H, W], uint8 [N, 3, H, W] -> uint8 [N, H, 3W, 3]."""
+    gray, colored = (lab_to_rgb(paddle.concat([lab[:, :1], x], axis=1)) for x in (paddle.zeros_like(ab), ab))
+    return paddle.concat([to_uint8(gray), to_uint8(colored), rgb], axis=3).transpose([0, 2, 3, 1]).numpy()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -264,8 +260,6 @@ def check_args(args, world_size):
             raise UserError(f"--{one} and --{other} exclude each other")
     if args.sync_bn and not gpu.on_gpu():
         raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
-    if not re.fullmatch(r"latest|\d+", args.which_epoch):
-        raise UserError(f"--which_epoch {args.which_epoch}: neither latest nor a number")
     if args.which_epoch != "latest" and not args.continue_train:
         raise UserError(f"--which_epoch {args.which_epoch}: only valid with --continue_train")
 
@@ -312,19 +306,14 @@ def begin_or_resume(run, args, steps_per_epoch):
     if args.overwrite:
         checkpoints.remove_run(args.model_path, args.log_path)
     if args.continue_train:
-        if not path.exists():
-            raise UserError(f"{path}: no such checkpoint; --init_from FILE starts a new run from weights alone")
         changes = run.resume(args.which_epoch)
-        fixed = (*OBJECTIVE, "prior") if args.rebalance else OBJECTIVE
-        if refused := ", ".join(changes[name] for name in changes if name in fixed):
+        if refused := ", ".join(changes[name] for name in OBJECTIVE if name in changes):
             raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
         for text in changes.values():
             note(f"resuming with a changed setting: {text}")
-        if not changes.keys() & set(ORDER):
-            progress["pending"] = progress["batch"] == steps_per_epoch  # states of earlier versions lack it
-        elif progress["batch"]:
+        if progress["batch"] and changes.keys() & set(ORDER):
             note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
-            progress.update(batch=0, pending=False)
+            progress["batch"] = 0
     epoch_start, epochs_left = progress["step"] - progress["batch"], args.num_epochs - progress["epoch"]
     last_step = min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
     return progress["step"] + 1, last_step
@@ -333,29 +322,23 @@ def begin_or_resume(run, args, steps_per_epoch):
 def announce(args, network, loader, val_loader, autocast):
     """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
     validation = f", {len(val_loader.dataset.dataset)} for validation" if val_loader else ""
-    images = cli.counted(len(loader.dataset), "image")
     precision = autocast["dtype"] if autocast["enable"] else "float32"
     # The weights, and a training state of the weights and Adam's two moments, all float32
-    megabytes = 4 * 4 * sum(math.prod(x.shape) for x in network.state_dict().values()) / 1e6
+    megabytes = 4 * 4 * sum(x.size for x in network.state_dict().values()) / 1e6
+    data = f"{cli.counted(len(loader.dataset), 'image')}{validation}; {cli.counted(len(loader), 'step')} per epoch"
     folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
-    if processes.is_first():
-        print(f"data: {images}{validation}; {cli.counted(len(loader), 'step')} per epoch")
-        print(f"device: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}", flush=True)
-
-
-def advice(run):
-    """Return what can be done after an error."""
-    saved = (run.folder / "epoch_latest_state.pdopt").exists()
-    return "--continue_train resumes from the last save" if saved else "nothing was saved"
+    lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}"
+    processes.on_first(partial(print, flush=True), lines)
 
 
 def report(run, args, stop):
     """Print how the run ended. Return its exit code."""
-    latest, log = (cli.printable(path) for path in (run.folder / "epoch_latest_model.pdparams", args.log_path))
-    how = "stopped; resume with --continue_train" if stop.signal else f"log in {log} (visualdl --logdir {log})"
-    if processes.is_first():
-        (note if stop.signal else print)(f"{latest}: {run.progress['step']} steps; {how}")
-    return 128 + stop.signal if stop.signal else 0
+    done = f"{run.folder / 'epoch_latest_model.pdparams'}: {run.progress['step']} steps"
+    if stop.signal:
+        processes.on_first(note, f"{done}; stopped; resume with --continue_train")
+        return 128 + stop.signal
+    processes.on_first(print, cli.printable(f"{done}; log in {args.log_path} (visualdl --logdir {args.log_path})"))
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -377,10 +360,10 @@ def main(args):
     optimizer, schedule = make_optimizer(network, args)
     autocast, scaler = gpu.mixed_precision(args.amp)
 
-    # Progress: `epoch` and `batch` come next, `step` are done; `pending` is the validation after an epoch's last step.
+    # Progress: `epoch` and `batch` come next, `step` are done. After an epoch's last batch comes its validation.
     flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
     flags.update(images=len(loader.dataset), prior=prior.numpy())
-    progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf, "pending": False}
+    progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf}
     run = checkpoints.Run(args.model_path, network, optimizer, scaler, flags, progress, args.keep)
     first_step, last_step = begin_or_resume(run, args, len(sampler))
     schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
@@ -388,12 +371,12 @@ def main(args):
     # Loop
     announce(args, network, loader, val_loader, autocast)
     model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-    log = Log(args.log_path, TAGS, last=(progress["step"], not progress["pending"]))
+    log = Log(args.log_path, TAGS, last=(progress["step"], progress["batch"] < len(sampler)))
     meter = Meter("loss", "nats", "kl")
     stop = processes.StopRequest()
-    bar = tqdm(total=last_step, initial=progress["step"], unit="step", disable=None if processes.is_first() else True)
+    bar = tqdm(total=last_step, initial=progress["step"], unit="step", disable=None)
     try:
-        while (progress["step"] < last_step or progress["pending"]) and not stop.signal:
+        while (progress["step"] < last_step or progress["batch"] == len(sampler)) and not stop.signal:
             # The rest of an epoch, up to --max_steps or a signal
             set_training(network, args)
             sampler.begin(args.seed, progress["epoch"], skip=progress["batch"])
@@ -408,14 +391,14 @@ def main(args):
                 schedule.step()
                 del loss  # and the graph that it was computed from
                 meter.add(values, broken)
-                step, batch = progress["step"] + 1, progress["batch"] + 1
-                progress.update(step=step, batch=batch, pending=batch == len(sampler))
+                step = progress["step"] + 1
+                progress.update(step=step, batch=progress["batch"] + 1)
                 bar.update()
                 if args.sync_bn and meter.steps == 1:
                     processes.check_synchronized(network)
                 if step % args.loss_step == 0 or step in (first_step, last_step):
-                    line = {"step": step, "epoch": progress["epoch"], **meter.read(args.max_broken)}
-                    line["lr"] = schedule.get_lr()
+                    line = {"step": step, "epoch": progress["epoch"], "lr": schedule.get_lr()}
+                    line.update(meter.read(args.max_broken))
                     log.write(LINE.format(**line), line)
                 if step % args.save_latest == 0:
                     meter.check(args.max_broken)  # weights that diverged must not replace good ones
@@ -428,13 +411,15 @@ def main(args):
             # Validation, and the end of the epoch
             if not stop.agreed() and val_loader:
                 validate(run, val_loader, ab_bins, args, autocast, stop, log)
-            if progress["pending"] and not stop.signal:
-                progress.update(epoch=progress["epoch"] + 1, batch=0, pending=False)
+            if progress["batch"] == len(sampler) and not stop.signal:
+                progress.update(epoch=progress["epoch"] + 1, batch=0)
                 if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
                     run.save(progress["epoch"] - 1, "latest")
         run.save("latest")
     except UserError as error:
-        raise UserError(f"{error}; {advice(run)}") from error
+        saved = (run.folder / "epoch_latest_state.pdopt").exists()
+        advice = "--continue_train resumes from the last save" if saved else "nothing was saved"
+        raise UserError(f"{error}; {advice}") from error
     finally:
         stop.restore()
         for item in (bar, log, *locks):

@@ -152,15 +152,13 @@ def number(least, most=math.inf, kind=float):
     """Return an argparse type for numbers in [least, most]; NaN is never in it."""
 
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        value = kind(text)  # argparse reports a ValueError: "invalid int value: 'x'"
         if not least <= value <= most:
             limit = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {limit}")
         return value
 
+    convert.__name__ = kind.__name__
     return convert
 
 
@@ -190,7 +188,8 @@ def add_bool_flag(parser, name, default, help):
 
 def check_crop(args, multiple=1):
     """Raise UserError for a --crop_size that is not a multiple of `multiple` or exceeds --load_size."""
-    if args.crop_size and args.crop_size % multiple:
+    crop = args.crop_size or 0
+    if crop % multiple:
         raise UserError(f"--crop_size {args.crop_size}: must be a multiple of {multiple}")
-    if args.crop_size and args.load_size and args.crop_size > args.load_size:
+    if crop > (args.load_size or math.inf):
         raise UserError(f"--crop_size {args.crop_size}: larger than --load_size {args.load_size}")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from support.cli import UserError, note
 from support.files import atomic_path
-from support.processes import all_reduce, is_first
+from support.processes import all_reduce, is_first, on_first
+from support.sheets import tile
 
 import numpy as np
 import paddle
@@ -27,8 +28,9 @@ class Log:
     """
 
     def __init__(self, folder, tags, last=(0, False)):
-        self.folder, self.tags, self.file = folder, tags, None
+        self.folder, self.tags = folder, tags
         if not is_first():
+            self.write = self.pictures = self.close = lambda *_: None
             return
         LogWriter = _import_visualdl()  # noqa: N806
         path = Path(folder) / "train.jsonl"
@@ -53,8 +55,6 @@ class Log:
 
     def write(self, line, values):
         """Print a line, and write its values (a dict with "step") to train.jsonl and VisualDL."""
-        if self.file is None:
-            return
         tqdm.write(line)
         sys.stdout.flush()  # for a user who follows a file
         with self._one_line():
@@ -67,36 +67,30 @@ class Log:
             if name in values:
                 self.board.add_scalar(tag, values[name], values["step"])
 
-    def picture(self, tag, image, step):
-        if self.file is not None and image is not None:
-            self.board.add_image(tag, image, step)
+    def pictures(self, tag, panel, step):
+        """Show images of one size, uint8 [H, W, 3], as one picture in VisualDL."""
+        if len(panel):
+            self.board.add_image(tag, tile(panel), step)
 
     def close(self):
-        if self.file is not None:
-            with suppress(OSError):  # `write` has reported it
-                self.file.close()
-                self.board.close()
+        with suppress(OSError):  # `write` has reported it
+            self.file.close()
+            self.board.close()
 
 
 def _import_visualdl():
-    """Import VisualDL, which fails without a writable home directory (as in a container run for another user)."""
+    """Import VisualDL, which writes to the home directory, with a temporary one: the real one may be read-only."""
     home = os.path.expanduser("~")
-    with tempfile.TemporaryDirectory() as temporary:
-        os.environ["HOME"] = home if os.access(home, os.W_OK) else temporary
+    with tempfile.TemporaryDirectory() as os.environ["HOME"]:
         from visualdl import LogWriter
     os.environ["HOME"] = home
     return LogWriter
 
 
 def read_log(path):
-    """Return the values of each line of a train.jsonl, up to a line that a kill cut off; [] without a file."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    """Return the values of each complete line of a train.jsonl; [] without a file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut off the last one
 
 
 def _place(values):
@@ -107,64 +101,72 @@ def _place(values):
 class Meter:
     """Sums of each step's values, kept on the device, because reading them would wait for it in every step.
 
-    `names` are those of the values; the first is the loss. Time between epochs does not count.
+    `names` are those of the values; the first is the loss. An interval ends at a line of the log. The time between two
+    epochs, in which the network is validated and saved, does not count.
     """
 
     def __init__(self, *names):
-        self.names = names
+        self.names, self.last = names, time.perf_counter()
         self.begin_interval()
         self.begin_epoch()
 
     def begin_epoch(self):
-        self.broken = self.seen = self.epoch_loss = 0
-        self.began = time.perf_counter() - self.elapsed
+        self.broken = self.seen = 0
+        self.loss = paddle.zeros([1])
 
     def begin_interval(self):
-        self.sums = self.steps = self.images = self.waited = self.elapsed = 0
-        self.began = time.perf_counter()
+        self.sums = paddle.zeros([len(self.names)])
+        self.steps = self.images = self.waited = self.worked = 0
+
+    def timed(self, batches):
+        """Yield the batches of an epoch, and measure the time spent waiting for them and working on them."""
+        self._lap()
+        for batch in batches:
+            self.waited += self._lap()
+            yield batch
+            self.worked += self._lap()
+
+    def _lap(self):
+        """Return the seconds since the last call."""
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
 
     def add(self, values, broken):
         """Add a step: `values`, a tensor [len(names)], and `broken`, int64 [N], the unreadable files per image."""
         self.sums = self.sums + values
-        self.epoch_loss = self.epoch_loss + values[0]
+        self.loss = self.loss + values[:1]
         self.broken += int(broken.numpy().sum())  # in the host's memory (pinned), also with a GPU
         self.steps += 1
         self.images += len(broken)
         self.seen += len(broken)
 
-    def timed(self, batches):
-        """Yield the batches and add up the time spent waiting for them."""
-        start = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
-
     def check(self, max_broken):
-        """Return sums over all processes. Raise UserError for a loss that is not finite or too many broken images."""
-        sums = self.sums + paddle.zeros([len(self.names)])  # also before the first step
-        local = [*sums.tolist(), float(self.epoch_loss), self.broken, self.seen]
-        *sums, epoch_loss, broken, seen = all_reduce(np.array(local, np.float64)).tolist()
+        """Return all sums over all processes. Raise UserError for a loss that is not finite or too many broken images.
+
+        They are those of the interval and, of the epoch, the loss, the unreadable files and the images.
+        """
+        local = [*self.sums.tolist(), *self.loss.tolist(), self.broken, self.seen]
+        loss, *_, broken, seen = sums = all_reduce(np.array(local, np.float64)).tolist()
         tried = seen + broken  # a different image replaces each unreadable one
-        if not np.isfinite(sums[0]):
-            raise UserError(f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr")
+        if not np.isfinite(loss):
+            raise UserError(f"the loss is not finite ({loss}, over the last {self.steps} steps): try a lower --lr")
         if broken > max_broken * max(tried, 20):  # tolerates a few in very small sets
             raise UserError(f"{broken:.0f} of {tried:.0f} images cannot be read: more than --max_broken {max_broken:g}")
-        return sums, epoch_loss, int(broken), int(seen)
+        return sums
 
     def end_epoch(self, epoch, max_broken):
         """Return the sum of the losses since `begin_epoch`, and the number of images, over all processes."""
-        _, loss, broken, seen = self.check(max_broken)
-        if broken and is_first():
-            note(f"epoch {epoch}: {broken} of {seen + broken} images could not be read; others took their place")
-        self.elapsed = time.perf_counter() - self.began
+        *_, loss, broken, seen = self.check(max_broken)
+        if broken:
+            text = f"{broken:.0f} of {seen + broken:.0f} images could not be read; others took their place"
+            on_first(note, f"epoch {epoch}: {text}")
         return loss, seen
 
     def read(self, max_broken):
         """Return the means over the interval that ends here, over all processes, and begin the next interval."""
-        sums, *_ = self.check(max_broken)
-        world, seconds = dist.get_world_size(), time.perf_counter() - self.began
-        means = {name: x / (self.steps * world) for name, x in zip(self.names, sums)}
+        self.worked += self._lap()
+        world, seconds = dist.get_world_size(), self.worked + self.waited
+        means = {name: x / (self.steps * world) for name, x in zip(self.names, self.check(max_broken))}
         means.update(images_per_second=self.images * world / seconds, waiting=self.waited / seconds)
         self.begin_interval()
         return means

@@ -18,9 +18,14 @@ def is_first():
     return dist.get_rank() == 0
 
 
+def on_first(function, *arguments):
+    """Call the function on rank 0 only, and return its result there."""
+    return function(*arguments) if is_first() else None
+
+
 def first_decides(function, *arguments):
     """Call the function on rank 0 only, and return its result on all ranks."""
-    result = [function(*arguments) if is_first() else None]
+    result = [on_first(function, *arguments)]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(result, src=0)
     return result[0]
@@ -35,14 +40,16 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
     return total.numpy()
 
 
-@paddle.no_grad()
+def _statistics(network):
+    """Return batch norm's running means and variances, the tensors of a state dict that are not trained."""
+    return [tensor for tensor in network.state_dict().values() if tensor.stop_gradient]
+
+
 def share_statistics(network):
     """Set the batch norm statistics of all processes to their mean; each process gathers them from its own images."""
-    if dist.get_world_size() > 1:
-        for tensor in network.state_dict().values():
-            if tensor.stop_gradient:  # a statistic, not a weight
-                dist.all_reduce(tensor)
-                tensor.set_value(tensor / dist.get_world_size())
+    for tensor in _statistics(network):
+        mean = all_reduce(tensor.numpy().astype("float64")) / dist.get_world_size()
+        tensor.set_value(mean.astype("float32"))
 
 
 def check_synchronized(network):
@@ -50,8 +57,7 @@ def check_synchronized(network):
 
     Where Paddle finds no communicator for it, it silently normalizes the images of each process on their own.
     """
-    statistics = [x.numpy().ravel() for x in network.state_dict().values() if x.stop_gradient]
-    mine = np.concatenate(statistics).astype("float64")
+    mine = np.concatenate([tensor.numpy() for tensor in _statistics(network)]).astype("float64")
     most, least = (sign * all_reduce(sign * mine, dist.ReduceOp.MAX) for sign in (1, -1))
     if not np.allclose(most, least, rtol=1e-3, atol=1e-4 * np.abs(most).max()):
         raise UserError("batch norm is not synchronized: its statistics differ between the processes after a step")

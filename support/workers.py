@@ -106,19 +106,16 @@ def _from_thread(loader):
             current = following
 
 
-def parallel_map(function, items, num_workers, title, setup=(int,)):
+def parallel_map(function, items, num_workers, title):
     """Yield function(item) of each item, in order, behind a progress bar.
 
     The work is done by `num_workers` processes, or by threads where processes do not fork; 0 takes one thread.
-    `setup`, a function and its arguments, is called once in each process: the place for data that is too large to be
-    sent with every item. Forked processes do not even copy it. The default, int(), does nothing.
     """
     num_workers = min(num_workers, len(items))
     if num_workers and forks():
         # multiprocessing.Pool would wait forever for a worker that was killed.
-        pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=setup)
+        pool = ProcessPoolExecutor(num_workers, initializer=_start_worker)
     else:
-        setup[0](*setup[1:])
         pool = ThreadPoolExecutor(max(1, num_workers))
     try:
         yield from progress(pool.map(function, items, chunksize=8), len(items), title)
@@ -129,7 +126,6 @@ def parallel_map(function, items, num_workers, title, setup=(int,)):
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(setup, *arguments):
+def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    setup(*arguments)

@@ -21,7 +21,7 @@ from support.workers import from_workers
 import numpy as np
 import paddle
 import pytest
-from processes import TESTS, flags, gone, run, started, steps_done, wait_for
+from processes import LIMIT, TESTS, flags, gone, run, started, steps_done, wait_for
 from small_network import SmallNetwork
 
 import train
@@ -87,7 +87,7 @@ def test_run_stops_when_all_images_vanish(tmp_path, squares):
     with started(tmp_path, *flags(tmp_path, images, "--num_workers", 1)) as process:
         wait_for(lambda: steps_done(tmp_path) > 2, process)
         shutil.rmtree(images)
-        assert process.wait(60) == 1
+        assert process.wait(LIMIT) == 1
     assert "cannot be read: more than --max_broken" in (tmp_path / "err").read_text().splitlines()[-1]
 
 
@@ -136,7 +136,7 @@ def test_full_disk_stops_the_run_with_one_line(tmp_path, squares, full):
             with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(10_000))
-            assert process.wait(60) == 1
+            assert process.wait(LIMIT) == 1
         lines = (tmp_path / "err").read_text().splitlines()
         assert "cannot be written: no space left on device" in lines[-1] and "Traceback" not in "".join(lines)
         (disk / "filler").unlink()
@@ -186,7 +186,7 @@ def test_killed_worker_stops_the_run(tmp_path, squares, number, count):
         wait_for(lambda: steps_done(tmp_path) > 2, process)
         for pid in sorted(process.family() - {process.pid})[:count]:
             os.kill(pid, number)
-        assert process.wait(60) == 1
+        assert process.wait(LIMIT) == 1
     message = (tmp_path / "err").read_text()
     assert "images was killed or failed" in message and "Traceback (most recent" not in message
     assert "exit unexpectedly" not in message  # Paddle's own message

@@ -21,7 +21,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import recorded
-from processes import SMALL, flags, gone, log, run, started, steps_done, stopped_at_random, wait_for
+from processes import LIMIT, SMALL, flags, gone, log, run, started, steps_done, stopped_at_random, wait_for
 
 import train
 
@@ -145,7 +145,7 @@ def test_signal_saves_and_sets_the_exit_code(tmp_path, squares, number, code):
     with started(tmp_path, *flags(tmp_path, squares, *more)) as process:
         wait_for(lambda: steps_done(tmp_path) > 5, process)
         os.killpg(process.pid, number)
-        assert process.wait(60) == code
+        assert process.wait(LIMIT) == code
     message = (tmp_path / "err").read_text()
     assert "Traceback" not in message and "--continue_train" in message
     done = steps_done(tmp_path)
@@ -184,7 +184,7 @@ def test_closed_terminal_loses_no_step(tmp_path, squares):
     try:
         wait_for(lambda: steps_done(tmp_path) > 5, process)
         os.close(ours)
-        assert process.wait(60) == 129
+        assert process.wait(LIMIT) == 129
     finally:
         process.kill()
         process.wait()
@@ -220,7 +220,7 @@ def test_worker_that_dies_of_the_same_signal_does_not_prevent_the_save(tmp_path,
                 os.kill(pid, signal.SIGKILL)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
-        assert process.wait(60) == 143
+        assert process.wait(LIMIT) == 143
     assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_signal_during_validation_ends_it_and_the_resumed_run_validates(run_trai
         patch.setattr(train, "evaluate", signalled)
         with pytest.raises(AssertionError):  # the fixture checks the exit code
             run_training(*flags_)
-    assert state(tmp_path / "run")["progress"]["pending"] is True
+    assert state(tmp_path / "run")["progress"]["batch"] == 1  # of 1: the epoch has not ended
     assert not any("val_kl" in line for line in log(tmp_path / "run"))
     lines = run_training(*flags_, "--continue_train")
     assert [line["step"] for line in lines if "val_kl" in line] == [1]
@@ -302,7 +302,7 @@ def test_pending_validation_of_an_earlier_version_is_done(run_training, tmp_path
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("step", "7"), ("step", -1), ("batch", 0.5), ("epoch", None), ("best_kl", math.nan), ("pending", 1)],
+    [("step", "7"), ("step", -1), ("batch", 0.5), ("epoch", None), ("best_kl", math.nan)],
 )
 def test_progress_of_a_wrong_type_prints_one_line(run_training, stopped, tmp_path, key, value):
     run_training()
@@ -402,7 +402,7 @@ def test_advice_after_a_lost_worker_depends_on_a_save(tmp_path, squares):
             wait_for(lambda folder=folder: steps_done(folder) > 2, process)
             for pid in process.family() - {process.pid}:
                 os.kill(pid, signal.SIGKILL)
-            assert process.wait(60) == 1
+            assert process.wait(LIMIT) == 1
         assert (folder / "err").read_text().rstrip().endswith(f"try fewer --num_workers; {advice}")
         resume = ["--continue_train"] if save_latest == 1 else []  # the original command is not refused
         code, err = run(folder, *arguments, *resume, "--max_steps", str(steps_done(folder) + 5))
