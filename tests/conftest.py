@@ -1,4 +1,4 @@
-"""What the tests share: photographs that scikit-image bundles, a small network, the scripts' main functions."""
+"""Fixtures shared by all tests: images that scikit-image bundles, a small network, the scripts' main functions."""
 
 import json
 import os
@@ -74,8 +74,8 @@ def run_training(tmp_path, squares):
     def run(*flags, folder="run", image_dir=squares):
         short = "--load_size 40 --crop_size 32 --batch_size 4 --max_steps 2 --loss_step 1 --num_workers 0"
         where = ["--model_path", str(tmp_path / folder / "model"), "--log_path", str(tmp_path / folder / "log")]
-        anew = [] if "--continue_train" in flags else ["--overwrite"]
-        flags = [*where, *short.split(), *anew, *map(str, flags)]
+        start = [] if "--continue_train" in flags else ["--overwrite"]
+        flags = [*where, *short.split(), *start, *map(str, flags)]
         code = train.main(train.parse_args(["--image_dir", str(image_dir), *flags]))
         assert code == 0
         return [json.loads(line) for line in (tmp_path / folder / "log" / "train.jsonl").read_text().splitlines()]
@@ -98,7 +98,7 @@ def stopped():
 
 
 def recorded(folder):
-    """What VisualDL shows of a folder: of its files only the latest."""
+    """Return VisualDL's reader of a folder, which shows only the latest of its files."""
     from visualdl import LogReader
 
     return LogReader(file_path=str(max(folder.glob("*vdlrecords*"))))
