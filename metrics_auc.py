@@ -42,7 +42,7 @@ from support.workers import parallel_map
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from skimage.color import lab2rgb, rgb2lab
+from skimage.color import lab2rgb, rgb2xyz, xyz2lab
 from skimage.metrics import peak_signal_noise_ratio
 
 from dataset import list_images, read_rgb
@@ -50,9 +50,15 @@ from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, 
 
 KINDS = {"raw": "raw", "rebalanced": "rebalanced", "rebalanced_own": "macro"}  # in keys: as printed
 VERSIONS = ("colored", "gray", "true")  # of each image
-GRAY, RANDOM = "gray (ab = 0)", "random ab"
+GRAY = "gray (ab = 0)"
+TITLES = {None: "colored", "gray": GRAY, "random": "random ab"}  # by baseline
 ERRORS = MAX_THRESHOLD + 2  # classes of an error: first within 0 … 150, and beyond
 AREAS = auc(np.eye(ERRORS))  # contribution of one pixel to the AuC, by its error: [152]
+
+# Tables make the conversions twice as fast as rgb2lab and lab2rgb. Gray's Y is the linear value of its three channels.
+LINEAR = rgb2xyz(np.arange(256)[:, None].repeat(3, axis=1) / 255)[:, 1].astype(np.float32)
+TO_XYZ = rgb2xyz(np.eye(3)).astype(np.float32)
+GRAY_LEVELS = np.rint(255 * lab2rgb(np.arange(10001)[:, None] / 100 * (1, 0, 0)))[:, 0].astype(np.uint8)  # by 100 L
 
 # -------------------------------------------------------------------------------------------------
 # One pair of images (in a worker process: NumPy, Pillow and scikit-image only)
@@ -102,31 +108,34 @@ def compare(paths, grid, load_size=None, crop_size=None, random=False):
     except InvalidImageError as error:
         return error
     true_lab = to_lab(true)
-    true_ab, no_ab = true_lab[..., 1:], np.zeros_like(true_lab[..., 1:])
-    gray = with_ab(true_lab, no_ab)
-    colored_ab = no_ab if colored is None else to_lab(colored)[..., 1:]
-    if colored is None or random:
+    true_ab = true_lab[..., 1:]
+    gray = np.broadcast_to(GRAY_LEVELS[np.rint(100 * true_lab[..., :1]).astype(int)], true.shape)
+    colored_ab = np.zeros_like(true_ab) if colored is None else to_lab(colored)[..., 1:]
+    if colored is None:
+        colored = gray
+    elif random:
         colored = with_ab(true_lab, colored_ab)
     a, b = np.rint(true_ab / 10).astype(int).reshape(-1, 2).T + 11
-    errors = [first_threshold(length(true_ab - predicted)).ravel() for predicted in (colored_ab, 0)]
+    chroma = length(true_ab)  # gray's error
     size = ERRORS * (grid.max() + 1)
-    counts = [np.bincount(grid[a, b] * ERRORS + error, minlength=size).reshape(-1, ERRORS) for error in errors]
+    cells = [grid[a, b] * ERRORS + first_threshold(x).ravel() for x in (length(true_ab - colored_ab), chroma)]
+    counts = np.stack([np.bincount(x, minlength=size).reshape(-1, ERRORS) for x in cells])
     with np.errstate(divide="ignore"):  # an exact copy has an infinite PSNR
-        noise = [peak_signal_noise_ratio(true, rgb, data_range=255) for rgb in (colored, gray)] + [math.inf]
-    return np.stack(counts).astype(np.uint32), {
+        noise = np.array([*(peak_signal_noise_ratio(true, rgb, data_range=255) for rgb in (colored, gray)), np.inf])
+    return counts.astype(np.uint32), {
         "images": 1,
         "pixels": len(a),
-        "areas": np.float32([*(x @ AREAS for x in counts), counts[0].sum(axis=1)]),  #             [3, 313]
-        "chroma": (length(colored_ab).sum(), 0, length(true_ab).sum()),
+        "areas": np.float32([*(counts @ AREAS), counts[0].sum(axis=1)]),  #                         [3, 313]
+        "chroma": (length(colored_ab).sum(), 0, chroma.sum()),
         "colorfulness": (colorfulness(colored), 0, colorfulness(true)),
-        "psnr": [0 if x == math.inf else x for x in noise],
-        "copies": [x == math.inf for x in noise],
+        "psnr": np.where(np.isinf(noise), 0, noise),
+        "copies": np.isinf(noise),
     }
 
 
 def to_lab(rgb):
     """Convert uint8 [H, W, 3] to Lab, float32 [H, W, 3]."""
-    return rgb2lab(rgb.astype(np.float32) / 255)
+    return xyz2lab(LINEAR[rgb] @ TO_XYZ)
 
 
 def with_ab(lab, ab):
@@ -240,8 +249,9 @@ def parse_args(argv=None):
     add("--crop_size", type=cli.SIDE, help="compare center crops of this side (default: the results', if square)")
     add("--load_size", type=cli.SIDE, help="shorter side before the crop, as given to test.py (default: the crop's)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--gray", action="store_true", help="evaluate gray (ab = 0) instead of results")
-    add("--random", action="store_true", help="evaluate the ab of a random other original instead of results")
+    baseline = {"dest": "baseline", "action": "store_const"}
+    add("--gray", const="gray", **baseline, help="evaluate gray (ab = 0) instead of results")
+    add("--random", const="random", **baseline, help="evaluate the ab of a random other original instead of results")
 
     add = parser.add_argument_group("metric").add_argument
     add("--prior", help="file of 313 probabilities of the ab bins (default: the bundled prior)")
@@ -255,26 +265,26 @@ def parse_args(argv=None):
 
 def find_pairs(args):
     """Return a list of (name, path of the original, path of the result or None), and the left out as `pair_images`."""
-    if not (args.gray or args.random):
+    if not args.baseline:
         return pair_images(args.image_dir, args.result_path)
-    originals = {relative_path(path, args.image_dir): path for path in list_images(args.image_dir)}
-    if args.random and len(originals) == 1:
-        raise cli.UserError(f"{args.image_dir}: --random needs at least two images")
-    others = dict.fromkeys(originals)
-    if args.random:
-        order = [list(originals)[i] for i in np.random.default_rng(args.seed).permutation(len(originals))]
-        others = {name: originals[other] for name, other in zip(order, order[1:] + order[:1])}  # one cycle
-    return [(name, path, others[name]) for name, path in originals.items()], {}
+    originals = list_images(args.image_dir)
+    others = [None] * len(originals)
+    if args.baseline == "random":
+        if len(originals) == 1:
+            raise cli.UserError(f"{args.image_dir}: --random needs at least two images")
+        order = np.random.default_rng(args.seed).permutation(len(originals))
+        for i, following in zip(order, np.roll(order, -1)):  # one cycle
+            others[i] = originals[following]
+    return [(relative_path(path, args.image_dir), path, other) for path, other in zip(originals, others)], {}
 
 
 def main(args):
     cli.check_crop(args)
-    baseline = "gray" if args.gray else "random" if args.random else None
-    coloring = None if baseline else read_json(Path(args.result_path) / COLORING)
+    if args.baseline and args.load_size and not args.crop_size:
+        raise cli.UserError(f"--load_size has no effect on --{args.baseline} without --crop_size")
+    coloring = None if args.baseline else read_json(Path(args.result_path) / COLORING)
     if coloring and coloring.get("crop_size") and not (args.load_size or args.crop_size):
         args.load_size, args.crop_size = coloring["load_size"], coloring["crop_size"]
-    if baseline and args.load_size and not args.crop_size:
-        raise cli.UserError(f"--load_size has no effect on --{baseline} without --crop_size")
     use_all_cores()
     prior_path = args.prior or RESOURCES / "prior_probs.npy"
     bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy().astype(np.float64)
@@ -286,7 +296,8 @@ def main(args):
     # Compare, pair by pair
     keep_freed_memory()
     grid = bins_on_grid(load_ab_bins().numpy())
-    job = partial(compare, grid=grid, load_size=args.load_size, crop_size=args.crop_size, random=args.random)
+    sizes = {"load_size": args.load_size, "crop_size": args.crop_size}
+    job = partial(compare, grid=grid, random=args.baseline == "random", **sizes)
     records, totals = [], 0  # counts of the results and of gray
     results = parallel_map(job, [paths for _, *paths in pairs], args.num_workers, "comparing")
     for (name, *_), result in zip(pairs, results):
@@ -304,7 +315,7 @@ def main(args):
     shares = [curves(counts, bin_weights) for counts in totals]
 
     # Write and print
-    title = {None: "colored", "gray": GRAY, "random": RANDOM}[baseline]
+    title = TITLES[args.baseline]
     summary = {
         **colored,
         "colorfulness_difference": colored["colorfulness"] - true["colorfulness"],
@@ -313,16 +324,15 @@ def main(args):
         "images": len(records),
         "pixels": int(totals[0].sum()),
         "true_images": cli.printable(os.path.abspath(args.image_dir)),
-        "colored_images": title if baseline else cli.printable(os.path.abspath(args.result_path)),
+        "colored_images": title if args.baseline else cli.printable(os.path.abspath(args.result_path)),
         "coloring": coloring,
-        "load_size": args.load_size,
-        "crop_size": args.crop_size,
-        "seed": args.seed if args.random else None,
+        **sizes,
+        "seed": args.seed if args.baseline == "random" else None,
         "prior": {"file": cli.printable(prior_path), "sha256": sha256(prior_path)},
         "left_out": {problem: [cli.printable(name) for name in names] for problem, names in left_out.items()},
         **provenance(),
     }
-    base = os.path.join(args.save_path, f"{baseline}_auc" if baseline else "auc")
+    base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
     write_json(summary, base + ".json")
     with atomic_path(base + ".npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **images)
@@ -330,14 +340,13 @@ def main(args):
     write_counts(totals[0], *shares, base + ".txt")
     plot({title: shares[0], GRAY: shares[1]}, base + ".png")
     for name, found in {title: colored, GRAY: gray}.items():
-        print(
-            f"{name:13s}  AuC " + "  ".join(f"{printed} {found[f'auc_{kind}']:.2%}" for kind, printed in KINDS.items())
-        )
+        areas = "  ".join(f"{printed} {found[f'auc_{kind}']:.2%}" for kind, printed in KINDS.items())
+        print(f"{name:13s}  AuC {areas}")
     values = "  ".join(f"{x} {colored[x]:.2f} (true {true[x]:.2f})" for x in ("chroma", "colorfulness"))
     ratio, gray_ratio = (found["psnr"] or math.inf for found in (colored, gray))
     print(f"{values}  PSNR {ratio:.2f} dB (gray {gray_ratio:.2f})")
-    images_and_pixels = f"{cli.counted(len(records), 'image')}, {summary['pixels']} pixels"
-    print(f"{images_and_pixels}; rebalanced by {cli.printable(prior_path)}")
+    number = cli.counted(len(records), "image")
+    print(f"{number}, {summary['pixels']} pixels; rebalanced by {cli.printable(prior_path)}")
     print(f"written: {cli.printable(base)}.json, .csv, .npz, .txt, .png")
     return cli.EXIT_SKIPPED if left_out else 0
 
