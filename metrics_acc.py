@@ -19,6 +19,8 @@ import logging
 import os
 import re
 import sys
+from functools import partial
+from itertools import compress
 from pathlib import Path
 
 from support import cli
@@ -47,17 +49,12 @@ def load_synsets():
     return (RESOURCES / "imagenet_synsets.txt").read_text().split()
 
 
-def class_number(text, numbers):
-    """Return the class of a label, a WordNet id or a number, or None; numbers: {WordNet id: number}."""
-    if text in numbers:
-        return numbers[text]
-    if not re.fullmatch(r"0*[0-9]{1,9}", text):  # Python refuses numbers of thousands of digits
-        return None
-    return int(text) if int(text) < len(numbers) else None
-
-
 def read_labels(path, numbers):
-    """Read lines "name label", separated by space, comma or tab, as {name without suffix: number of the class}."""
+    """Read lines "name label", separated by space, comma or tab, as {name without suffix: number of the class}.
+
+    A label is a WordNet id or a number; numbers: {WordNet id: number}.
+    """
+    classes = {**numbers, **{str(number): number for number in numbers.values()}}
     labels = {}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -68,7 +65,7 @@ def read_labels(path, numbers):
         if not line.strip():
             continue
         name, label = re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line.strip()).groups()
-        number = class_number(label, numbers)
+        number = classes.get(re.sub("^0+(?=.)", "", label))
         if not name or number is None:
             raise cli.UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
         if labels.setdefault(without_suffix(name), number) != number:
@@ -95,19 +92,19 @@ def label_by_folder(name, root, numbers):
 def label_by_file(name, labels, path):
     """Return the class of an image from the result of `read_labels`, by its relative path or its bare name."""
     stem = without_suffix(name)
-    for key in (stem, os.path.basename(stem)):
-        if key in labels:
-            return labels[key]
-    raise cli.UserError(f"{name}: is not listed in {path}")
+    number = labels.get(stem, labels.get(os.path.basename(stem)))
+    if number is None:
+        raise cli.UserError(f"{name}: is not listed in {path}")
+    return number
 
 
 def find_labels(names, root, path=None):
     """Return the classes of named images below `root`, from a file of labels or else from folders: int64 [N]."""
     numbers = {synset: i for i, synset in enumerate(load_synsets())}
+    find = partial(label_by_folder, root=root, numbers=numbers)
     if path:
-        by_name = read_labels(path, numbers)
-        return np.array([label_by_file(name, by_name, path) for name in names])
-    return np.array([label_by_folder(name, root, numbers) for name in names])
+        find = partial(label_by_file, labels=read_labels(path, numbers), path=path)
+    return np.array([find(name) for name in names])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,9 +117,11 @@ def load_classifier(arch, weights=None):
     if arch not in known:
         raise cli.UserError(f"--arch {arch}: not one of {', '.join(known)}")
     create = getattr(models, arch)
-    network = create() if weights else download_classifier(create, arch)
     if weights:
+        network = create()
         load_weights(network, weights)
+    else:
+        network = download_classifier(create, arch)
     network.eval()
     return network
 
@@ -170,6 +169,9 @@ def as_gray(rgb):
     return lab_to_rgb(paddle.concat([rgb_to_lightness(rgb), no_ab], axis=1))
 
 
+VERSIONS = {"colored": {"colored": as_float}, "true": {"true": as_float, "gray": as_gray}}  # by the file they are from
+
+
 @paddle.no_grad()
 def classify(network, paths, labels, versions, args):
     """Classify versions of images.
@@ -196,8 +198,8 @@ def classify(network, paths, labels, versions, args):
         readable += could_be_read.numpy().tolist()
         for name, version in versions.items():
             right = top_classes(network, version(rgb)).numpy() == label  #                         [N, 5]
-            hits[name] += [[row[:top].any() for top in TOP] for row in right]
-    return {name: np.array(values, bool) for name, values in hits.items()}, np.array(readable, bool)
+            hits[name].append(np.stack([right[:, :top].any(axis=1) for top in TOP], axis=1))
+    return {name: np.concatenate(parts) for name, parts in hits.items()}, np.array(readable, bool)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -206,32 +208,36 @@ def classify(network, paths, labels, versions, args):
 
 def accuracies(hits):
     """Return {"top1": …, "top5": …} of bool [N, 2]."""
-    return {f"top{top}": float(share) for top, share in zip(TOP, hits.mean(axis=0))}
+    return dict(zip(("top1", "top5"), hits.mean(axis=0).tolist()))
 
 
 def write_per_class(hits, labels, synsets, path):
-    with atomic_text(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(("class", "images", *(f"{name}_top{top}" for name in hits for top in TOP)))
-        for label in np.unique(labels):
-            chosen = labels == label
-            shares = [share for values in hits.values() for share in values[chosen].mean(axis=0)]
-            writer.writerow((synsets[label], chosen.sum(), *(f"{share:.4f}" for share in shares)))
+    rows = []
+    for label in np.unique(labels):
+        chosen = labels == label
+        shares = np.concatenate([values[chosen].mean(axis=0) for values in hits.values()])
+        rows.append((synsets[label], chosen.sum(), *(f"{share:.4f}" for share in shares)))
+    write_csv(("class", "images"), hits, rows, path)
 
 
 def write_images(names, hits, labels, synsets, path):
     """Write for each image and version whether its class is among the first 1 and 5, as 1 and 0."""
+    right = np.concatenate([*hits.values()], axis=1).astype(int)
+    rows = [(name, synsets[label], *row) for name, label, row in zip(names, labels, right)]
+    write_csv(("image", "class"), hits, rows, path)
+
+
+def write_csv(columns, versions, rows, path):
     with atomic_text(path) as file:
         writer = csv.writer(file)
-        writer.writerow(("image", "class", *(f"{version}_top{top}" for version in hits for top in TOP)))
-        for name, label, row in zip(names, labels, np.concatenate([*hits.values()], axis=1).astype(int)):
-            writer.writerow((name, synsets[label], *row))
+        writer.writerow((*columns, *(f"{version}_top{top}" for version in versions for top in TOP)))
+        writer.writerows(rows)
 
 
 def print_table(hits):
-    print(f"{'':8s}" + "".join(f"   top-{top}" for top in TOP))
+    print(f"{'':8s}   top-1   top-5")
     for name, values in hits.items():
-        print(f"{name:8s}" + "".join(f"{share:8.2%}" for share in accuracies(values).values()))
+        print(f"{name:8s}" + "".join(f"{share:8.2%}" for share in values.mean(axis=0)))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -289,17 +295,16 @@ def main(args):
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
     hits, readable = {}, np.ones(len(names), bool)
-    for version, functions in (("colored", {"colored": as_float}), ("true", {"true": as_float, "gray": as_gray})):
-        if version in paths:
-            more_hits, could_be_read = classify(network, paths[version], labels, functions, args)
-            hits.update(more_hits)
-            readable &= could_be_read
+    for version, files in paths.items():
+        more_hits, could_be_read = classify(network, files, labels, VERSIONS[version], args)
+        hits.update(more_hits)
+        readable &= could_be_read
     if not readable.any():
         raise cli.UserError(f"none of the {len(names)} images can be read")
     if not readable.all():
-        left_out["unreadable"] = [name for name, could in zip(names, readable) if not could]
+        left_out["unreadable"] = list(compress(names, ~readable))
     hits, labels = {name: values[readable] for name, values in hits.items()}, labels[readable]
-    names = [name for name, could in zip(names, readable) if could]
+    names = list(compress(names, readable))
 
     # Write and print
     def folder(path):

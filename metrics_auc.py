@@ -51,7 +51,7 @@ from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, 
 KINDS = {"raw": "raw", "rebalanced": "rebalanced", "rebalanced_own": "macro"}  # in keys: as printed
 VERSIONS = ("colored", "gray", "true")  # of each image
 GRAY = "gray (ab = 0)"
-TITLES = {None: "colored", "gray": GRAY, "random": "random ab"}  # by baseline
+BASELINES = {None: ("colored", "auc"), "gray": (GRAY, "gray_auc"), "random": ("random ab", "random_auc")}  # title, file
 ERRORS = MAX_THRESHOLD + 2  # classes of an error: first within 0 … 150, and beyond
 AREAS = auc(np.eye(ERRORS))  # contribution of one pixel to the AuC, by its error: [152]
 
@@ -173,19 +173,17 @@ def pool(images, times):
 
 def measures(sums, bin_weights):
     """Compute all measures from sums over pooled images: {name: [B, ...]}, [313] -> {version: {measure: [B]}}."""
-    counts, found = sums["areas"][:, 2], {}
-    for i, version in enumerate(VERSIONS):
-        areas = sums["areas"][:, i]
-        with np.errstate(invalid="ignore"):  # the PSNR is NaN if all are exact copies
-            found[version] = {
-                "auc_raw": areas.sum(axis=1) / counts.sum(axis=1),
-                "auc_rebalanced": areas @ bin_weights / (counts @ bin_weights),
-                "auc_rebalanced_own": (areas / counts.clip(min=1)).sum(axis=1) / (counts > 0).sum(axis=1),
-                "chroma": sums["chroma"][:, i] / sums["pixels"],
-                "colorfulness": sums["colorfulness"][:, i] / sums["images"],
-                "psnr": sums["psnr"][:, i] / (sums["images"] - sums["copies"][:, i]),
-            }
-    return found
+    areas, counts = np.moveaxis(sums["areas"], 1, 0), sums["areas"][:, 2]
+    with np.errstate(invalid="ignore"):  # the PSNR is NaN if all are exact copies
+        found = {
+            "auc_raw": areas.sum(axis=2) / counts.sum(axis=1),
+            "auc_rebalanced": areas @ bin_weights / (counts @ bin_weights),
+            "auc_rebalanced_own": (areas / counts.clip(min=1)).sum(axis=2) / (counts > 0).sum(axis=1),
+            "chroma": sums["chroma"].T / sums["pixels"],
+            "colorfulness": sums["colorfulness"].T / sums["images"],
+            "psnr": sums["psnr"].T / (sums["images"] - sums["copies"].T),
+        }
+    return {version: {x: values[i] for x, values in found.items()} for i, version in enumerate(VERSIONS)}
 
 
 def curves(counts, bin_weights):
@@ -200,25 +198,33 @@ def curves(counts, bin_weights):
 
 
 def write_csv(images, bin_weights, path):
-    found = measures(images, bin_weights)
-    columns = [(version, x) for version in VERSIONS[:2] for x in ("auc_raw", "auc_rebalanced", "psnr")]
-    columns += [(version, x) for version in ("colored", "true") for x in ("chroma", "colorfulness")]
+    columns = "auc_raw auc_rebalanced psnr gray_auc_raw gray_auc_rebalanced gray_psnr chroma colorfulness true_chroma"
+    columns = f"{columns} true_colorfulness".split()
+    found = {}
+    for version, values in measures(images, bin_weights).items():
+        found.update({f"{version}_{x}".replace("colored_", ""): v for x, v in values.items()})
     with atomic_text(path) as file:
         writer = csv.writer(file)
-        writer.writerow(("image", "pixels", *(f"{version}_{x}".replace("colored_", "") for version, x in columns)))
-        rows = zip(images["names"], images["pixels"], *(found[version][x] for version, x in columns))
-        writer.writerows((name, pixels, *(f"{value:.6f}" for value in values)) for name, pixels, *values in rows)
+        writer.writerow(("image", "pixels", *columns))
+        for name, pixels, *values in zip(images["names"], images["pixels"], *(found[x] for x in columns)):
+            writer.writerow((name, pixels, *(f"{value:.6f}" for value in values)))
 
 
 def write_counts(counts, colored, gray, path):
     """Write the 151 counts and the total of [313, 152], and the curves [3, 151] of the results and of gray."""
     with atomic_text(path) as file:
-        file.write(
-            f"# t, pixels with an ab error of at most t, share: {', '.join(KINDS.values())}; the same for gray\n"
-        )
+        kinds = ", ".join(KINDS.values())
+        file.write(f"# t, pixels with an ab error of at most t, share: {kinds}; the same for gray\n")
         for t, (count, shares) in enumerate(zip(counts.sum(axis=0).cumsum(), np.concatenate([colored, gray]).T)):
             file.write(f"{t:3d} {count:14d} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
         file.write(f"total {counts.sum():12d}\n")
+
+
+def read_curves(folders):
+    """Read auc.txt of {name: folder}: curves [3, 151] by name, and those of gray."""
+    both = {name: np.genfromtxt(Path(folder, "auc.txt"), skip_footer=1)[:, 2:].T for name, folder in folders.items()}
+    *_, last = both.values()
+    return {**{name: six[:3] for name, six in both.items()}, GRAY: last[3:]}
 
 
 def plot(results, path):
@@ -315,7 +321,8 @@ def main(args):
     shares = [curves(counts, bin_weights) for counts in totals]
 
     # Write and print
-    title = TITLES[args.baseline]
+    title, name = BASELINES[args.baseline]
+    base = os.path.join(args.save_path, name)
     summary = {
         **colored,
         "colorfulness_difference": colored["colorfulness"] - true["colorfulness"],
@@ -332,7 +339,6 @@ def main(args):
         "left_out": {problem: [cli.printable(name) for name in names] for problem, names in left_out.items()},
         **provenance(),
     }
-    base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
     write_json(summary, base + ".json")
     with atomic_path(base + ".npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **images)

@@ -20,6 +20,7 @@ validation, and the training curves of the KL are plotted.
 import csv
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -67,25 +68,31 @@ PATTERN = {  # the expected order: each row has a higher value than the next
 }
 THUMBNAIL = (160, 120)  # pixels
 
+
+def heading(row):
+    return ROWS.get(row, row)
+
+
 # -------------------------------------------------------------------------------------------------
 # Measuring, by the metrics' own scripts
 
 
+def flags(**values):
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
 def measure(folder, output, args):
     """Run metrics_auc.py on a folder of results and return the per-image sums of its auc.npz."""
-    flags = ["--prior", args.prior] if args.prior else []
-    where = ["--image_dir", args.val_dir, "--result_path", str(folder), "--save_path", str(output)]
-    metrics_auc.main(metrics_auc.parse_args([*where, *flags, "--num_workers", str(args.num_workers)]))
+    where = {"image_dir": args.val_dir, "result_path": folder, "save_path": output}
+    metrics_auc.main(metrics_auc.parse_args(flags(**where, prior=args.prior, num_workers=args.num_workers)))
     with np.load(output / "auc.npz") as file:
         return dict(file)
 
 
 def recognize(where, output, args):
     """Run metrics_acc.py and return the lines of its accuracy_images.csv by image name."""
-    flags = ["--arch", args.arch, "--num_workers", str(args.num_workers), "--save_path", str(output)]
-    for name in ("weights", "labels"):
-        flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    metrics_acc.main(metrics_acc.parse_args([*where, *flags]))
+    settings = {name: getattr(args, name) for name in ("arch", "weights", "labels", "num_workers")}
+    metrics_acc.main(metrics_acc.parse_args([*where, *flags(**settings, save_path=output)]))
     with open(output / "accuracy_images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {line["image"]: line for line in csv.DictReader(file)}
 
@@ -99,7 +106,8 @@ def align(measured, recognized):
         raise UserError("the rows have no image in common that could be compared")
     aligned = {}
     for row, images in measured.items():
-        aligned[row] = {key: values[[places[row][name] for name in names]] for key, values in images.items()}
+        chosen = [places[row][name] for name in names]
+        aligned[row] = {key: values[chosen] for key, values in images.items()}
         if not np.array_equal(aligned[row]["areas"][:, 2], aligned[first]["areas"][:, 2]):
             raise UserError(f"{row} and {first} are not of the same size or crop: compare them in separate tables")
     return names, aligned
@@ -132,10 +140,9 @@ def measures(names, measured, recognized, times, bin_weights):
     for row, images in measured.items():
         found[row], *controls = metrics_auc.measures(metrics_auc.pool(images, times), bin_weights).values()
     found[GRAY], found[TRUE] = controls  # the same for all rows
-    for row, lines in recognized.items():
-        version = row if row in (GRAY, TRUE) else "colored"
-        for top in ("top1", "top5"):
-            found[row][top] = times @ [int(lines[name][f"{version}_{top}"]) for name in names] / len(names)
+    for (row, lines), top in product(recognized.items(), ("top1", "top5")):
+        column = f"{row if row in (GRAY, TRUE) else 'colored'}_{top}"
+        found[row][top] = times @ [int(lines[name][column]) for name in names] / len(names)
     return {row: {x: v for x, v in values.items() if np.isfinite(v).all()} for row, values in found.items()}
 
 
@@ -167,24 +174,23 @@ def differences(found):
 def markdown(summary):
     """Return the results and the differences as two Markdown tables with a caption."""
     results, prior, classifier = summary["results"], summary["prior"], summary["classifier"]
-    measured = {x: how for x, how in QUANTITIES.items() if any(x in row for row in results.values())}
-    rows = [["", *(heading for heading, _ in measured.values())]]
-    for row, values in results.items():
-        rows.append([ROWS.get(row, row), *(show(values.get(x), factor) for x, (_, factor) in measured.items())])
+    measured = [x for x in QUANTITIES if any(x in values for values in results.values())]
+    rows = [["", *(QUANTITIES[x][0] for x in measured)]]
+    rows += [[heading(row), *(show(x, values.get(x)) for x in measured)] for row, values in results.items()]
     caption = (
         f"*{summary['images']} images. AuC and accuracy in percent, chroma in ab units, PSNR in dB"
-        + ("; KL of the last validation in nats per position, lower is better" if "kl" in measured else "")
-        + f". In parentheses the 95% interval of {summary['bootstrap']} bootstrap resamples. Rebalanced by "
-        + f"{os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…)"
+        f"{'; KL of the last validation in nats per position, lower is better' * ('kl' in measured)}. In parentheses "
+        f"the 95% interval of {summary['bootstrap']} bootstrap resamples. Rebalanced by "
+        f"{os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…)"
         + (f"; accuracy by {classifier['arch']}.*" if classifier else ".*")
     )
     pattern = [["", "difference", "95% interval", ""]]
     for line in summary["differences"]:
-        heading, factor = QUANTITIES[line["quantity"]]
+        name, factor = QUANTITIES[line["quantity"]]
         value, low, high = (f"{factor * line[x]:+.2f}" for x in ("value", "low", "high"))
-        name = f"{heading}: {ROWS[line['of']]} − {ROWS[line['minus']]} > 0"
-        pattern.append([name, value, f"{low} … {high}", line["verdict"]])
-    return "\n".join([table(rows), caption, *(["", table(pattern)] if len(pattern) > 1 else [])])
+        expected = f"{name}: {ROWS[line['of']]} − {ROWS[line['minus']]} > 0"
+        pattern.append([expected, value, f"{low} … {high}", line["verdict"]])
+    return "\n".join([table(rows), caption, *(["", table(pattern)] if summary["differences"] else [])])
 
 
 def table(rows):
@@ -193,10 +199,11 @@ def table(rows):
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
-def show(estimated, factor):
+def show(quantity, estimated):
     """Return a cell: the value and its interval, if it has one."""
     if estimated is None:
         return "–"
+    factor = QUANTITIES[quantity][1]
     value, low, high = (f"{factor * estimated.get(x, estimated['value']):.2f}" for x in ("value", "low", "high"))
     return f"{value} ({low} – {high})" if low != high else value
 
@@ -210,9 +217,8 @@ def plot_curves(logs, path):
             points = np.array([(line["step"], line[key]) for line in lines if key in line])
             width = max(1, len(points) // 20) if key == "kl" else 1
             means = [np.convolve(values, np.full(width, 1 / width), "valid") for values in points.T]
-            label = f"{ROWS.get(row, row)}{suffix}"
             if len(points):
-                axes.plot(*means, style, color=f"C{i}", markersize=4, linewidth=1, label=label)
+                axes.plot(*means, style, color=f"C{i}", markersize=4, linewidth=1, label=heading(row) + suffix)
     axes.set(xlabel="step", ylabel="KL, nats per position, not re-weighted")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=max(1, len(logs)))
@@ -226,7 +232,7 @@ def save_sheet(names, true_dir, results, path):
     for name in names:
         original, *versions = (ImageOps.contain(open_rgb(images[name]), THUMBNAIL) for images in (true, *colored))
         rows.append((printable(os.path.basename(name)), (original.convert("L").convert("RGB"), *versions, original)))
-    headings = ("gray", *(ROWS.get(row, row).split(" (")[0] for row in results), "true")
+    headings = ("gray", *(heading(row).split(" (")[0] for row in results), "true")
     with atomic_path(path) as temporary:
         contact_sheet(rows, headings, THUMBNAIL[0]).save(temporary, format="JPEG", quality=85)
 
@@ -306,16 +312,15 @@ def main(args):
     write_json(summary, output / "ablation.json")
     with atomic_text(output / "ablation.md") as file:
         file.write(markdown(summary))
-    curves = {row: np.genfromtxt(output / row / "auc.txt", skip_footer=1)[:, 2:].T for row in results}
-    curves = {**{ROWS.get(row, row): six[:3] for row, six in curves.items()}, ROWS[GRAY]: curves[first][3:]}
+    curves = metrics_auc.read_curves({heading(row): output / row for row in results})
     metrics_auc.plot(curves, output / "ablation_auc.png")
     shown = np.random.default_rng(args.seed).permutation(len(names))[: args.panel]
     save_sheet([names[i] for i in shown], args.val_dir, results, output / "ablation_sheet.jpg")
     if logs:
         plot_curves(logs, output / "ablation_curves.png")
     print(markdown(summary))
-    files = "ablation.json, .md, _auc.png, _sheet.jpg" + (", _curves.png" if logs else "")
-    skipped = f", {len(left_out)} skipped" if left_out else ""
+    files = "ablation.json, .md, _auc.png, _sheet.jpg" + ", _curves.png" * bool(logs)
+    skipped = f", {len(left_out)} skipped" * bool(left_out)
     print(f"{printable(output)}: {files}; {len(results)} rows, {len(names)} images{skipped}")
     return EXIT_SKIPPED if left_out else 0
 

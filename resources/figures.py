@@ -97,13 +97,6 @@ def plot_soft_encoding(image, ab_bins):
     return figure
 
 
-def read_curves(folders):
-    """Read the AuC curves [3, 151] in each folder's auc.txt, and those of the gray baseline."""
-    curves = {name: np.genfromtxt(folder / "auc.txt", skip_footer=1)[:, 2:].T for name, folder in folders.items()}
-    *_, last = curves.values()
-    return {**{name: six[:3] for name, six in curves.items()}, metrics_auc.GRAY: last[3:]}
-
-
 def plot_gains(folders):
     """Plot each class's top-1 accuracy on colorized images minus that on gray images, in percentage points."""
     gains = {}
@@ -149,7 +142,7 @@ def main(args):
     }
     folders = {printable(x): Path(x) for x in args.results}
     if folders:
-        metrics_auc.plot(read_curves(folders), Path(args.save_path, "auc.png"))
+        metrics_auc.plot(metrics_auc.read_curves(folders), Path(args.save_path, "auc.png"))
         figures["accuracy_gains"] = plot_gains(folders)
     for name, figure in figures.items():
         with atomic_path(Path(args.save_path, f"{name}.png")) as temporary:

@@ -96,7 +96,7 @@ def test_synsets_are_1000_and_sorted():
 
 def test_labels_file_takes_numbers_and_ids(tmp_path):
     path = tmp_path / "labels.txt"
-    path.write_text("ILSVRC2012_val_00000001.JPEG 65\nsub/two words.v2 n01443537\n\nbare.png  999 \n")
+    path.write_text("ILSVRC2012_val_00000001.JPEG 65\nsub/two words.v2 n01443537\n\nbare.png  0999 \n")
     numbers = {synset: i for i, synset in enumerate(SYNSETS)}
     labels = metrics_acc.read_labels(path, numbers)
     assert labels == {"ILSVRC2012_val_00000001": 65, "sub/two words.v2": 1, "bare": 999}
@@ -104,7 +104,7 @@ def test_labels_file_takes_numbers_and_ids(tmp_path):
     assert metrics_acc.label_by_file("bare.jpg", labels, path) == 999
 
 
-@pytest.mark.parametrize("line", ["a.png", "a.png 1000", "a.png -1", "a.png n99999999", "a.png 1.5", "281", "a.png ²"])
+@pytest.mark.parametrize("line", ["a.png", "a.png,", "a.png 1000", "a -1", "a n99999999", "a 1.5", "281", "a.png ²"])
 def test_labels_file_with_a_bad_line(tmp_path, line):
     (tmp_path / "labels.txt").write_text(f"fine.png 3\n{line}\n")
     with pytest.raises(SystemExit, match="labels.txt, line 2: not a name and a class"):

@@ -414,7 +414,7 @@ def test_square_crops_are_compared_with_the_same_crop(tmp_path, flags):
 
 
 def test_a_square_crop_of_a_square_image_needs_the_flag(tmp_path):
-    """Of the same size as the original, but a crop, which --crop_size specifies."""
+    """A crop of the original with the same size as the original is recognized by --crop_size only."""
     image = SMALL["coffee"][:, :48]
     true = save_all(tmp_path / "t", {"a": image})
     colored = save_all(tmp_path / "c", {"a": crop_resized(Image.fromarray(image), 64, 48)})
