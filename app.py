@@ -122,7 +122,7 @@ def full_size(suffix, photo, temperature):
     return str(target)
 
 
-def position(photo, event: gr.SelectData):
+def position(photo, event: "gr.SelectData"):
     """Return the clicked place in percent of the width and the height."""
     if photo is None:
         return gr.skip(), gr.skip()

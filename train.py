@@ -333,7 +333,7 @@ def announce(args, network, loader, val_loader, autocast):
 
 def report(run, args, stop):
     """Print how the run ended. Return its exit code."""
-    done = f"{run.folder / 'epoch_latest_model.pdparams'}: {run.progress['step']} steps"
+    done = f"{run.folder / 'epoch_latest_model.pdparams'}: {cli.counted(run.progress['step'], 'step')}"
     if stop.signal:
         processes.on_first(note, f"{done}; stopped; resume with --continue_train")
         return 128 + stop.signal

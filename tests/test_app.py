@@ -261,6 +261,7 @@ def test_taken_port_is_reported_before_weights_are_loaded():
             app.main(app.parse_args(["--port", str(taken.getsockname()[1]), "--load_model", "missing"]))
 
 
-def test_missing_gradio_is_reported(stopped, monkeypatch):
-    monkeypatch.setattr(app, "gr", None)
-    assert "requirements-app.txt" in stopped(app.main, app.parse_args([]))
+def test_missing_gradio_is_reported():
+    without = "import runpy, sys; sys.modules['gradio'] = None; runpy.run_path('app.py', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "requirements-app.txt" in ended.stderr

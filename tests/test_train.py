@@ -199,8 +199,9 @@ def test_last_epoch_of_a_finished_run_is_not_repeated(run_training):
     assert len(steps(run_training("--num_epochs", 2, "--max_steps", 100, "--continue_train"))) == 2
 
 
-def test_freeze_bn_keeps_stored_statistics(run_training, tmp_path):
+def test_freeze_bn_keeps_stored_statistics(run_training, tmp_path, capsys):
     run_training("--max_steps", 1, folder="start")
+    assert "model.pdparams: 1 step; log in" in capsys.readouterr().out
     start = tmp_path / "start" / "model" / "epoch_latest_model.pdparams"
     run_training("--init_from", start, "--freeze_bn", folder="frozen")
     run_training("--init_from", start, folder="free")
