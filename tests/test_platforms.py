@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PREAMBLE = """
-import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, sys
+import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, sys, types
 
 def refuse(*_, **__):
     raise TypeError("not on this system")
@@ -38,6 +38,7 @@ os.kill = refuse  # on Windows, it sends Ctrl-C or ends the process
 exists = pathlib.Path.exists
 pathlib.Path.exists = lambda path: not str(path).startswith("/proc/") and exists(path)
 sys.modules["fcntl"] = sys.modules["resource"] = None
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)  # Windows locks files by it
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
