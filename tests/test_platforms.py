@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PREAMBLE = """
-import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, sys, types
+import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, subprocess, sys, types
 
 def refuse(*_, **__):
     raise TypeError("not on this system")
