@@ -48,7 +48,7 @@ def find_weights(model_path, name=None):
     """Return the path of the checkpoint that `--load_model NAME` means.
 
     It is epoch_{NAME}_model.pdparams or .safetensors in `model_path`, or NAME itself is a path. "small" is bundled;
-    "official" is downloaded and converted on first use. Raises UserError if there is no such file.
+    "official" is downloaded and converted on first use. Raises UserError if it is missing.
     """
     folder = Path(model_path)
     name = name or default_name(folder)

@@ -19,9 +19,9 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 from support import cli
@@ -29,15 +29,7 @@ from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
 from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
 from support.gpu import check_gpu
-from support.images import (
-    COLORING,
-    InvalidImageError,
-    crop_resized,
-    has_more_frames,
-    image_size,
-    named_images,
-    open_image,
-)
+from support.images import COLORING, InvalidImageError, crop_resized, has_more_frames, named_images, open_image
 from support.records import absolute, append_record, make_record, read_records
 from support.sheets import Sheets, fit
 
@@ -49,8 +41,9 @@ from pretrained import LOAD_SIZE, checkpoint_info, find_weights
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
-LEAST_PIXELS = 500_000  # that an image counts as, because its network input needs memory, too
+IMAGES_AHEAD = 64  # at most, as each may be an open file
 NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
+LONGEST_NAME = 255  # bytes, of the usual file systems
 COLUMNS = ("gray", "colored", "original")  # of a contact sheet
 
 # -------------------------------------------------------------------------------------------------
@@ -69,12 +62,11 @@ def plan(args, settings):
     todo, skipped = {}, []
     for path, name in islice(results.items(), args.max_samples):
         record = records.get(name)
-        if os.path.isdir(folder / name):
-            skipped.append(f"{path}: {folder / name} is a folder")
-        elif not args.skip_existing and record and record["source"]["path"] != absolute(path):
-            problem = f"is the result of {record['source']['path']}; choose another --result_path"
+        if args.skip_existing and record == make_record(path, settings, folder, name):
+            continue
+        if problem := obstacle(folder / name, path, not args.skip_existing and record):
             skipped.append(f"{path}: {folder / name} {problem}")
-        elif not args.skip_existing or record != make_record(path, settings, folder, name):
+        else:
             todo[path] = name
     return todo, skipped
 
@@ -97,84 +89,109 @@ def check_apart(results, args):
             raise UserError(f"{path}: the result would overwrite it; choose another name")
 
 
+def obstacle(target, path, record):
+    """Return why the result of `path` cannot be written to `target`, which may have the record of an earlier result."""
+    if os.path.isdir(target):
+        return "is a folder"
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        return "cannot be written: file name too long"
+    if record and record["source"]["path"] != absolute(path):
+        return f"is the result of {record['source']['path']}; choose another --result_path"
+    return None
+
+
 # -------------------------------------------------------------------------------------------------
 # Read (threads), colorize (the device), write (threads)
 
 
-def read_ahead(pool, paths, args):
-    """Read images in a pool's threads, at most PIXELS_AHEAD at a time. Yield their futures, in order."""
-    pending, waiting = deque(), 0
+def open_images(paths, args):
+    """Open one image after another. Yield its number of pixels and the function that loads it."""
     for path in paths:
-        pixels = max(pixel_count(path), LEAST_PIXELS)
-        while pending and waiting + pixels > PIXELS_AHEAD:
-            waiting -= pending[0][0]
-            yield pending.popleft()[1]
-        pending.append((pixels, pool.submit(load, path, args)))
-        waiting += pixels
-    while pending:
-        yield pending.popleft()[1]
-
-
-def pixel_count(path):
-    try:
-        return math.prod(image_size(path))
-    except InvalidImageError:  # which `load` raises as well
-        return 0
-
-
-def readable(futures):
-    """Yield what was read; report and skip the images that cannot be."""
-    for future in futures:
+        file = ExitStack()
         try:
-            yield future.result()
+            opened = file.enter_context(open_image(path, args.load_size if args.crop_size else None))
         except InvalidImageError as error:
-            note(f"skipped {error}")
+            yield 0, partial(tuple, (error, None))
+        else:
+            yield opened.width * opened.height, partial(load, path, opened, file, args)
 
 
-def load(path, args):
-    """Return the path, its image and the network's input. Raises InvalidImageError."""
-    with open_image(path, args.load_size if args.crop_size else None) as opened:
-        if not args.crop_size and max(opened.size) > LARGEST_SIDE.get(args.format, math.inf):
-            raise ValueError(f"{opened.width}x{opened.height} is too large for {args.format}")
-        if has_more_frames(opened):
-            note(f"{path}: only the first of its frames or pages is colorized")
-        image = decode(opened)
+def load(path, opened, file, args):
+    """Return an opened image, a Pillow image, and the network's input; or the error that makes it be skipped, None."""
+    try:
+        with file:
+            if not args.crop_size and max(opened.size) > LARGEST_SIDE.get(args.format, math.inf):
+                raise ValueError(f"{opened.width}x{opened.height} is too large for {args.format}")
+            if has_more_frames(opened):
+                note(f"{path}: only the first of its frames or pages is colorized")
+            image = decode(opened)
+    except InvalidImageError as error:
+        return error, None
     if args.crop_size:
-        crop = Image.fromarray(crop_resized(image, args.load_size, args.crop_size))
-        crop.info, image = image.info, crop
+        info = image.info
+        image = Image.fromarray(crop_resized(image, args.load_size, args.crop_size))
+        image.info = info
     inputs = network_input(image, args.crop_size or args.load_size)
     if inputs.max() < NEARLY_BLACK:
         note(f"{path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
-    return path, image, inputs
+    return image, inputs
+
+
+def colorize(loaded, colorizer, temperature, batch_size):
+    """Yield each image and its result, in order; errors as they are."""
+    for batch in batches(loaded, batch_size):
+        images, inputs = zip(*batch)
+        if inputs[0] is None:
+            yield from batch
+        else:
+            predicted = colorizer.predict_ab(np.stack(inputs), temperature)
+            yield from ((image, colored(image, ab)) for image, ab in zip(images, predicted))
 
 
 def batches(loaded, batch_size):
     """Yield lists of consecutive images whose network inputs have one shape, at most `batch_size` long."""
-    batch, pixels = [], 0
-    for path, image, inputs in loaded:
-        pixels += image.width * image.height
-        if batch and (len(batch) == batch_size or pixels > PIXELS_AHEAD or inputs.shape != batch[0][2].shape):
+    for _, group in groupby(loaded, key=lambda x: np.shape(x[1])):
+        batch, pixels = [], 0
+        for image, inputs in group:
+            batch.append((image, inputs))
+            pixels += 0 if inputs is None else image.width * image.height
+            if len(batch) == batch_size or pixels > PIXELS_AHEAD:
+                yield batch
+                batch, pixels = [], 0
+        if batch:
             yield batch
-            batch, pixels = [], image.width * image.height
-        batch.append((path, image, inputs))
-    if batch:
-        yield batch
 
 
-def colorize(batch, colorizer, temperature):
-    """Return (path, image, result) of each image in a batch."""
-    paths, images, inputs = zip(*batch)
-    predicted = colorizer.predict_ab(np.stack(inputs), temperature)
-    return list(zip(paths, images, map(colored, images, predicted)))
-
-
-def write(path, image, result, target, args):
-    """Write a result. Return the path and, for the contact sheet, thumbnails: gray, colored, original."""
+def write(image, result, target, args):
+    """Write a result; return it to the contact sheet as thumbnails: gray, colored, original. Errors as they are."""
+    if result is None:
+        return image
     save(result, target, args.format)
-    if not args.compare:
-        return path, None
-    original = fit(image)
-    return path, (original.convert("L").convert("RGB"), fit(result), original)
+    if args.compare:
+        original = fit(image)
+        return original.convert("L").convert("RGB"), fit(result), original
+    return ()
+
+
+def in_threads(pool, jobs, at_once=False):
+    """Call functions in a pool's threads and yield what they return, in order.
+
+    Args:
+        pool (ThreadPoolExecutor): The threads.
+        jobs (Iterable): Pairs of a number of pixels and a function. Jobs are started while all that are not yielded
+            yet have at most PIXELS_AHEAD pixels.
+        at_once (bool): Yield what is done whenever a job is started, so that it counts and is released.
+    """
+    pending, waiting = deque(), 0
+    for pixels, function in jobs:
+        pixels = max(pixels, PIXELS_AHEAD // IMAGES_AHEAD)
+        while pending and (waiting + pixels > PIXELS_AHEAD or (at_once and pending[0][1].done())):
+            waiting -= pending[0][0]
+            yield pending.popleft()[1].result()
+        pending.append((pixels, pool.submit(function)))
+        waiting += pixels
+    while pending:
+        yield pending.popleft()[1].result()
 
 
 @contextmanager
@@ -185,17 +202,6 @@ def background_threads(count):
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)  # pending jobs are left if the run is stopped
-
-
-def run(todo, colorizer, args):
-    """Read, colorize and write simultaneously. Yield (path, thumbnails) of each result, in order."""
-    folder, writing = result_folder(args), []
-    with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
-        for batch in batches(readable(read_ahead(readers, todo, args)), args.batch_size):
-            colorized = colorize(batch, colorizer, args.temperature)
-            yield from (future.result() for future in writing)  # of the batch before
-            writing = [writers.submit(write, *each, folder / todo[each[0]], args) for each in colorized]
-        yield from (future.result() for future in writing)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -215,8 +221,8 @@ def parse_args(argv=None):
     default = "(default: 19; if missing, latest, then the highest number, then small)"
     add("--load_model", metavar="NAME", help=f"{name} {default}")
     annealing = "temperature of the annealed mean; 1: mean over all colors, toward 0: the most likely color"
-    suits = f"(default: the checkpoint's own, otherwise {TEMPERATURE})"
-    add("--temperature", type=cli.number(1e-3, 1e6), help=f"{annealing} {suits}")
+    own = f"(default: the checkpoint's own, otherwise {TEMPERATURE})"
+    add("--temperature", type=cli.number(1e-3, 1e6), help=f"{annealing} {own}")
     bf16 = "bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware"
     add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=bf16)
     shorter = f"shorter side of the network's input in pixels (default: the checkpoint's own, otherwise {LOAD_SIZE})"
@@ -281,30 +287,42 @@ def main(args):
     made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
     made_by.update(method, **provenance())
 
-    # Read, colorize and write; coloring.json precedes the first result
-    described = [*([] if args.output else [result]), *([compare] if args.compare else [])]
-    for folder in described:
-        write_json(made_by, folder / COLORING)
+    # Read, colorize and write simultaneously; coloring.json precedes the first result
     done, sheets = 0, {}
-    for path, thumbnails in cli.progress(run(todo, colorizer, args), len(todo)):
-        done += 1
-        if not args.output:
-            append_record(make_record(path, settings, result, todo[path]), result)
-        if args.compare:
-            stem = Path(todo[path]).with_suffix("")
-            folder = compare / stem.parts[0] if len(args.images) > 1 and len(stem.parts) > 1 else compare
-            sheets.setdefault(folder, Sheets(folder, COLUMNS)).add(printable(stem), thumbnails)
+    folders = [folder for folder, given in ((result, not args.output), (compare, args.compare)) if given]
+
+    def writing(colorized):
+        for (image, colored_image), name in zip(colorized, todo.values()):
+            while colored_image and folders:
+                write_json(made_by, folders.pop() / COLORING)
+            yield (
+                colored_image.width * colored_image.height if colored_image else 0,
+                partial(write, image, colored_image, result / name, args),
+            )
+
+    with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
+        loaded = in_threads(readers, open_images(todo, args))
+        colorized = colorize(loaded, colorizer, args.temperature, args.batch_size)
+        written = in_threads(writers, writing(colorized), at_once=True)
+        for outcome, (path, name) in zip(cli.progress(written, len(todo)), todo.items()):
+            if isinstance(outcome, InvalidImageError):
+                note(f"skipped {outcome}")
+                skipped.append(path)
+                continue
+            done += 1
+            if not args.output:
+                append_record(make_record(path, settings, result, name), result)
+            if args.compare:
+                stem = Path(name).with_suffix("")
+                folder = compare / stem.parts[0] if len(args.images) > 1 and len(stem.parts) > 1 else compare
+                sheets.setdefault(folder, Sheets(folder, COLUMNS)).add(printable(stem), outcome)
     for folder, of_folder in sheets.items():
         of_folder.flush()
         print(f"{printable(folder)}: {counted(of_folder.written, 'contact sheet')} (gray, colored, original)")
-    number_skipped = len(skipped) + len(todo) - done
     trained = f" (epoch {info['epoch']}, {counted(info['step'], 'step')})" if "step" in info else ""
     made_with = f"with {printable(checkpoint)}{trained} in {colorizer.precision}"
-    print(
-        f"{where}: {counted(done, 'image')} colorized {made_with}"
-        + (f", {number_skipped} skipped" if number_skipped else "")
-    )
-    return cli.EXIT_SKIPPED if number_skipped else 0
+    print(f"{where}: {counted(done, 'image')} colorized {made_with}" + (f", {len(skipped)} skipped" if skipped else ""))
+    return cli.EXIT_SKIPPED if skipped else 0
 
 
 if __name__ == "__main__":

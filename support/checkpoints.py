@@ -59,7 +59,7 @@ def load_checkpoint(path):
 
 
 def read_info(path):
-    """Return, as a dict, what a checkpoint contains besides its weights: its ENTRIES, or the metadata of safetensors."""
+    """Return what a checkpoint contains besides its weights, a dict: its ENTRIES, or the metadata of safetensors."""
     return read_file(path, lambda file: read_metadata(file) if is_safetensors(file) else _read_state(file)[1])
 
 

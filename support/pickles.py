@@ -80,7 +80,7 @@ class DataUnpickler(pickle._Unpickler):
 
 
 class _Memo(dict):
-    """The values that an unpickler may repeat: no containers, as 60 lists that hold the next one twice stand for 2^60."""
+    """The values that an unpickler may repeat: no containers; 60 lists that hold the next one twice stand for 2^60."""
 
     def __getitem__(self, index):
         if isinstance(value := super().__getitem__(index), (dict, list, tuple)):

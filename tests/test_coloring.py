@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 from support import sheets
 from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
@@ -403,24 +404,31 @@ def test_patterns_that_the_shell_did_not_expand(run, photo):
 # Reading, the network and writing
 
 
-def test_records_of_batches_are_in_the_order_of_names(run, photo):
+def test_images_are_read_once_and_written_in_order_of_names(run, photo, monkeypatch):
     for name, angle in zip("abcd", (0, 90, 0, 90)):
         path = photo(f"in/{name}.png")
         Image.open(path).rotate(angle, expand=True).save(path)
+    opened, original = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda path, *args, **settings: opened.append(path) or original(path, *args, **settings)
+    )
     _, result = run("in")
+    assert [os.path.basename(path) for path in opened] == ["a.png", "b.png", "c.png", "d.png"]
     records = [json.loads(line) for line in (result / "coloring.jsonl").read_text().splitlines() if line]
     assert [record["result"]["path"] for record in records] == ["a.png", "b.png", "c.png", "d.png"]
 
 
-def test_images_that_are_read_ahead_stay_within_the_limit(photo, tmp_path, monkeypatch):
-    paths = [str(photo(f"in/{name}.png")) for name in "abcdefghij"]
-    monkeypatch.setattr(test, "PIXELS_AHEAD", 4 * test.LEAST_PIXELS)
-    counted = []
-    monkeypatch.setattr(test, "pixel_count", lambda path: counted.append(path) or 0)
-    monkeypatch.setattr(test, "load", lambda path, args: path)
+def test_threads_stay_within_the_pixels_ahead():
+    taken = []
+
+    def jobs():
+        for i in range(20):
+            taken.append(i)
+            yield test.PIXELS_AHEAD // 4, partial(int, i)
+
     with test.background_threads(2) as pool:
-        for i, future in enumerate(test.read_ahead(pool, paths, None)):
-            assert future.result() == paths[i] and len(counted) - i <= 5  # four, and the next, which waits
+        for i, result in enumerate(test.in_threads(pool, jobs())):
+            assert result == i and len(taken) - i <= 5  # four, and the next, which waits
 
 
 def photograph(width, height, count=1):
