@@ -314,6 +314,7 @@ def begin_or_resume(run, args, steps_per_epoch):
         if progress["batch"] and changes.keys() & set(ORDER):
             note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
             progress["batch"] = 0
+        progress["pending"] = progress["batch"] == steps_per_epoch  # states of earlier versions lack it
     epoch_start, epochs_left = progress["step"] - progress["batch"], args.num_epochs - progress["epoch"]
     last_step = min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
     return progress["step"] + 1, last_step
@@ -360,10 +361,10 @@ def main(args):
     optimizer, schedule = make_optimizer(network, args)
     autocast, scaler = gpu.mixed_precision(args.amp)
 
-    # Progress: `epoch` and `batch` come next, `step` are done. After an epoch's last batch comes its validation.
+    # Progress: `epoch` and `batch` come next, `step` are done. `pending`: the epoch's steps are done, its end is not.
     flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
     flags.update(images=len(loader.dataset), prior=prior.numpy())
-    progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf}
+    progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf, "pending": False}
     run = checkpoints.Run(args.model_path, network, optimizer, scaler, flags, progress, args.keep)
     first_step, last_step = begin_or_resume(run, args, len(sampler))
     schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
@@ -371,12 +372,12 @@ def main(args):
     # Loop
     announce(args, network, loader, val_loader, autocast)
     model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-    log = Log(args.log_path, TAGS, last=(progress["step"], progress["batch"] < len(sampler)))
+    log = Log(args.log_path, TAGS, last=(progress["step"], not progress["pending"]))
     meter = Meter("loss", "nats", "kl")
     stop = processes.StopRequest()
     bar = tqdm(total=last_step, initial=progress["step"], unit="step", disable=None)
     try:
-        while (progress["step"] < last_step or progress["batch"] == len(sampler)) and not stop.signal:
+        while (progress["step"] < last_step or progress["pending"]) and not stop.signal:
             # The rest of an epoch, up to --max_steps or a signal
             set_training(network, args)
             sampler.begin(args.seed, progress["epoch"], skip=progress["batch"])
@@ -391,8 +392,8 @@ def main(args):
                 schedule.step()
                 del loss  # and the graph that it was computed from
                 meter.add(values, broken)
-                step = progress["step"] + 1
-                progress.update(step=step, batch=progress["batch"] + 1)
+                step, batch = progress["step"] + 1, progress["batch"] + 1
+                progress.update(step=step, batch=batch, pending=batch == len(sampler))
                 bar.update()
                 if args.sync_bn and meter.steps == 1:
                     processes.check_synchronized(network)
@@ -411,8 +412,8 @@ def main(args):
             # Validation, and the end of the epoch
             if not stop.agreed() and val_loader:
                 validate(run, val_loader, ab_bins, args, autocast, stop, log)
-            if progress["batch"] == len(sampler) and not stop.signal:
-                progress.update(epoch=progress["epoch"] + 1, batch=0)
+            if progress["pending"] and not stop.signal:
+                progress.update(epoch=progress["epoch"] + 1, batch=0, pending=False)
                 if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
                     run.save(progress["epoch"] - 1, "latest")
         run.save("latest")
