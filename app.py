@@ -292,9 +292,11 @@ def build(names, colorizer):
         computed = {"fn": partial(compute, colorizer), "inputs": [photo, weights], **network}
         shown = {"inputs": [photo, temperature, across, down], "outputs": [photo, picture, marked, chart, text]}
         shown |= {"fn": show, **hidden}
-        upload.upload(take, upload, **taken).then(**computed).success(**shown)
+        # After the network has run, without the state: the user may have chosen another photo meanwhile.
+        drawn = {**shown, "fn": lambda *inputs: show(*inputs)[1:], "outputs": shown["outputs"][1:]}
+        upload.upload(take, upload, **taken).then(**computed).success(**drawn)
         for path, button in examples.items():
-            button.click(partial(take, path), **taken).then(**computed).success(**shown)
+            button.click(partial(take, path), **taken).then(**computed).success(**drawn)
         weights.input(**computed).success(**shown)
         gr.on([temperature.input, across.input, down.input], **shown, trigger_mode="always_last")
         marked.select(position, photo, [across, down], **hidden).then(**shown)

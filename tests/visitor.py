@@ -28,7 +28,7 @@ class Visitor:
         """Run the events that follow an upload and return the addresses of gray and colorized."""
         compute = self._after(self.taken)
         self._run(compute, None, self.weights)
-        return self._addresses(self._run(self._after(compute), None, temperature, 50, 50)[1])
+        return self._addresses(self._run(self._after(compute), None, temperature, 50, 50)[0])
 
     def move(self, temperature):
         return self._addresses(self._run(self._event("temperature", "input"), None, temperature, 50, 50)[1])
