@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_in_a_browser(page, trained, photographs, tmp_path):
         def pictures():
             """Return the pictures on both sides of the divider, gray and colorized."""
             addresses = tab.eval_on_selector_all("#picture img", "all => all.map(image => image.src)")
-            return {tab.request.get(address).body() for address in addresses}
+            return {urllib.request.urlopen(address).read() for address in addresses}
 
         def style(selector, pseudo, name):
             return tab.locator(selector).first.evaluate(f"e => getComputedStyle(e, '{pseudo}').{name}")
