@@ -30,7 +30,7 @@ import skimage
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from colorizer import Colorizer, colored, read_photograph, save
+from colorizer import Colorizer, colored, read_image, save
 from dataset import lab_to_rgb, rgb_to_lab
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
@@ -118,7 +118,7 @@ def full_size(suffix, photo, temperature):
     if photo is None or photo.logits is None:
         raise gr.Error(NO_PHOTO, print_exception=False)
     target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
-    save(colored(read_photograph(photo.image()), photo.ab(temperature)), target)
+    save(colored(read_image(photo.image()), photo.ab(temperature)), target)
     return str(target)
 
 

@@ -68,7 +68,7 @@ class Colorizer:
             InvalidImageError: If the file cannot be read.
             ValueError: If an array has another shape or type.
         """
-        image = read_photograph(image)
+        image = read_image(image)
         (ab,) = self.predict_ab(network_input(image, load_size or self.load_size)[None], temperature)
         return colored(image, ab)
 
@@ -80,7 +80,7 @@ class Colorizer:
         Returns:
             Tensor: float32 [1, 313, h/4, w/4], where h and w are the sides of the network's input.
         """
-        return self.predict_logits(network_input(read_photograph(image), load_size or self.load_size)[None])
+        return self.predict_logits(network_input(read_image(image), load_size or self.load_size)[None])
 
     def predict_ab(self, inputs, temperature=None):
         """Predict ab: uint8 [N, h, w, 3], h and w multiples of 8 -> float32 [N, 2, h/4, w/4]."""
@@ -206,7 +206,7 @@ KEPT_EXIF += "XPTitle XPComment XPAuthor XPKeywords XPSubject"
 KEPT_EXIF = {ExifTags.Base[name] for name in KEPT_EXIF.split()}
 
 
-def read_photograph(image):
+def read_image(image):
     """Read an image upright and in sRGB; its `info` holds the metadata that a result keeps.
 
     Args:
@@ -232,7 +232,7 @@ def read_photograph(image):
 
 
 def decode(opened):
-    """Return an image that `open_image` opened as `read_photograph` does."""
+    """Return an image that `open_image` opened as `read_image` does."""
     rgb = to_rgb(opened, opened.filename)
     rgb.info = metadata(opened)
     return rgb

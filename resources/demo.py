@@ -72,7 +72,7 @@ def compare(images, result):
 
 def main(args):
     output = Path(args.output)
-    images, result = output / "photographs", output / "result"
+    images, result = output / "images", output / "result"
     number = copy_images(images)
 
     print("1. test: colorize images from their lightness alone")
