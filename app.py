@@ -77,7 +77,7 @@ class Photo:
 # Event handlers
 
 
-def take(path):
+def open_photo(path):
     """Read a photo and show it in gray. The third output empties the upload field."""
     try:
         width, height = image_size(path)
@@ -101,7 +101,7 @@ def compute(colorizer, photo, weights):
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
 
-def show(photo, temperature, across, down):
+def draw(photo, temperature, across, down):
     """Draw everything that depends on the temperature or the place, from the kept logits."""
     if photo is None:
         gr.Info(NO_PHOTO)
@@ -288,15 +288,15 @@ def build(names, colorizer):
         network |= {"api_visibility": "private"}
         quick = {"concurrency_limit": 4, "api_visibility": "private"}
         hidden = {"show_progress": "hidden", **quick}
-        taken = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
+        opened = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
         computed = {"fn": partial(compute, colorizer), "inputs": [photo, weights], **network}
         shown = {"inputs": [photo, temperature, across, down], "outputs": [photo, picture, marked, chart, text]}
-        shown |= {"fn": show, **hidden}
+        shown |= {"fn": draw, **hidden}
         # After the network has run, without the state: the user may have chosen another photo meanwhile.
-        drawn = {**shown, "fn": lambda *inputs: show(*inputs)[1:], "outputs": shown["outputs"][1:]}
-        upload.upload(take, upload, **taken).then(**computed).success(**drawn)
+        drawn = {**shown, "fn": lambda *inputs: draw(*inputs)[1:], "outputs": shown["outputs"][1:]}
+        upload.upload(open_photo, upload, **opened).then(**computed).success(**drawn)
         for path, button in examples.items():
-            button.click(partial(take, path), **taken).then(**computed).success(**drawn)
+            button.click(partial(open_photo, path), **opened).then(**computed).success(**drawn)
         weights.input(**computed).success(**shown)
         gr.on([temperature.input, across.input, down.input], **shown, trigger_mode="always_last")
         marked.select(position, photo, [across, down], **hidden).then(**shown)
@@ -363,12 +363,12 @@ def main(args):
 def serve(page, host, port, root_path):
     font = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
     css = Path(__file__).resolve().parent / "resources" / "app.css"
-    look = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css_paths": [css], "js": PASTE}
+    appearance = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css_paths": [css], "js": PASTE}
     limits = {"max_file_size": f"{MAX_MEGABYTES}mb", "state_session_capacity": MAX_USERS}
     without = {"share": False, "footer_links": [], "run_history": False, "enable_monitoring": False, "ssr_mode": False}
     address = {"server_name": host, "server_port": port, "root_path": root_path}
     try:
-        page.launch(**address, prevent_thread_lock=True, quiet=True, **look, **limits, **without)
+        page.launch(**address, prevent_thread_lock=True, quiet=True, **appearance, **limits, **without)
     except ValueError as error:  # Gradio does not reach its own page, for example through a proxy that http_proxy names
         raise UserError(f"http://{host}:{port}: cannot be served ({error})") from error
 

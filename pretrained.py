@@ -56,7 +56,7 @@ def find_weights(model_path, name=None):
     if found := [path for path in candidates if path.is_file()]:
         return found[0]
     if name == "small":
-        return check_small()
+        return SMALL
     if name == "official":
         return fetch_official(folder)
     if os.sep in name or Path(name).suffix in SUFFIXES:
@@ -92,16 +92,6 @@ def default_name(folder):
     if name != DEFAULT_NAME:
         note(f"no --load_model: using {name}, as {folder} contains no {DEFAULT_NAME}")
     return name
-
-
-def check_small():
-    """Return the path of the bundled weights. Raises UserError if they are missing or damaged."""
-    try:
-        read_info(SMALL)
-    except UserError as error:
-        git = f"git -C {SMALL.parent} checkout -- {SMALL.name}"
-        raise UserError(f"{error}; to restore the bundled weights: {git}") from None
-    return SMALL
 
 
 def fetch_official(folder):
@@ -175,11 +165,6 @@ def checkpoint_info(path):
         except (ArgumentTypeError, ValueError) as error:
             raise UserError(f"{path}: {name} {error}") from None
     return {name: info[name] for name in INFO if name in info}
-
-
-def best_load_size(path):
-    """Return the shorter side, in pixels, of the input that the checkpoint's network was trained for."""
-    return checkpoint_info(path).get("load_size", LOAD_SIZE)
 
 
 class _Unset(nn.initializer.Initializer):

@@ -50,9 +50,8 @@ COLUMNS = ("gray", "colored", "original")  # of a contact sheet
 # Plan
 
 
-def plan(args, settings):
+def plan(named, args, settings):
     """Return the images to colorize, {path: name of the result}, and why others are skipped, one line for each."""
-    named = named_images(*args.images)
     if args.output and len(named) > 1:
         raise UserError(f"--output names one file, but there are {len(named)} images: use --result_path FOLDER")
     folder, output = result_folder(args), args.output and Path(args.output).name
@@ -264,6 +263,7 @@ def main(args):
     use_all_cores()
 
     # Plan: usage errors appear before the network is loaded
+    named = named_images(*args.images)
     checkpoint = find_weights(args.model_path, args.load_model)
     info = checkpoint_info(checkpoint)
     args.load_size = args.load_size or info.get("load_size", LOAD_SIZE)
@@ -271,7 +271,7 @@ def main(args):
     cli.check_crop(args, multiple=8)
     method = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
     settings = {"sha256": sha256(checkpoint), **method, "format": args.format}
-    todo, skipped = plan(args, settings)
+    todo, skipped = plan(named, args, settings)
     result = result_folder(args)
     for folder in {(result / name).parent for name in todo.values()}:
         remove_temporaries(folder)
@@ -285,20 +285,17 @@ def main(args):
     colorizer = Colorizer(checkpoint, precision=args.precision)
     compare = Path(f"{os.path.splitext(args.output)[0] if args.output else result}_compare")
     made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
-    made_by.update(method, **provenance())
+    for folder, wanted in ((result, not args.output), (compare, args.compare)):
+        if wanted:
+            write_json({**made_by, **method, **provenance()}, folder / COLORING)
 
-    # Read, colorize and write simultaneously; coloring.json precedes the first result
-    done, sheets = 0, {}
-    folders = [folder for folder, given in ((result, not args.output), (compare, args.compare)) if given]
+    # Read, colorize and write simultaneously
+    done, sheets = 0, Sheets(compare, COLUMNS)
 
     def writing(colorized):
         for (image, colored_image), name in zip(colorized, todo.values()):
-            while colored_image and folders:
-                write_json(made_by, folders.pop() / COLORING)
-            yield (
-                colored_image.width * colored_image.height if colored_image else 0,
-                partial(write, image, colored_image, result / name, args),
-            )
+            pixels = colored_image.width * colored_image.height if colored_image else 0
+            yield pixels, partial(write, image, colored_image, result / name, args)
 
     with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
         loaded = in_threads(readers, open_images(todo, args))
@@ -313,12 +310,10 @@ def main(args):
             if not args.output:
                 append_record(make_record(path, settings, result, name), result)
             if args.compare:
-                stem = Path(name).with_suffix("")
-                folder = compare / stem.parts[0] if len(args.images) > 1 and len(stem.parts) > 1 else compare
-                sheets.setdefault(folder, Sheets(folder, COLUMNS)).add(printable(stem), outcome)
-    for folder, of_folder in sheets.items():
-        of_folder.flush()
-        print(f"{printable(folder)}: {counted(of_folder.written, 'contact sheet')} (gray, colored, original)")
+                sheets.add(printable(os.path.splitext(name)[0]), outcome)
+    if args.compare:
+        sheets.flush()
+        print(f"{printable(compare)}: {counted(sheets.written, 'contact sheet')} ({', '.join(COLUMNS)})")
     trained = f" (epoch {info['epoch']}, {counted(info['step'], 'step')})" if "step" in info else ""
     made_with = f"with {printable(checkpoint)}{trained} in {colorizer.precision}"
     print(f"{where}: {counted(done, 'image')} colorized {made_with}" + (f", {len(skipped)} skipped" if skipped else ""))

@@ -41,16 +41,16 @@ from utils import load_prior, rebalancing_weights
 
 GRAY, TRUE = "gray", "true"
 ROWS = {  # headings of rows; others have their folder's name
-    "non_rebalance": "Non-rebalance",
-    "full": "Full",
-    "rebalance": "Rebalance (λ = 0)",
+    "non_rebalance": "no rebalancing",
+    "full": "λ = 0.5 (full)",
+    "rebalance": "λ = 0",
     GRAY: metrics_auc.GRAY,
-    TRUE: "true images",
+    TRUE: "ground truth",
 }
 QUANTITIES = {  # heading, and factor to the unit of the table
-    "auc_raw": ("AuC raw", 100),
-    "auc_rebalanced_own": ("AuC macro", 100),
-    "auc_rebalanced": ("AuC rebalanced", 100),
+    "auc_raw": ("raw AuC", 100),
+    "auc_rebalanced_own": ("macro AuC", 100),
+    "auc_rebalanced": ("rebalanced AuC", 100),
     "top1": ("top-1", 100),
     "top5": ("top-5", 100),
     "chroma": ("chroma", 1),
@@ -109,7 +109,7 @@ def align(measured, recognized):
         chosen = [places[row][name] for name in names]
         aligned[row] = {key: values[chosen] for key, values in images.items()}
         if not np.array_equal(aligned[row]["areas"][:, 2], aligned[first]["areas"][:, 2]):
-            raise UserError(f"{row} and {first} are not of the same size or crop: compare them in separate tables")
+            raise UserError(f"{row} and {first} differ in size or crop: compare them in separate tables")
     return names, aligned
 
 
@@ -176,7 +176,7 @@ def markdown(summary):
     results, prior, classifier = summary["results"], summary["prior"], summary["classifier"]
     measured = [x for x in QUANTITIES if any(x in values for values in results.values())]
     rows = [["", *(QUANTITIES[x][0] for x in measured)]]
-    rows += [[heading(row), *(show(x, values.get(x)) for x in measured)] for row, values in results.items()]
+    rows += [[heading(row), *(cell(x, values.get(x)) for x in measured)] for row, values in results.items()]
     caption = (
         f"*{summary['images']} images. AuC and accuracy in percent, chroma in ab units, PSNR in dB"
         f"{'; KL of the last validation in nats per position, lower is better' * ('kl' in measured)}. In parentheses "
@@ -199,7 +199,7 @@ def table(rows):
     return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
-def show(quantity, estimated):
+def cell(quantity, estimated):
     """Return a cell: the value and its interval, if it has one."""
     if estimated is None:
         return "–"
@@ -232,7 +232,7 @@ def save_sheet(names, true_dir, results, path):
     for name in names:
         original, *versions = (ImageOps.contain(open_rgb(images[name]), THUMBNAIL) for images in (true, *colored))
         rows.append((printable(os.path.basename(name)), (original.convert("L").convert("RGB"), *versions, original)))
-    headings = ("gray", *(heading(row).split(" (")[0] for row in results), "true")
+    headings = ("gray", *(heading(row).split(" (")[0] for row in results), "ground truth")
     with atomic_path(path) as temporary:
         contact_sheet(rows, headings, THUMBNAIL[0]).save(temporary, format="JPEG", quality=85)
 

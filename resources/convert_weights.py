@@ -1,4 +1,4 @@
-"""Converts the authors' or the earlier port's weights for `test.py`, or this project's for publication.
+"""Convert the authors' or the earlier port's weights for `test.py`, or this project's for publication.
 
     python resources/convert_weights.py colorization_release_v2-9b330a0b.pth          the authors' PyTorch release
     python resources/convert_weights.py colorization_release_v2.caffemodel            the authors' Caffe release
@@ -8,7 +8,7 @@
 The format is recognized by the file's content. The second argument, ./model by default, is a model folder or the
 .pdparams or .safetensors file to write. The last lines report the result and the command that uses it:
 
-    model/epoch_official_model.pdparams: 32,240,377 numbers of the authors' PyTorch release
+    model/epoch_official_model.pdparams: 32,240,377 values of the authors' PyTorch release
     python test.py --load_model model/epoch_official_model.pdparams --image_dir DIR
 """
 
@@ -60,7 +60,6 @@ def destination_path(source, destination, kind):
 
 
 def main(args):
-
     # Read the source
     network, kind = pretrained.read_network(args.source, args.head_temperature)
     info = pretrained.checkpoint_info(args.source)
@@ -76,7 +75,7 @@ def main(args):
         save_checkpoint({**state, **{name: np.array(value) for name, value in info.items()}}, path)
 
     # Report it and the command that uses it
-    print(f"{printable(path)}: {sum(p.size for p in network.parameters()):,} numbers of {kind}")
+    print(f"{printable(path)}: {sum(p.size for p in network.parameters()):,} values of {kind}")
     print(f"python test.py --load_model {printable(path)} --image_dir DIR")
 
 

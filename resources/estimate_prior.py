@@ -88,7 +88,7 @@ def main(args):
     loader = paddle.io.DataLoader(
         SquareDataset(paths), batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
     )
-    counts, used, gray, broken = 0, 0, 0, 0
+    counts, used, gray, unreadable = 0, 0, 0, 0
     for rgb, readable in cli.progress(from_workers(loader), len(paths), "counting", count=lambda batch: len(batch[0])):
         ab = rgb_to_lab(rgb)[:, 1:]
         readable, gray_images = readable.numpy(), is_gray(ab).numpy()
@@ -96,15 +96,15 @@ def main(args):
         counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
         used += int(color.sum())
         gray += int((readable & gray_images).sum())
-        broken += int((~readable).sum())
-    left_out = f"{gray} gray, {broken} broken"
+        unreadable += int((~readable).sum())
+    left_out = f"{gray} gray, {unreadable} unreadable"
     if not used:
         raise cli.UserError(f"{args.image_dir}: no color image among {len(paths)} files ({left_out})")
     prior = encode_counts(counts, load_ab_bins().numpy().astype(np.float64), args.sigma)
     with atomic_path(args.output) as temporary, open(temporary, "wb") as file:
         np.save(file, prior)
     print(f"{cli.printable(args.output)}: from {used} color images; left out: {left_out}")
-    return cli.EXIT_SKIPPED if broken else 0
+    return cli.EXIT_SKIPPED if unreadable else 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from support.files import atomic_path
 
 import paddle
 
-from pretrained import best_load_size, find_weights, load_network
+from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
 from utils import annealed_mean, load_ab_bins
 
 OPSET = 13  # of 2021, which all current ONNX runtimes support
@@ -105,8 +105,8 @@ def main(args):
     model = convert(checkpoint)
     with atomic_path(output) as temporary:
         temporary.write_bytes(model.SerializeToString())
-    size = f"{output.stat().st_size / 1e6:.0f} MB"
-    print(f"{printable(output)}: {size}, for images with a shorter side of {best_load_size(checkpoint)} pixels")
+    megabytes, side = output.stat().st_size / 1e6, checkpoint_info(checkpoint).get("load_size", LOAD_SIZE)
+    print(f"{printable(output)}: {megabytes:.0f} MB, for images with a shorter side of {side} pixels")
     return 0
 
 

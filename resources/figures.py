@@ -104,7 +104,7 @@ def plot_gains(folders):
         path = folder / "accuracy_per_class.csv"
         table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
         if not {"colored_top1", "gray_top1"} <= {*table.dtype.names}:
-            raise UserError(f"{path}: needs both colorized and gray images; run metrics_acc.py with --imgs_dir")
+            raise UserError(f"{path}: needs both colorized and gray images; run metrics_acc.py with --image_dir")
         gains[name] = dict(zip(table["class"].tolist(), 100 * (table["colored_top1"] - table["gray_top1"])))
     classes = sorted(gains[name], key=gains[name].get)
     classes = classes[:MAX_CLASSES] + classes[MAX_CLASSES:][-MAX_CLASSES:]

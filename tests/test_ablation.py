@@ -313,7 +313,7 @@ def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, result
     assert expected["pixels"] == 8 * 32 * 32
     both = ["--results", str(results / "full"), str(results / "squares"), "--arch", "none", "--num_workers", "0"]
     args = ablation.parse_args(["--val_dir", str(val_dir), "--save_path", str(tmp_path), *both])
-    assert "squares and full are not of the same size or crop" in stopped(ablation.main, args)
+    assert "squares and full differ in size or crop" in stopped(ablation.main, args)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 from skimage import color
 
-from pretrained import best_load_size
+from pretrained import SMALL, checkpoint_info
 from resources import demo, estimate_prior, make_pts_in_hull, make_small
 from utils import load_ab_bins, load_prior, rebalancing_weights
 
@@ -67,11 +67,7 @@ def test_make_small_adjusts_logits_rounds_to_int8_and_stores_the_size(tmp_path, 
     np.testing.assert_allclose(strength, make_small.STRENGTH, atol=1e-4)
     half_a_step = np.abs(weight).max(axis=(0, 2, 3), keepdims=True) / 127 / 2  # per output channel
     assert 0 < np.max(np.abs(state["conv8.0.weight"] - weight) / half_a_step) < 1.001
-    assert (
-        best_load_size(result)
-        == make_small.LOAD_SIZE
-        == best_load_size(ROOT / "resources" / "epoch_small_model.safetensors")
-    )
+    assert checkpoint_info(result) == checkpoint_info(SMALL) == {"load_size": make_small.LOAD_SIZE}
 
 
 def test_custom_prior_is_the_mean_gaussian_over_all_bins(tmp_path, squares):
