@@ -75,15 +75,29 @@ class Colorizer:
     def logits(self, image, load_size=None):
         """Return the logits for one image, from which `annealed_mean` computes ab at any temperature.
 
-        Args and errors are those of a call.
+        Args:
+            image (str | Path | Image | ndarray): As for a call.
+            load_size (int, optional): As for a call.
 
         Returns:
             Tensor: float32 [1, 313, h/4, w/4], where h and w are the sides of the network's input.
+
+        Raises:
+            InvalidImageError: If the file cannot be read.
+            ValueError: If an array has another shape or type.
         """
         return self.predict_logits(network_input(read_image(image), load_size or self.load_size)[None])
 
     def predict_ab(self, inputs, temperature=None):
-        """Predict ab: uint8 [N, h, w, 3], h and w multiples of 8 -> float32 [N, 2, h/4, w/4]."""
+        """Predict ab.
+
+        Args:
+            inputs (ndarray): uint8 [N, h, w, 3], of which only the lightness is used; h and w are multiples of 8.
+            temperature (float, optional): As for a call.
+
+        Returns:
+            Tensor: float32 [N, 2, h/4, w/4].
+        """
         return annealed_mean(self.predict_logits(inputs), self.ab_bins, temperature or self.temperature)
 
     @paddle.no_grad()
@@ -93,12 +107,20 @@ class Colorizer:
 
 
 def network_input(image, load_size):
-    """Resize a Pillow image to what the network reads: uint8 [h, w, 3], h and w multiples of 8."""
+    """Resize an image for the network.
+
+    Args:
+        image (Image): An RGB image.
+        load_size (int): Shorter side of the result in pixels, before both sides are rounded to multiples of 8.
+
+    Returns:
+        ndarray: uint8 [h, w, 3].
+    """
     return np.asarray(image.resize(network_size(*image.size, load_size), Image.Resampling.BILINEAR))
 
 
 def network_size(width, height, shorter_side):
-    """Return the image's (width, height) at that shorter side, in multiples of 8, its aspect at most MAX_ASPECT."""
+    """Return (width, height) of the network's input, multiples of 8, for an image and its shorter side there."""
     scale = shorter_side / min(width, height)
     return tuple(max(8, round(min(side * scale, MAX_ASPECT * shorter_side) / 8) * 8) for side in (width, height))
 
@@ -136,6 +158,7 @@ def make_predictor(checkpoint, precision="auto"):
 
 
 def eager_predictor(checkpoint, precision):
+    """Return the network as a function that runs it layer by layer, on any device."""
     network = load_network(checkpoint)
     network.eval()
 
@@ -147,6 +170,7 @@ def eager_predictor(checkpoint, precision):
 
 
 def engine_predictor(checkpoint, precision):
+    """Return the network as a function that runs it in Paddle Inference, which is faster on a CPU."""
     with inference.temporary_folder() as folder:
         inference.export(load_network(checkpoint), [paddle.static.InputSpec([None, 1, None, None])], folder)
         run = inference.engine(folder, precision)
@@ -159,7 +183,15 @@ def engine_predictor(checkpoint, precision):
 
 
 def colored(image, ab):
-    """Return a Pillow image in the predicted colors, ab [2, h, w]; its metadata is kept."""
+    """Colorize an image.
+
+    Args:
+        image (Image): An RGB image.
+        ab (Tensor): Predicted ab, float32 [2, h, w].
+
+    Returns:
+        Image: An RGB image of the same size, with the same `info`.
+    """
     result = Image.fromarray(join(np.asarray(image), ab))
     result.info = image.info
     return result

@@ -159,6 +159,7 @@ class ColorizationDataset(paddle.io.Dataset):
         return len(self.ends)
 
     def path(self, index):
+        """Return the path of the index-th image."""
         return os.fsdecode(self.paths[self.ends[index - 1] if index else 0 : self.ends[index]])
 
     def __getitem__(self, index):
@@ -166,7 +167,7 @@ class ColorizationDataset(paddle.io.Dataset):
         broken = 0
         while True:
             try:
-                return self._square(self.path(index), random), np.int64(broken)
+                return self._crop(self.path(index), random), np.int64(broken)
             except InvalidImageError as error:
                 note(f"skipped {error}")
             broken += 1
@@ -174,13 +175,13 @@ class ColorizationDataset(paddle.io.Dataset):
                 return np.full((3, self.crop_size, self.crop_size), 128, np.uint8), np.int64(broken)
             index = int(random.integers(len(self)))
 
-    def _square(self, path, random):
+    def _crop(self, path, random):
         image = open_rgb(path, least_side=self.load_size)
         if not self.augment:
             return crop_resized(image, self.load_size, self.crop_size).transpose(2, 0, 1)
         across, down, mirror = random.random(3)
-        square = crop_resized(image, self.load_size, self.crop_size, across, down)
-        return (square[:, ::-1] if mirror < 0.5 else square).transpose(2, 0, 1)
+        crop = crop_resized(image, self.load_size, self.crop_size, across, down)
+        return (crop[:, ::-1] if mirror < 0.5 else crop).transpose(2, 0, 1)
 
 
 class ClassificationDataset(paddle.io.Dataset):
@@ -213,6 +214,7 @@ class EpochSampler(DistributedBatchSampler):
     """
 
     def begin(self, seed, epoch, skip):
+        """Set the epoch to draw next and the number of its batches to skip."""
         self.seed, self.epoch, self.skip = seed, epoch, skip
 
     def __iter__(self):

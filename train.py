@@ -72,7 +72,14 @@ FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_de
 
 
 def evaluate(network, rgb, ab_bins, args, autocast):
-    """Run the network on rgb, uint8 [N, 3, H, W], and compare its output with the soft-encoded ab.
+    """Run the network and compare its output with the soft-encoded ab.
+
+    Args:
+        network (Layer): Returns logits for L - 50.
+        rgb (Tensor): uint8 [N, 3, H, W].
+        ab_bins (Tensor): float32 [Q, 2].
+        args (Namespace): Its NN and sigma are those of the soft-encoding.
+        autocast (dict): Arguments of `paddle.amp.auto_cast`.
 
     Returns:
         tuple: float32 logits [N, Q, H/4, W/4]; their cross-entropy with the targets and the targets' entropy, both
@@ -92,8 +99,12 @@ def evaluate(network, rgb, ab_bins, args, autocast):
 def objective(network, rgb, ab_bins, bin_weights, args, autocast):
     """Compute Eq. 2: the mean over images of -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
 
-    rgb uint8 [N, 3, H, W], ab_bins [Q, 2], bin_weights [Q] -> the loss, and without gradients [3]: the loss, and
-    cross-entropy and KL, both not re-weighted, in nats per position.
+    Args:
+        bin_weights (Tensor): float32 [Q]. The others are those of `evaluate`.
+
+    Returns:
+        tuple[Tensor, Tensor]: The loss; and without gradients, [3]: the loss, and cross-entropy and KL, both not
+            re-weighted, in nats per position.
     """
     _, cross_entropy, entropy, indices, ab = evaluate(network, rgb, ab_bins, args, autocast)
     v = utils.position_weight(indices, ab, bin_weights)  #                                   [N, H/4, W/4]
