@@ -1,21 +1,15 @@
-"""Checkpoints: states of networks and of whole runs, read as data, written whole."""
+"""Checkpoints: save, load and resume states of networks and of training runs.
+
+They are read as data, without running any code in them, and a file with the final name is always complete.
+"""
 
 import errno
 import re
 from pathlib import Path
 
-from support.cli import UserError, one_line
+from support.cli import UserError
 from support.files import atomic_path, make_folder
-from support.foreign import (
-    is_caffe,
-    is_pytorch,
-    is_safetensors,
-    read_caffe,
-    read_metadata,
-    read_pytorch,
-    read_safetensors,
-)
-from support.pickles import read_pickle
+from support.foreign import is_safetensors, read_metadata, read_weights
 from support.processes import all_reduce, is_first, share_statistics
 
 import numpy as np
@@ -64,14 +58,8 @@ def read_info(path):
 
 
 def _read_state(file):
-    if is_safetensors(file):
-        state = read_safetensors(file)
-    elif is_pytorch(file):
-        state = read_pytorch(file)
-    elif is_caffe(file):
-        state = read_caffe(file)
-    else:
-        state = read_pickle(file)
+    """Return the weights in an open file, and its entries ENTRIES."""
+    state = read_weights(file)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not the state of a network")
     state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
@@ -88,18 +76,14 @@ def read_file(path, function):
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
     except Exception as error:  # damaged files make the readers raise anything: KeyError, struct.error, …
-        reason = one_line(str(error) or type(error).__name__)
-        raise UserError(f"{path}: not a readable checkpoint: {reason}") from error
+        raise UserError(f"{path}: not a readable checkpoint: {str(error) or type(error).__name__}") from error
 
 
 def check_names(state, expected, path):
     """Raise UserError, naming them, if the state lacks expected names or has others."""
-    if different := set(expected) ^ set(map(str, state)):
-        raise UserError(f"{path}: another network's checkpoint: missing or unknown: {_some(sorted(different))}")
-
-
-def _some(names):
-    return one_line(", ".join(names[:3])) + (", …" if len(names) > 3 else "")
+    if different := sorted(set(expected) ^ set(map(str, state))):
+        names = ", ".join(different[:3]) + ", …" * (len(different) > 3)
+        raise UserError(f"{path}: another network's checkpoint: missing or unknown: {names}")
 
 
 def load_weights(network, path):
@@ -109,19 +93,18 @@ def load_weights(network, path):
 
 def set_weights(network, state, path):
     """Put a state dict of arrays, read from `path`, into the network. Raises UserError if it does not fit."""
-    tensors = network.state_dict()
-    expected = {name: f"float {list(tensor.shape)}" for name, tensor in tensors.items()}
-    check_names(state, expected, path)
-    if wrong := [name for name in expected if _describe(state[name]) != expected[name]]:
-        found = f"{wrong[0]} is {_describe(state[wrong[0]])} instead of {expected[wrong[0]]}"
-        raise UserError(f"{path}: another network's checkpoint: {found}")
-    with np.errstate(over="ignore"):
-        state = {name: state[name].astype(np.float32, copy=False) for name in expected}
-    for name, array in state.items():
+    tensors, arrays = network.state_dict(), {}
+    check_names(state, tensors, path)
+    for name, tensor in tensors.items():
+        found, expected = _describe(state[name]), f"float {list(tensor.shape)}"
+        if found != expected:
+            raise UserError(f"{path}: another network's checkpoint: {name} is {found} instead of {expected}")
+        with np.errstate(over="ignore"):
+            array = arrays[name] = state[name].astype(np.float32, copy=False)
         if not np.isfinite(array).all() or (name.endswith("_variance") and array.min() < 0):
             raise UserError(f"{path}: not finite (NaN or infinity), or a negative variance: {name}")
-    for name, tensor in tensors.items():
-        tensor.set_value(state[name])
+    for name, tensor in tensors.items():  # only now, so that the network never gets some of the weights
+        tensor.set_value(arrays[name])
 
 
 def _describe(array):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -21,10 +22,17 @@ class UserError(SystemExit):
         super().__init__(one_line(message))
 
 
+@contextmanager
+def report_os_errors(problem):
+    """Raise an OSError in the block as a UserError: the problem, then the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem}: {(error.strerror or str(error)).lower()}") from error
+
+
 def one_line(text):
     """Escape line breaks, control characters and bytes that are not UTF-8, as file names may contain them."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else repr(c)[1:-1].replace("\\udc", "\\x") for c in text)
 
 
@@ -34,7 +42,7 @@ def printable(path):
 
 
 def counted(number, noun):
-    """E.g. "1 image", "2 images"."""
+    """Return a number and its noun, e.g. "1 image" or "2 images"."""
     return f"{number} {noun}" + "s" * (number != 1)
 
 
@@ -56,12 +64,17 @@ def note(message):
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop signal, its only argument: raised in the main thread, so that `finally` blocks run."""
+    """A stop signal, whose number is the only argument. It is raised in the main thread, so `finally` blocks run."""
 
 
 SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
 if hasattr(signal, "SIGHUP"):
     SIGNALS[signal.SIGHUP] = "because its terminal was closed"
+
+
+def handle_signals(handler):
+    """Set the handler of the stop signals, except for ignored ones, as after `nohup`. Return the previous handlers."""
+    return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
 def run_script(main, parse_args, after_stop=""):
@@ -71,9 +84,7 @@ def run_script(main, parse_args, after_stop=""):
     """
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as after `nohup`
-                signal.signal(number, _stop)
+        handle_signals(_raise_stopped)
     try:
         code = main(parse_args())
         sys.stdout.flush()
@@ -93,7 +104,7 @@ def run_script(main, parse_args, after_stop=""):
     return 1
 
 
-def _stop(number, _):
+def _raise_stopped(number, _):
     for other in SIGNALS:  # a second Ctrl-C ends the script immediately; service managers repeat the other signals
         signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
     raise Stopped(number)
@@ -117,6 +128,7 @@ def progress(items, total, title=None, unit="image", count=lambda item: 1):
 
 
 def reached():
+    """Return how far `progress` has come, e.g. " after 4 of 9 images", or ""."""
     return " after {done} of {total} {unit}s".format(**_progress) if _progress else ""
 
 
@@ -173,6 +185,7 @@ SEED = whole(0, 2**32 - 1)
 
 
 def parse_bool(text):
+    """Return whether a flag's text means true. Raises ArgumentTypeError if it means neither true nor false."""
     if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
         raise argparse.ArgumentTypeError(f"neither true nor false: {text!r}")
     return text.lower() in ("true", "yes", "1")
@@ -182,7 +195,7 @@ def add_bool_flag(parser, name, default, help):
     """Add a flag that accepts `--name`, `--name True`, `--name false` and `--no-name`, in upper or lower case."""
     destination = name.lstrip("-")
     parser.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
-    negation = {"dest": destination, "action": "store_const", "const": False, "default": argparse.SUPPRESS}
+    negation = {"dest": destination, "action": "store_false", "default": argparse.SUPPRESS}
     parser.add_argument(f"--no-{destination}", **negation, help=f"{name} False")
 
 

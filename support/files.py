@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import secrets
 import shlex
 import shutil
@@ -14,13 +13,13 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from support.cli import UserError, printable
+from support.cli import printable, report_os_errors
 
 import numpy as np
 import paddle
 import PIL
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # names of temporary files
+TEMPORARY = f".?*.{'[0-9a-f]' * 16}.tmp"  # pattern of the names of temporary files
 
 
 @contextmanager
@@ -33,15 +32,14 @@ def atomic_path(path):
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
-            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file with the new name
-        with suppress(FileNotFoundError):
-            shutil.copymode(target, temporary)
-        _replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+        with report_os_errors(f"{path}: cannot be written"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
+                os.fsync(file.fileno())  # otherwise a power cut could leave an empty file with the new name
+            with suppress(FileNotFoundError):
+                shutil.copymode(target, temporary)
+            _replace(temporary, target)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -58,10 +56,9 @@ def _replace(source, target):
 
 def remove_temporaries(folder):
     """Remove temporary files that are more than a day old, which killed processes left in `folder`."""
-    for path in Path(folder).glob(".*.tmp"):
-        with suppress(OSError):  # another process may remove the same file
-            old = path.stat().st_mtime < time.time() - 24 * 60 * 60
-            if old and TEMPORARY.fullmatch(path.name) and path.is_file():
+    for path in Path(folder).glob(TEMPORARY):
+        with suppress(OSError):  # it may be a folder, or another process may remove the same file
+            if path.stat().st_mtime < time.time() - 24 * 60 * 60:
                 path.unlink()
 
 
@@ -70,12 +67,10 @@ def make_folder(path):
 
     Raises UserError when it cannot be made or written to.
     """
-    try:
+    with report_os_errors(f"{path}: cannot be written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(None, "permission denied")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written to: {error.strerror.lower()}") from error
     remove_temporaries(path)
 
 
@@ -95,10 +90,8 @@ def write_json(data, path):
 
 def read_json(path):
     """Return the content of a JSON file; None if it does not exist or cannot be read."""
-    try:
+    with suppress(OSError, ValueError):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def sha256(path):

@@ -1,12 +1,29 @@
-"""Weights in the formats of others, read without the frameworks that write them: safetensors, PyTorch, Caffe."""
+"""Readers of weights in any format: Paddle's, safetensors, PyTorch's and Caffe's, without the latter frameworks.
+
+They take an open file. Its format is recognized by its first bytes.
+"""
 
 import os
 import zipfile
 
-from support.pickles import DataUnpickler, widen_bfloat16
+from support.pickles import DataUnpickler, read_pickle, widen_bfloat16
 
 import numpy as np
 from safetensors import deserialize, safe_open
+
+LEGACY_PYTORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before PyTorch 1.6: the pickle of a magic number
+PYTORCH = (b"PK", LEGACY_PYTORCH)
+CAFFE = (b"\n", b"\x1a", b"\xa2\x06")  # a network's name, inputs or layers
+
+
+def read_weights(file):
+    """Return the content of a file in any format, with NumPy arrays in place of tensors. Errors are of many types."""
+    if is_safetensors(file):
+        return read_safetensors(file)
+    if file.peek(16).startswith(PYTORCH):
+        return read_pytorch(file)
+    return read_caffe(file) if file.peek(2).startswith(CAFFE) else read_pickle(file)
+
 
 # -------------------------------------------------------------------------------------------------
 # Safetensors
@@ -15,13 +32,13 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
 
 
 def is_safetensors(file):
-    """Return whether an open file begins with eight bytes for the length of a JSON header, and this header."""
+    """Return whether a file begins with eight bytes for the length of a JSON header, and this header."""
     start = file.peek(9)[:9]
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
 
 
 def read_metadata(file):
-    """Return the text entries of an open file, a dict."""
+    """Return the text entries of a safetensors file, a dict."""
     with safe_open(file.name, "np") as opened:
         return opened.metadata() or {}
 
@@ -42,17 +59,9 @@ def read_safetensors(file):
 # -------------------------------------------------------------------------------------------------
 # PyTorch
 
-# Before PyTorch 1.6, a file began with the pickle of a magic number.
-LEGACY_PYTORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-
-def is_pytorch(file):
-    """Return whether an open file was written by `torch.save`."""
-    return file.peek(16).startswith((b"PK", LEGACY_PYTORCH))
-
 
 def read_pytorch(file):
-    """Return the content of an open file of `torch.save`, in either of its layouts, with arrays in place of tensors."""
+    """Return the content of a file of `torch.save`, in either of its layouts."""
     size = os.fstat(file.fileno()).st_size
     if file.peek(2).startswith(b"PK"):
         return _read_zip(zipfile.ZipFile(file), size)
@@ -68,7 +77,7 @@ def read_pytorch(file):
 
 
 def _read_zip(archive, size):
-    """Read the layout since 1.6: a pickle and each storage as a file of its own, uncompressed."""
+    """Read the layout since PyTorch 1.6: an uncompressed archive of a pickle and a file for each storage."""
     if sum(file.file_size for file in archive.infolist()) > size:
         raise ValueError("its parts are larger than the file")
     folder = archive.namelist()[0].split("/")[0]
@@ -102,11 +111,6 @@ message_type {
   field { name: "layer" number: 100 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".LayerParameter" }
 }
 """
-
-
-def is_caffe(file):
-    """Return whether an open file begins as a .caffemodel, with the network's name, inputs or layers."""
-    return file.peek(2).startswith((b"\n", b"\x1a", b"\xa2\x06"))
 
 
 def read_caffe(file):

@@ -4,13 +4,12 @@ import os
 import signal
 import time
 
-from support.cli import UserError
+from support.cli import UserError, handle_signals
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 AGREE_SECONDS = 1  # between two agreements on whether to stop: after Ctrl-C, a launcher may wait for only 4
 
 
@@ -76,11 +75,7 @@ class StopRequest:
         self.signal = 0  # the signal that all processes agreed to obey
         self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        self.before = {
-            number: signal.signal(number, self.notice)
-            for number in STOP_SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN  # as after `nohup`
-        }
+        self.before = handle_signals(self.notice)
 
     def notice(self, number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM, which a launcher sends several times

@@ -9,9 +9,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from support.cli import UserError, progress
+from support.cli import SIGNALS, UserError, progress
 from support.cpu import cores_each
-from support.processes import STOP_SIGNALS
 
 import numpy as np
 import paddle
@@ -40,10 +39,10 @@ def begin_worker(_):
     over the parent first waits for work, so a worker would outlive a killed parent.
     """
     os.setpgrp()
-    for number in STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # drops a signal that came before; see `_start`
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -78,7 +77,7 @@ def from_workers(loader, stop=None):
 def _start(loader):
     """Start a loader's workers, which Paddle has only where processes fork."""
     # A signal would end a worker that has not left the group yet, so it is held back until then.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return iter(loader)
     finally:
