@@ -1,15 +1,15 @@
-"""The log of a training run: lines on the terminal, JSON lines, and VisualDL."""
+"""The log of a training run, on the terminal, in JSON lines and in VisualDL, and the values that it shows."""
 
 import json
 import os
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
-from support.cli import UserError, note
-from support.files import atomic_path
+from support.cli import UserError, note, report_os_errors
+from support.files import atomic_text
 from support.processes import all_reduce, is_first, on_first
 from support.sheets import tile
 
@@ -28,38 +28,28 @@ class Log:
     """
 
     def __init__(self, folder, tags, last=(0, False)):
-        self.folder, self.tags = folder, tags
+        self.path, self.tags = Path(folder) / "train.jsonl", tags
+        self.problem = f"{folder}: the log cannot be written"
         if not is_first():
             self.write = self.pictures = self.close = lambda *_: None
             return
         LogWriter = _import_visualdl()  # noqa: N806
-        path = Path(folder) / "train.jsonl"
-        with self._one_line():
-            before = [values for values in read_log(path) if _place(values) <= last]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(json.dumps(values) + "\n" for values in before))
-            self.file = open(path, "a")  # noqa: SIM115
+        with report_os_errors(self.problem):
+            before = [values for values in read_log(self.path) if _step_and_stage(values) <= last]
+            with atomic_text(self.path) as file:
+                file.writelines(json.dumps(values) + "\n" for values in before)
             with redirect_stdout(None):
                 self.board = LogWriter(logdir=str(folder), file_name=f"vdlrecords.{time.time_ns()}.log")
             for values in before:
                 self._show(values)
 
-    @contextmanager
-    def _one_line(self):
-        """Report a full disk or a folder that is not writable on one line."""
-        try:
-            yield
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(f"{self.folder}: the log cannot be written: {reason}") from error
-
     def write(self, line, values):
         """Print a line, and write its values (a dict with "step") to train.jsonl and VisualDL."""
         tqdm.write(line)
         sys.stdout.flush()  # for a user who follows a file
-        with self._one_line():
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+        with report_os_errors(self.problem):
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
             self._show(values)
 
     def _show(self, values):
@@ -74,12 +64,11 @@ class Log:
 
     def close(self):
         with suppress(OSError):  # `write` has reported it
-            self.file.close()
             self.board.close()
 
 
 def _import_visualdl():
-    """Import VisualDL, which writes to the home directory, with a temporary one: the real one may be read-only."""
+    """Import VisualDL with a temporary home directory, to which it writes; the real one may be read-only."""
     home = os.path.expanduser("~")
     with tempfile.TemporaryDirectory() as os.environ["HOME"]:
         from visualdl import LogWriter
@@ -93,7 +82,7 @@ def read_log(path):
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut off the last one
 
 
-def _place(values):
+def _step_and_stage(values):
     """Return the step of a line, and whether the line is from the validation after that step."""
     return values["step"], any(name.startswith("val_") for name in values)
 

@@ -30,13 +30,12 @@ def append_record(record, folder):
 
 
 def read_records(folder):
-    """Return each result's last record, {path below the folder: record}, in the order of writing."""
+    """Return each result's last record, {path below the folder: record}."""
     records = {}
     with suppress(OSError), open(os.path.join(folder, RECORDS), encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, KeyError, TypeError):  # cut short by a kill
                 record = json.loads(line)
                 name, _ = record["result"]["path"], record["source"]["path"]
-                records.pop(name, None)
                 records[name] = record
     return records
