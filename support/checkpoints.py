@@ -156,6 +156,7 @@ def hold(folder):
 
 
 def _matching(folder, names):
+    """Return the files in a folder whose names match a regular expression."""
     return [path for path in Path(folder).iterdir() if re.fullmatch(names, path.name)]
 
 
@@ -190,6 +191,7 @@ class Run:
         all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
     def _write(self, names):
+        """Write the files of `save`. Raises UserError if the weights are not finite."""
         weights = self.network.state_dict()
         if not all(paddle.isfinite(tensor).all() for tensor in weights.values()):
             raise UserError("the weights are not finite and were not saved: try a lower --lr")
@@ -205,6 +207,7 @@ class Run:
             self.save_weights(name)
 
     def save_weights(self, name):
+        """Write `epoch_{name}_model.pdparams`: the weights and the entries TRAINED."""
         if is_first():
             known = {**self.flags, **self.progress}
             trained = {entry: np.array(known[entry], np.int64) for entry in TRAINED}

@@ -113,13 +113,13 @@ def _raise_stopped(number, _):
 _progress = {}
 
 
-def progress(items, total, title=None, unit="image", count=lambda item: 1):
+def progress(items, total, title=None, count=lambda item: 1):
     """Yield items and show a progress bar. If the script stops early, `run_script` reports how many were done.
 
-    `count` returns the number of units in an item.
+    `count` returns the number of images in an item, `total` is that of all.
     """
-    _progress.update(done=0, total=total, unit=unit)
-    with tqdm(desc=title, total=total, unit=unit, disable=None) as bar:
+    _progress.update(done=0, total=total)
+    with tqdm(desc=title, total=total, unit="image", disable=None) as bar:
         for item in items:
             yield item
             _progress["done"] += count(item)
@@ -129,7 +129,7 @@ def progress(items, total, title=None, unit="image", count=lambda item: 1):
 
 def reached():
     """Return how far `progress` has come, e.g. " after 4 of 9 images", or ""."""
-    return " after {done} of {total} {unit}s".format(**_progress) if _progress else ""
+    return " after {done} of {total} images".format(**_progress) if _progress else ""
 
 
 AT_THE_END = "nothing was written"  # an `after_stop` for scripts that write their results at the end

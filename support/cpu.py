@@ -19,17 +19,13 @@ def use_all_cores(threads=None):
     bundles takes its slow, generic path on AMD processors unless MKL_DEBUG_CPU_TYPE is set: to 7 for AVX-512, to 5 for
     AVX2. A value set by the user is kept.
     """
-    if "AuthenticAMD" in _processor() and core.supports_int8():  # oneDNN's int8 needs AVX2, its bfloat16 AVX-512
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux; Windows describes the processor in a variable
+    processor = cpuinfo.read_text() if cpuinfo.exists() else os.environ.get("PROCESSOR_IDENTIFIER", "")
+    if "AuthenticAMD" in processor and core.supports_int8():  # oneDNN's int8 needs AVX2, its bfloat16 AVX-512
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if core.supports_bfloat16() else "5")
     threads = threads or available_cores()
     core.set_num_threads(threads)
     return threads
-
-
-def _processor():
-    """Return the description of the processor on Linux and Windows, "" elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text() if cpuinfo.exists() else os.environ.get("PROCESSOR_IDENTIFIER", "")
 
 
 def computes_bf16():

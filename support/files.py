@@ -83,6 +83,7 @@ def atomic_text(path):
 
 
 def write_json(data, path):
+    """Write data as indented JSON through `atomic_path`."""
     with atomic_text(path) as file:
         json.dump(data, file, indent=2)
         file.write("\n")
@@ -95,6 +96,7 @@ def read_json(path):
 
 
 def sha256(path):
+    """Return a file's SHA-256 as hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

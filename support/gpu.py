@@ -15,6 +15,7 @@ HALF = {"conv2d_transpose", "elementwise_add", "batch_norm", "sync_batch_norm"}
 
 
 def on_gpu():
+    """Return whether Paddle computes on a GPU."""
     return paddle.get_device().startswith("gpu")
 
 

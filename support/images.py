@@ -28,7 +28,7 @@ HIDDEN = (".", "@eaDir", "#recycle", COLORING)  # names that begin so are skippe
 
 # Pillow's other formats stay closed: EPS would start Ghostscript, and ICO and ICNS decode before their size is known.
 FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
-NEEDED = {  # by the first bytes of a file
+PACKAGES = {  # that Pillow needs for some formats, by the first bytes of a file
     b"....ftyp(avif|avis)": "AVIF, which needs Pillow 11.3 or newer",
     b"....ftyp(hei.|hev.|mif1|msf1)": "HEIC, which needs the package pillow-heif",
     b"\xff\x0a|....JXL ": "JPEG XL, which needs the package pillow-jxl-plugin",
@@ -69,31 +69,27 @@ def list_images(root):
         return [root]
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such file or folder")
-    paths, visited, others = [], set(), []
-    tops = [root]
+    paths, visited, tops = [], set(), [root]
     for top in tops:  # the loop appends links to folders, so a folder's own path comes before links to it
         for folder, folders, files in os.walk(top, onerror=_note_unreadable):
             real, within = os.path.realpath(folder), os.path.join(folder, "")
-            if real in visited:
-                note(f"{folder}: skipped: a link to a folder that is visited anyway")
+            linked, results = real in visited, COLORING in files and folder != root
+            if linked or results:
+                reason = "a link to a folder that is visited anyway" if linked else f"results of test.py ({COLORING})"
+                note(f"{folder}: skipped: {reason}")
                 folders.clear()
-            elif COLORING in files and folder != root:
-                note(f"{folder}: skipped: results of test.py ({COLORING})")
-                folders.clear()
-            else:
-                visited.add(real)
-                folders[:] = sorted(filter(_is_visible, folders))
-                tops += filter(os.path.islink, map(within.__add__, folders))
-                for name in filter(_is_visible, files):
-                    if name.lower().endswith(IMAGE_SUFFIXES):
-                        paths.append(within + name)
-                    else:
-                        others.append(os.path.splitext(name)[1].lower())
-    if others:
-        note(f"{root}: {counted(len(others), 'other file')} skipped ({' '.join(sorted(set(others))).strip()})")
-    if not paths:
+                continue
+            visited.add(real)
+            folders[:] = sorted(filter(_is_visible, folders))
+            tops += filter(os.path.islink, map(within.__add__, folders))
+            paths += map(within.__add__, filter(_is_visible, files))
+    images = sorted(path for path in paths if path.lower().endswith(IMAGE_SUFFIXES))
+    if others := len(paths) - len(images):
+        suffixes = sorted({os.path.splitext(path)[1].lower() for path in paths} - {*IMAGE_SUFFIXES})
+        note(f"{root}: {counted(others, 'other file')} skipped ({' '.join(suffixes).strip()})")
+    if not images:
         raise UserError(f"{root}: no images here ({' '.join(IMAGE_SUFFIXES)})")
-    return sorted(paths)
+    return images
 
 
 def _note_unreadable(error):
@@ -110,7 +106,7 @@ def relative_path(path, root):
 
 
 def named_images(*roots):
-    """Return the images in `roots` as {name: path}, sorted by path. A name is the relative path without its suffix.
+    """Return the images in `roots` as {name: path}, sorted by name. A name is the relative path without its suffix.
 
     With several folders and files, paths are relative to the folder that contains all of them. Where two images differ
     in their suffix only, the second keeps it (photo.png, photo.tif.png), as do the results of test.py.
@@ -121,8 +117,7 @@ def named_images(*roots):
         raise UserError(f"{' '.join(roots)}: on different drives; process one drive at a time") from error
     paths = {os.path.abspath(path): path for root in roots for path in list_images(root)}
     images = {}
-    for path in sorted(paths.values(), key=lambda path: relative_path(path, top)):  # the order of the names is kept
-        name = relative_path(path, top)
+    for name, path in sorted((relative_path(path, top), path) for path in paths.values()):
         stem = os.path.splitext(name)[0]
         images[name if stem in images else stem] = path
     return images
@@ -143,7 +138,7 @@ def pair_images(true_dir, colored_dir):
         source = sources.get(relative_path(path, colored_dir), "")
         if source in originals:
             by_record[originals[source]] = name
-        elif name in true and not source.startswith(top):  # others' results, or the images were moved
+        elif name in true and not source.startswith(top):  # another program's result, or the images were moved
             by_name[name] = name
     if by_name:
         note(f"{colored_dir}: {counted(len(by_name), 'image')} paired by name, without a record of the original")
@@ -216,7 +211,7 @@ def _why_unidentified(path):
     """Return why Pillow does not open a file, and whether the file is known to be damaged."""
     with open(path, "rb") as file:
         head = file.read(32)
-    for pattern, format in NEEDED.items():
+    for pattern, format in PACKAGES.items():
         if re.match(pattern, head, re.DOTALL):
             return format, False
     for format, (_, accept) in Image.OPEN.items():
@@ -267,7 +262,7 @@ def to_rgb(image, name="image"):
     if image.format == "TIFF":
         _check_tiff(image.tag_v2)
     image.load()
-    rgb = _in_color_space(image, _to_rgb(image), name)
+    rgb = _convert_colors(image, _convert_samples(image), name)
     turn = TURNS.get(_from_exif(image, ExifTags.Base.Orientation))
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -285,7 +280,8 @@ def _check_tiff(tags):
         raise ValueError(f"TIFF with {kinds} and planar configuration {planar} is not supported")
 
 
-def _to_rgb(image):
+def _convert_samples(image):
+    """Convert a loaded image to RGB of 8 bits per sample, with transparency over white."""
     if image.mode[0] in "IF":  # 16 bits per sample, which Pillow widens to "I" for some formats, or floating point
         samples, most = np.asarray(image), 1 if image.mode == "F" else 65535
         if not ((samples >= 0) & (samples <= most)).all():  # NaN fails, too
@@ -305,14 +301,13 @@ def _to_rgb(image):
 # Color spaces
 
 
-def _srgb_profile():
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    profile[24:36] = b"\x07\xd0\0\1\0\1" + bytes(6)  # a fixed date, so that equal images give equal files
-    return bytes(profile)
+SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# With a fixed date (bytes 24 to 35), so that equal images give equal files
+SRGB_PROFILE = SRGB_PROFILE[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + SRGB_PROFILE[36:]
 
 
 def _adobe_rgb_profile():
-    """sRGB's profile with the colorants and the exponent of Adobe RGB (1998)."""
+    """Return sRGB's profile with the primaries and the exponent of Adobe RGB (1998)."""
     profile = bytearray(SRGB_PROFILE)
     for tag, values in {
         b"rXYZ": (0.60974, 0.31111, 0.01947),
@@ -326,22 +321,19 @@ def _adobe_rgb_profile():
     return bytes(profile)
 
 
-SRGB_PROFILE = _srgb_profile()
-ADOBE_RGB_PROFILE = _adobe_rgb_profile()
-
-
-def _in_color_space(image, rgb, name):
-    """Convert to sRGB from the color space that the image declares."""
+def _convert_colors(image, rgb, name):
+    """Convert `rgb`, the samples of `image`, to sRGB from the color space that the image declares."""
     color_space = _from_exif(image, ExifTags.Base.ColorSpace, ExifTags.IFD.Exif)
     index = _from_exif(image, ExifTags.Interop.InteropIndex, ExifTags.IFD.Interop)
-    adobe_rgb = ADOBE_RGB_PROFILE if (color_space, index) == (65535, "R03") else None
-    if not (profile := image.info.get("icc_profile", adobe_rgb)):
+    adobe_rgb = (color_space, index) == (65535, "R03")
+    profile = image.info.get("icc_profile") or (_adobe_rgb_profile() if adobe_rgb else None)
+    if not profile:
         return rgb
     samples = image if image.mode == "CMYK" else rgb
     if profile[16:20] == b"GRAY" and Image.getmodebase(image.mode) == "L":
         samples = rgb.getchannel(0)
     try:
-        transform = _to_srgb(profile, samples.mode)
+        transform = _srgb_transform(profile, samples.mode)
         return ImageCms.applyTransform(samples, transform) if transform else rgb
     except ImageCms.PyCMSError as error:
         note(f"{name}: unusable color profile, taken for sRGB ({error})")
@@ -349,7 +341,7 @@ def _in_color_space(image, rgb, name):
 
 
 @lru_cache(maxsize=16)
-def _to_srgb(profile, mode):
+def _srgb_transform(profile, mode):
     """Return the transform from an ICC profile to sRGB; None if that changes no channel by more than 2 levels."""
     settings = (mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, 0x2000)  # black-point compensation
     transform = ImageCms.buildTransform(BytesIO(profile), BytesIO(SRGB_PROFILE), *settings)

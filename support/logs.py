@@ -27,7 +27,7 @@ class Log:
     only the latest file of a folder, so a new file begins with the values (not the images) of the lines that stay.
     """
 
-    def __init__(self, folder, tags, last=(0, False)):
+    def __init__(self, folder, tags, last):
         self.path, self.tags = Path(folder) / "train.jsonl", tags
         self.problem = f"{folder}: the log cannot be written"
         if not is_first():
@@ -130,9 +130,9 @@ class Meter:
         self.seen += len(broken)
 
     def check(self, max_broken):
-        """Return all sums over all processes. Raise UserError for a loss that is not finite or too many broken images.
+        """Return sums over all processes: the interval's values, and the epoch's loss, unreadable files and images.
 
-        They are those of the interval and, of the epoch, the loss, the unreadable files and the images.
+        Raises UserError if the loss is not finite or the share of unreadable files exceeds `max_broken`.
         """
         local = [*self.sums.tolist(), *self.loss.tolist(), self.broken, self.seen]
         loss, *_, broken, seen = sums = all_reduce(np.array(local, np.float64)).tolist()

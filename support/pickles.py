@@ -24,7 +24,7 @@ def widen_bfloat16(array):
     return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
 
 
-PLAIN = (type(None), bool, int, float, str, np.generic)  # what remains as it is
+PLAIN = (type(None), bool, int, float, str, np.generic)  # types that `to_plain` returns unchanged
 
 
 class DataUnpickler(pickle._Unpickler):
@@ -80,7 +80,7 @@ class DataUnpickler(pickle._Unpickler):
 
 
 class _Memo(dict):
-    """The values that an unpickler may repeat: no containers; 60 lists that hold the next one twice stand for 2^60."""
+    """A memo that repeats no containers: 60 lists, each of which holds the next one twice, would stand for 2^60."""
 
     def __getitem__(self, index):
         if isinstance(value := super().__getitem__(index), (dict, list, tuple)):
@@ -93,7 +93,7 @@ class _Memo(dict):
 
 
 class _Dtype:
-    """The type of an array's numbers: f4, i8, …"""
+    """The type of an array's numbers, e.g. f4 or i8. Raises UnpicklingError for other types."""
 
     def __init__(self, code, *_):
         if code not in STORAGES.values():
@@ -105,7 +105,7 @@ class _Dtype:
 
 
 def _storage(stand_in, count, data=None):
-    """Return what PyTorch's tensors, and here all arrays, are views of: `count` numbers of the type."""
+    """Return a storage, of which PyTorch's tensors, and here all arrays, are views: `count` numbers of one type."""
     return SimpleNamespace(dtype=stand_in.dtype, count=count, data=data)
 
 
@@ -126,6 +126,7 @@ class _Array:
         self.layout = {"order": "F" if in_fortran_order else "C"}
 
     def to_numpy(self):
+        """Return the array in native byte order. Raises UnpicklingError if the file has too few bytes for it."""
         dtype, count, data = self.storage.dtype, self.storage.count, self.storage.data
         data = data.encode("latin1") if isinstance(data, str) else data
         if len(data) != count * dtype.itemsize:

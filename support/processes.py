@@ -14,6 +14,7 @@ AGREE_SECONDS = 1  # between two agreements on whether to stop: after Ctrl-C, a 
 
 
 def is_first():
+    """Return whether this process has rank 0."""
     return dist.get_rank() == 0
 
 
@@ -78,6 +79,7 @@ class StopRequest:
         self.before = handle_signals(self.notice)
 
     def notice(self, number, _):
+        """Remember a signal (the handler of all stop signals)."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM, which a launcher sends several times
         if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: writing to the closed terminal would fail
             for stream in self.terminals:
@@ -107,5 +109,6 @@ class StopRequest:
         return self.agreed()
 
     def restore(self):
+        """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -25,6 +25,7 @@ def _size_and_time(path):
 
 
 def append_record(record, folder):
+    """Append a record to the file of records in a folder."""
     with open(os.path.join(folder, RECORDS), "a", encoding="utf-8") as file:
         file.write(f"\n{json.dumps(record)}")  # the line break first: an earlier line may have been cut short
 

@@ -40,13 +40,14 @@ def begin_worker(_):
     """
     os.setpgrp()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # drops a signal that came before; see `_start`
+        signal.signal(number, signal.SIG_IGN)  # drops a signal that came before; see `_start_workers`
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _leave_with(parent):
+def _exit_with(parent):
+    """Wait until the parent process has ended, then end this one."""
     while os.getppid() == parent:
         time.sleep(2)
     os._exit(1)
@@ -61,7 +62,7 @@ def from_workers(loader, stop=None):
     if not loader.num_workers:
         yield from _from_thread(loader)
         return
-    iterator = _start(loader)
+    iterator = _start_workers(loader)
     try:
         yield from iterator
     except SystemError as error:
@@ -74,7 +75,7 @@ def from_workers(loader, stop=None):
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
 
 
-def _start(loader):
+def _start_workers(loader):
     """Start a loader's workers, which Paddle has only where processes fork."""
     # A signal would end a worker that has not left the group yet, so it is held back until then.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -113,7 +114,7 @@ def parallel_map(function, items, num_workers, title):
     num_workers = min(num_workers, len(items))
     if num_workers and forks():
         # multiprocessing.Pool would wait forever for a worker that was killed.
-        pool = ProcessPoolExecutor(num_workers, initializer=_start_worker)
+        pool = ProcessPoolExecutor(num_workers, initializer=_set_signals)
     else:
         pool = ThreadPoolExecutor(max(1, num_workers))
     try:
@@ -125,6 +126,7 @@ def parallel_map(function, items, num_workers, title):
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker():
+def _set_signals():
+    """Prepare a process of `parallel_map`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
