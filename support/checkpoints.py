@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
     fcntl = None
 
-# Entries (int64) that a training run adds to the weights: the size of the network's input, and how long the run was
+# Entries (int64) that a training run adds to the weights: the size of the network's input and the run's length
 TRAINED = ("load_size", "epoch", "step")
 ENTRIES = (*TRAINED, "temperature")
 
@@ -35,19 +35,18 @@ def save_checkpoint(state, path):
 
 
 def save_safetensors(state, path, metadata=None):
-    """Write a flat dict of NumPy arrays, and text entries that describe them."""
+    """Write a flat dict of NumPy arrays, and text entries that describe them, as a safetensors file."""
     arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(arrays, {"format": "pd", **(metadata or {})}))
 
 
 def load_checkpoint(path):
-    """Return the dict that `save_checkpoint` or `paddle.save` (2.0 to 3.x) wrote, or the arrays of another format.
+    """Return the dict in a file of `paddle.save` (2.0 to 3.x), safetensors, PyTorch or Caffe, without the ENTRIES.
 
-    The formats, recognized by their content, are safetensors and those of PyTorch and Caffe. NumPy arrays take the
-    place of tensors. `paddle.load` would unpickle the file, and a pickle can run code; this function runs nothing.
-    Raises UserError, naming the file, if it is missing, damaged or holds anything but arrays, numbers, strings and
-    containers of these.
+    The format is recognized by the file's content. NumPy arrays take the place of tensors. `paddle.load` would unpickle
+    the file, and a pickle can run code; this function runs nothing. Raises UserError, naming the file, if it is
+    missing, damaged or holds anything but arrays, numbers, strings and containers of these.
     """
     return read_file(path, _read_state)[0]
 
@@ -115,18 +114,18 @@ def _describe(array):
 
 
 # -------------------------------------------------------------------------------------------------
-# A run, saved and resumed
+# Save and resume a training run
 
-WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"  # in a run's model folder
-LOGGED = r"train\.jsonl|vdlrecords\.\d+\.log"  # in its log folder
+WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"  # names of a run's files in its model folder
+LOGGED = r"train\.jsonl|vdlrecords\.\d+\.log"  # and in its log folder
 LOCK = ".lock"
-PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # of a training state
+PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # keys of a training state
 
 
 def claim(model_path, log_path, advice=None):
     """Make the folders that a run writes to, and lock them until the returned files are closed or the process ends.
 
-    Raise UserError if they cannot be written to or another process holds them; with `advice`, which becomes part of
+    Raises UserError if they cannot be written to or another process holds them; with `advice`, which becomes part of
     the message, also if they contain an earlier run. A log whose run never saved a checkpoint does not count as one.
     """
     if not is_first():
@@ -138,11 +137,11 @@ def claim(model_path, log_path, advice=None):
         earlier += _matching(log_path, LOGGED)
     if advice and earlier:
         raise UserError(f"{earlier[0]}: belongs to an earlier run; {advice}")
-    return [hold(folder) for folder in {model_path, log_path}]
+    return [_lock(folder) for folder in {model_path, log_path}]
 
 
-def hold(folder):
-    """Lock a folder until the returned file is closed or this process ends. Raise UserError if it is locked already."""
+def _lock(folder):
+    """Lock a folder until the returned file is closed or the process ends. Raises UserError if it is locked already."""
     file = open(Path(folder, LOCK), "a")  # noqa: SIM115
     try:
         if fcntl:
@@ -179,10 +178,10 @@ class Run:
         self.flags, self.progress, self.keep = flags, progress, keep
 
     def save(self, *names):
-        """Write `epoch_{name}_model.pdparams`, and next to it the state that is needed to resume.
+        """Write `epoch_{name}_model.pdparams` for each name, and next to it the state that is needed to resume.
 
         The state also contains the weights: if the process is killed between the two files, weights and Adam's
-        moments of different steps are never combined.
+        moments of different steps are never combined. Raises UserError if the weights are not finite.
         """
         share_statistics(self.network)
         if is_first():
@@ -191,7 +190,6 @@ class Run:
         all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
     def _write(self, names):
-        """Write the files of `save`. Raises UserError if the weights are not finite."""
         weights = self.network.state_dict()
         if not all(paddle.isfinite(tensor).all() for tensor in weights.values()):
             raise UserError("the weights are not finite and were not saved: try a lower --lr")
@@ -223,7 +221,10 @@ class Run:
             (self.folder / f"epoch_{epoch}_state.pdopt").unlink(missing_ok=True)
 
     def resume(self, name):
-        """Restore what `save` wrote. Return the flags that have changed since, as {name: message}."""
+        """Restore the state that `save` wrote. Return the flags that have changed since, as {name: message}.
+
+        Raises UserError if the file cannot be read or is not a training state.
+        """
         path = self.folder / f"epoch_{name}_state.pdopt"
         state = load_checkpoint(path)
         if not all(isinstance(state.get(part), dict) for part in PARTS):

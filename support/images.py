@@ -24,7 +24,7 @@ with suppress(ImportError):
 IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .pgm .ppm .pbm .pnm .avif .heic .heif"
 IMAGE_SUFFIXES = tuple(f"{IMAGE_SUFFIXES} .jp2 .j2k .jpf .jpx".split())
 COLORING = "coloring.json"  # marks a folder of test.py's results
-HIDDEN = (".", "@eaDir", "#recycle", COLORING)  # names that begin so are skipped; two are thumbnails and trash on a NAS
+HIDDEN = (".", "@eaDir", "#recycle", COLORING)  # beginnings of skipped names; two are thumbnails and trash on a NAS
 
 # Pillow's other formats stay closed: EPS would start Ghostscript, and ICO and ICNS decode before their size is known.
 FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
@@ -33,7 +33,7 @@ PACKAGES = {  # that Pillow needs for some formats, by the first bytes of a file
     b"....ftyp(hei.|hev.|mif1|msf1)": "HEIC, which needs the package pillow-heif",
     b"\xff\x0a|....JXL ": "JPEG XL, which needs the package pillow-jxl-plugin",
 }
-MAX_PIXELS = 200_000_000  # of an image: 0.6 GB when decoded; larger ones are taken for decompression bombs
+MAX_PIXELS = 200_000_000  # per image: 0.6 GB when decoded; larger ones are treated as decompression bombs
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks, and raises an error instead of a warning
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes of a text or a color profile
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about harmless damage
@@ -225,7 +225,7 @@ def _why_unidentified(path):
 
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 TURNS = dict(enumerate(map(Image.Transpose.__getitem__, TURNS), 2))  # by EXIF orientation, 2 to 8
-TIFF_SAMPLES = {  # that Pillow decodes correctly, by photometric interpretation
+TIFF_SAMPLES = {  # types that Pillow decodes correctly, by photometric interpretation
     0: {"uint1", "uint2", "uint4", "uint8", "uint16"},  # gray, 0 is white
     1: {"uint1", "uint2", "uint4", "uint8", "uint16", "float32"},  # gray, 0 is black
     2: {"uint8", "uint16"},  # RGB

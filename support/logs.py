@@ -88,10 +88,10 @@ def _step_and_stage(values):
 
 
 class Meter:
-    """Sums of each step's values, kept on the device, because reading them would wait for it in every step.
+    """Sums of each step's values, on the device, because reading them in every step would wait for it.
 
-    `names` are those of the values; the first is the loss. An interval ends at a line of the log. The time between two
-    epochs, in which the network is validated and saved, does not count.
+    `names` are the names of the values; the first is the loss. An interval ends at a line of the log. The time between
+    two epochs, in which the network is validated and saved, does not count.
     """
 
     def __init__(self, *names):

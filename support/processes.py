@@ -64,7 +64,7 @@ def check_synchronized(network):
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM, remembered until the end of a step. A second Ctrl-C ends the process immediately.
+    """A stop signal, remembered until the end of a step. A second Ctrl-C ends the process immediately.
 
     The end of the launcher, the parent of several processes, counts as SIGTERM: gloo's launcher dies of that signal
     without passing it on.

@@ -33,7 +33,7 @@ def default_workers():
 
 
 def begin_worker(_):
-    """Prepare a loader's worker process (`worker_init_fn`): it ends when its parent ends, and not before.
+    """Prepare a loader's worker process (`worker_init_fn`) so that it ends when its parent ends, and not before.
 
     Ctrl-C and a launcher's SIGTERM reach a whole group of processes, so a worker leaves the group. Paddle's own watch
     over the parent first waits for work, so a worker would outlive a killed parent.
