@@ -28,16 +28,17 @@ class Log:
     """
 
     def __init__(self, folder, tags, last):
-        self.path, self.tags = Path(folder) / "train.jsonl", tags
-        self.problem = f"{folder}: the log cannot be written"
+        self.tags, self.problem = tags, f"{folder}: the log cannot be written"
         if not is_first():
             self.write = self.pictures = self.close = lambda *_: None
             return
         LogWriter = _import_visualdl()  # noqa: N806
+        path = Path(folder) / "train.jsonl"
         with report_os_errors(self.problem):
-            before = [values for values in read_log(self.path) if _step_and_stage(values) <= last]
-            with atomic_text(self.path) as file:
+            before = [values for values in read_log(path) if _step_and_stage(values) <= last]
+            with atomic_text(path) as file:
                 file.writelines(json.dumps(values) + "\n" for values in before)
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
             with redirect_stdout(None):
                 self.board = LogWriter(logdir=str(folder), file_name=f"vdlrecords.{time.time_ns()}.log")
             for values in before:
@@ -48,8 +49,7 @@ class Log:
         tqdm.write(line)
         sys.stdout.flush()  # for a user who follows a file
         with report_os_errors(self.problem):
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            self.file.write(json.dumps(values) + "\n")
             self._show(values)
 
     def _show(self, values):
@@ -64,6 +64,7 @@ class Log:
 
     def close(self):
         with suppress(OSError):  # `write` has reported it
+            self.file.close()
             self.board.close()
 
 
