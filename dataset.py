@@ -149,18 +149,17 @@ class ColorizationDataset(paddle.io.Dataset):
 
     def __init__(self, paths, load_size, crop_size, augment=False, seed=0):
         super().__init__()
-        # One bytes object: a worker process that reads a list of a million strings would copy all of it.
-        encoded = [os.fsencode(path) for path in paths]
-        self.paths, self.ends = b"".join(encoded), np.cumsum([len(path) for path in encoded])
+        # One array: a worker process that reads a list of a million strings would copy all of it.
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.load_size, self.crop_size = load_size, crop_size
         self.augment, self.seed, self.epoch = augment, seed, 0
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.paths)
 
     def path(self, index):
         """Return the path of the index-th image."""
-        return os.fsdecode(self.paths[self.ends[index - 1] if index else 0 : self.ends[index]])
+        return os.fsdecode(self.paths[index])
 
     def __getitem__(self, index):
         random = np.random.default_rng((self.seed, self.epoch, index))
@@ -203,7 +202,11 @@ class ClassificationDataset(paddle.io.Dataset):
         except InvalidImageError as error:
             note(f"skipped {error}")
             return np.zeros((3, self.crop_size, self.crop_size), np.uint8), False
-        return crop_resized(image, self.load_size, self.crop_size).transpose(2, 0, 1), True
+        return self.square(image).transpose(2, 0, 1), True
+
+    def square(self, image):
+        """Return the part of an image that is used: uint8 [crop_size, crop_size, 3]."""
+        return crop_resized(image, self.load_size, self.crop_size)
 
 
 class EpochSampler(DistributedBatchSampler):

@@ -115,12 +115,9 @@ def parse_args(argv=None):
     parser = Parser(description="Find gray and unreadable images; remove them or write a script that does.")
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of test images, nested or flat")
-    add(
-        "--tolerance",
-        type=whole(0, 255),
-        default=5,  # a gray image with noise of +-2 levels has up to 5 after a JPEG of quality 95
-        help="largest difference between the channels of a pixel, of 255 levels, for an image to count as gray",
-    )
+    # A gray image with noise of +-2 levels has differences of up to 5 after a JPEG of quality 95.
+    difference = "largest difference between the channels of a pixel, of 255 levels, for an image to count as gray"
+    add("--tolerance", type=whole(0, 255), default=5, help=difference)
     add("--num_workers", type=WORKERS, default=available_cores(), help="decoding processes; 0: the main process only")
 
     add = parser.add_argument_group("output").add_argument

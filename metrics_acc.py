@@ -28,7 +28,7 @@ from support.checkpoints import load_weights
 from support.cpu import use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
 from support.images import COLORING, IMAGE_SUFFIXES, named_images, pair_images
-from support.workers import begin_worker, default_workers, from_workers
+from support.workers import default_workers, read_batches
 
 import numpy as np
 import paddle
@@ -188,12 +188,8 @@ def classify(network, paths, labels, versions, args):
         read, bool [N].
     """
     dataset = ClassificationDataset(paths, args.load_size, args.crop_size)
-    loader = paddle.io.DataLoader(
-        dataset, batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
-    )
     hits, readable = {name: [] for name in versions}, []
-    batches = cli.progress(from_workers(loader), len(paths), ", ".join(versions), count=lambda batch: len(batch[0]))
-    for rgb, could_be_read in batches:
+    for rgb, could_be_read in read_batches(dataset, args.batch_size, args.num_workers, ", ".join(versions)):
         label = labels[len(readable) :][: len(rgb), None]
         readable += could_be_read.numpy().tolist()
         for name, version in versions.items():
@@ -288,8 +284,6 @@ def main(args):
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
     names, paths, left_out = find_images(args)
     labels = find_labels(names, args.image_dir or args.result_path, args.labels)
-    for problem, missing in left_out.items():
-        cli.note_some(problem, missing)
     make_folder(args.save_path)
 
     # Classify; an image that is unreadable in one version is left out of all

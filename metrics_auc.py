@@ -295,8 +295,6 @@ def main(args):
     prior_path = args.prior or RESOURCES / "prior_probs.npy"
     bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy().astype(np.float64)
     pairs, left_out = find_pairs(args)
-    for problem, names in left_out.items():
-        cli.note_some(problem, names)
     make_folder(args.save_path)
 
     # Compare, pair by pair

@@ -22,20 +22,10 @@ def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
     """
     layers = []
     for i in range(convs):
-        last = i == convs - 1
-        layers.append(
-            nn.Conv2D(
-                in_channels if i == 0 else channels,
-                channels,
-                kernel_size=3,
-                stride=stride if last else 1,
-                padding=dilation,
-                dilation=dilation,
-            )
-        )
+        inputs, step = in_channels if i == 0 else channels, stride if i == convs - 1 else 1
+        layers.append(nn.Conv2D(inputs, channels, kernel_size=3, stride=step, padding=dilation, dilation=dilation))
         layers.append(nn.ReLU())
-    layers.append(nn.BatchNorm2D(channels))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.BatchNorm2D(channels))
 
 
 class CIC(nn.Layer):

@@ -285,9 +285,11 @@ def main(args):
     colorizer = Colorizer(checkpoint, precision=args.precision)
     compare = Path(f"{os.path.splitext(args.output)[0] if args.output else result}_compare")
     made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
-    for folder, wanted in ((result, not args.output), (compare, args.compare)):
-        if wanted:
-            write_json({**made_by, **method, **provenance()}, folder / COLORING)
+    made_by.update(method, **provenance())
+    if not args.output:
+        write_json(made_by, result / COLORING)
+    if args.compare:
+        write_json(made_by, compare / COLORING)
 
     # Read, colorize and write simultaneously
     done, sheets = 0, Sheets(compare, COLUMNS)

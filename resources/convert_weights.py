@@ -32,13 +32,9 @@ def parse_args(argv=None):
     add("source", help="weights in the format of PyTorch (.pth), Caffe, Paddle (.pdparams) or safetensors")
     add("destination", nargs="?", default="./model", help="model folder, or .pdparams or .safetensors file")
     add = parser.add_argument_group("network").add_argument
-    add(
-        "--head_temperature",
-        type=number(1e-3, 1e3),
-        metavar="T",
-        help="temperature by which the source's last layer is already divided, so that its own softmax has none; "
-        "1: not divided (default: 0.38 for the authors' PyTorch release, 1 for the others)",
-    )
+    divided = "temperature by which the source's last layer is already divided, so that its own softmax has none"
+    default = "1: not divided (default: 0.38 for the authors' PyTorch release, 1 for the others)"
+    add("--head_temperature", type=number(1e-3, 1e3), metavar="T", help=f"{divided}; {default}")
     return parser.parse_args(argv)
 
 

@@ -47,13 +47,11 @@ def parse_args(argv=None):
 def copy_images(folder):
     """Copy the images of installed packages to a folder, which is made if necessary. Return their number."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {package: importlib.util.find_spec(package) for package in IMAGES}
-    paths = [
-        Path(spec.origin).parent / name for package, spec in found.items() if spec for name in IMAGES[package].split()
-    ]
-    for path in paths:
-        shutil.copy(path, folder)
-    return len(paths)
+    for package, names in IMAGES.items():
+        if spec := importlib.util.find_spec(package):
+            for name in names.split():
+                shutil.copy(Path(spec.origin).parent / name, folder)
+    return len(list_images(folder))
 
 
 def compare(images, result):

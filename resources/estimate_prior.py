@@ -15,14 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import cli
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
-from support.images import InvalidImageError, list_images, open_rgb
-from support.workers import begin_worker, default_workers, from_workers
+from support.images import list_images
+from support.workers import default_workers, read_batches
 
 import numpy as np
-import paddle
 from PIL import Image
 
-from dataset import rgb_to_lab
+from dataset import ClassificationDataset, rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256
@@ -30,23 +29,11 @@ AB_LIMIT = 128  # colors are counted for ab within ±AB_LIMIT; sRGB stays within
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
 
 
-class SquareDataset(paddle.io.Dataset):
-    """Whole images, resized to uint8 [3, SIZE, SIZE], and whether the file could be read."""
+class SquareDataset(ClassificationDataset):
+    """Whole images instead of center crops: resized to SIZE x SIZE."""
 
-    def __init__(self, paths):
-        super().__init__()
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        try:
-            image = open_rgb(self.paths[index], least_side=SIZE).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-        except InvalidImageError as error:
-            cli.note(f"skipped {error}")
-            return np.zeros((3, SIZE, SIZE), np.uint8), False
-        return np.asarray(image).transpose(2, 0, 1), True
+    def square(self, image):
+        return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 def count_colors(ab):
@@ -85,11 +72,9 @@ def main(args):
     use_all_cores()
     paths = list_images(args.image_dir)
     make_folder(Path(args.output).parent)
-    loader = paddle.io.DataLoader(
-        SquareDataset(paths), batch_size=args.batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker
-    )
     counts, used, gray, unreadable = 0, 0, 0, 0
-    for rgb, readable in cli.progress(from_workers(loader), len(paths), "counting", count=lambda batch: len(batch[0])):
+    squares = SquareDataset(paths, SIZE, SIZE)
+    for rgb, readable in read_batches(squares, args.batch_size, args.num_workers, "counting"):
         ab = rgb_to_lab(rgb)[:, 1:]
         readable, gray_images = readable.numpy(), is_gray(ab).numpy()
         color = readable & ~gray_images

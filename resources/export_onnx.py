@@ -13,7 +13,6 @@ the file and the shorter side that the network's input should have:
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,23 +48,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-@contextmanager
-def printed_to(path):
-    """Redirect standard output and standard error to a file, also those of native code."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    with open(path, "wb") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, original in zip((1, 2), kept):
-            os.dup2(original, number)
-            os.close(original)
-
-
 def convert(checkpoint):
     """Return the ONNX model of a checkpoint's network. Raises UserError if paddle2onnx cannot convert it."""
     try:
@@ -78,14 +60,10 @@ def convert(checkpoint):
     with tempfile.TemporaryDirectory() as folder:
         inference.export(NetworkToAb(load_network(checkpoint)), inputs, folder)
         files = [os.path.join(folder, f"program.{suffix}") for suffix in ("json", "pdiparams")]
-        log = Path(folder) / "log"
-        try:
-            with printed_to(log):
-                # Its optimizer would install packages.
-                converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
-        except Exception as error:  # paddle2onnx prints the reason; the error that it raises later does not contain it
-            printed = log.read_text(errors="replace").strip().splitlines() or [str(error)]
-            raise UserError(f"paddle2onnx cannot convert this: {printed[-1]}") from error
+        try:  # without the optimizer, which would install packages
+            converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
+        except Exception as error:
+            raise UserError(f"paddle2onnx cannot convert this: {error}") from error
     return named(onnx.load_from_string(converted))
 
 

@@ -137,7 +137,7 @@ def claim(model_path, log_path, advice=None):
         earlier += _matching(log_path, LOGGED)
     if advice and earlier:
         raise UserError(f"{earlier[0]}: belongs to an earlier run; {advice}")
-    return [_lock(folder) for folder in {model_path, log_path}]
+    return [_lock(folder) for folder in {Path(model_path), Path(log_path)}]
 
 
 def _lock(folder):

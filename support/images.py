@@ -9,7 +9,7 @@ from functools import lru_cache
 from io import BytesIO
 from itertools import product
 
-from support.cli import UserError, counted, note
+from support.cli import UserError, counted, note, note_some
 from support.records import absolute, read_records
 
 import numpy as np
@@ -126,8 +126,8 @@ def named_images(*roots):
 def pair_images(true_dir, colored_dir):
     """Pair the images of a folder with their results: by the results' records, by name where these do not help.
 
-    Returns a list of (name, path of the original, path of the result), and what is left out, {problem: names}. Raises
-    UserError if there are no pairs.
+    Returns a list of (name, path of the original, path of the result), and what is left out and reported, {problem:
+    names}. Raises UserError if there are no pairs.
     """
     true, colored = named_images(true_dir), named_images(colored_dir)
     originals = dict(zip(map(absolute, true.values()), true))
@@ -147,7 +147,10 @@ def pair_images(true_dir, colored_dir):
     if not pairs:
         raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
     left_out = {"no colored image": {*true} - {*result_of}, "no true image": {*colored} - {*result_of.values()}}
-    return pairs, {problem: sorted(names) for problem, names in left_out.items() if names}
+    left_out = {problem: sorted(names) for problem, names in left_out.items() if names}
+    for problem, names in left_out.items():
+        note_some(problem, names)
+    return pairs, left_out
 
 
 # -------------------------------------------------------------------------------------------------

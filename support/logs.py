@@ -78,9 +78,12 @@ def _import_visualdl():
 
 
 def read_log(path):
-    """Return the values of each complete line of a train.jsonl; [] without a file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut off the last one
+    """Return the values of each line of a train.jsonl; [] without a file."""
+    values = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a kill may cut a line off
+            values.append(json.loads(line))
+    return values
 
 
 def _step_and_stage(values):

@@ -15,6 +15,7 @@ from support.cpu import cores_each
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.io import DataLoader
 
 LOST = "a process that reads images was killed or failed (memory or /dev/shm full?); try fewer --num_workers"
 
@@ -104,6 +105,12 @@ def _from_thread(loader):
             following, batch = next(batches, None), current.result()
             yield [paddle.to_tensor(x, place=paddle.CPUPlace()) for x in batch]
             current = following
+
+
+def read_batches(dataset, batch_size, num_workers, title):
+    """Yield the batches of a dataset, in order, behind a progress bar."""
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=begin_worker)
+    return progress(from_workers(loader), len(dataset), title, count=lambda batch: len(batch[0]))
 
 
 def parallel_map(function, items, num_workers, title):
