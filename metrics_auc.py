@@ -9,7 +9,7 @@ of all images are pooled, weighted in three ways:
 
     raw              equally; gray scores 89.1% on ImageNet in the paper
     rebalanced       by the rarity of the ground-truth color in the prior (lambda = 0). Gray scores 58.0% with
-                     ImageNet's prior and 50.33% on 780 images with the bundled one, which gives a few rare bins most of
+                     ImageNet's prior and 49.46% on 780 images with the bundled one, which gives a few rare bins most of
                      the weight
     macro            by the rarity of the ground-truth color in the test set: the mean over the ab bins that occur
                      ("auc_rebalanced_own" in files)
