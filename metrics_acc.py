@@ -8,7 +8,8 @@ Plausible colors help a classifier that was trained on color images. The origina
 classified as controls, on the images that have a result. Results can score lower than gray.
 
 An image's class is its folder's name, a WordNet id such as n01440764. For a flat folder, each line of --labels contains
-an image's name and its class (a WordNet id, or a number in the sorted list of ids, resources/imagenet_synsets.txt).
+an image's name and its class (a WordNet id, or a number, from 0, in the sorted list of ids,
+resources/imagenet_synsets.txt).
 
 Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_per_class.csv and accuracy_images.csv
 (which images were recognized) to --save_path.

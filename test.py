@@ -4,13 +4,13 @@
     python test.py photo.jpg --output colored.png                           writes colored.png
     python test.py a.jpg b.jpg holiday                                      writes result/a.png, …, result/holiday/…
     python test.py --image_dir DIR --load_model 7                           writes result/<same path>.png
-    python test.py --image_dir DIR --load_size 256 --crop_size 224          writes square crops, as papers evaluate
+    python test.py --image_dir DIR --load_size 224 --crop_size 224          writes square crops, as papers evaluate
 
 Results have the full resolution of their images: the network reads an image resized to a shorter side of 256 pixels,
 or to the size stored in the checkpoint. The ab that it predicts is upsampled and joined with the image's own lightness.
 Without a checkpoint, the bundled `small` weights are used. The last line names the results and the weights:
 
-    result: 200 images colorized with model/epoch_7_model.pdparams in bf16
+    ./result: 200 images colorized with model/epoch_7_model.pdparams (epoch 8, 3000 steps) in bf16
 """
 
 import glob
