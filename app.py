@@ -1,4 +1,4 @@
-"""A web page that colorizes photos: drop one, compare gray with colorized, change the temperature.
+"""A web demo that colorizes photos: drop one, compare gray with colorized, change the temperature.
 
     pip install -r requirements-app.txt
     python app.py                               only on this machine, at http://127.0.0.1:7860
@@ -319,7 +319,7 @@ def example_button(name):
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Serve a web page that colorizes photos.")
+    parser = Parser(description="Serve a web demo that colorizes photos.")
     add = parser.add_argument_group("address").add_argument
     add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: all addresses of this machine")
     add("--port", type=whole(1, 65535), default=7860, help="port to serve at")
@@ -333,7 +333,7 @@ def parse_args(argv=None):
 def main(args):
     # Setup
     if gr is None:
-        raise UserError("the page needs Gradio and Python 3.10: pip install -r requirements-app.txt")
+        raise UserError("the web demo needs Gradio and Python 3.10: pip install -r requirements-app.txt")
     family = socket.getaddrinfo(args.host, args.port)[0][0]
     socket.create_server((args.host, args.port), family=family).close()  # raises if the port is taken
     use_all_cores()
