@@ -44,7 +44,7 @@ PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again wa
 IMAGES_AHEAD = 64  # at most, as each may be an open file
 NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
 LONGEST_NAME = 255  # bytes, of the usual file systems
-COLUMNS = ("gray", "colored", "original")  # of a contact sheet
+COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
 
 # -------------------------------------------------------------------------------------------------
 # Plan
@@ -162,7 +162,7 @@ def batches(loaded, batch_size):
 
 
 def write(image, result, target, args):
-    """Write a result; return it to the contact sheet as thumbnails: gray, colored, original. Errors as they are."""
+    """Write a result; return it to the contact sheet as thumbnails: gray, colorized, original. Errors as they are."""
     if result is None:
         return image
     save(result, target, args.format)
@@ -236,7 +236,7 @@ def parse_args(argv=None):
     add("--result_path", default="./result", help="folder of the results, with the same subfolders as the images")
     add("--output", metavar="FILE", help="the result of a single image, instead of --result_path")
     add("--format", choices=FORMATS, help="format of the results (default: that of --output, otherwise png)")
-    add_bool("--compare", False, "also write contact sheets (gray, colored, original) to <result_path>_compare")
+    add_bool("--compare", False, "also write contact sheets (gray, colorized, original) to <result_path>_compare")
     add_bool("--skip_existing", False, "skip images whose result in --result_path is up to date, to resume a run")
     args = parser.parse_args(argv)
     if args.image_dir is not None:

@@ -7,7 +7,7 @@ not trained on them. `camera` was taken in gray, so it has no original. Then the
 for a moment: the loss falls. Results, the picture and the training's log stay in one folder, ./demo by default; the
 checkpoints are deleted. The last line names the picture:
 
-    demo/compare.png: 8 images colorized (gray, colored, original)
+    demo/compare.png: 8 images colorized (gray, colorized, original)
 """
 
 import importlib.util
@@ -31,9 +31,9 @@ IMAGES = {  # by the package that bundles them
     "matplotlib": "mpl-data/sample_data/grace_hopper.jpg",
     "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
 }
-TAKEN_IN_GRAY = "camera"
+TAKEN_IN_GRAY = "camera"  # shown last, without an original
 CELL = (200, 130)  # pixels of an image in the picture, which fits on one screen
-ACROSS = 2  # images next to each other, each gray, colored and original
+ACROSS = 2  # images next to each other, each gray, colorized and original
 TRAINING = "--init_from small --load_size 72 --crop_size 64 --lr 1e-4 --loss_step 5 --num_workers 0 --overwrite"
 
 
@@ -57,10 +57,11 @@ def copy_images(folder):
 def compare(images, result):
     """Return a picture of the images in gray, their results and the originals."""
     rows = []
-    for path in map(Path, list_images(images)):
-        original, colored = (fit(open_rgb(x), CELL) for x in (path, result / f"{path.stem}.png"))
-        row = (original.convert("L").convert("RGB"), colored, original)
-        rows.append((path.stem, row[:2] if path.stem == TAKEN_IN_GRAY else row))
+    for path in sorted(map(Path, list_images(images)), key=lambda path: path.stem == TAKEN_IN_GRAY):
+        original, colorized = (fit(open_rgb(x), CELL) for x in (path, result / f"{path.stem}.png"))
+        row = (original.convert("L").convert("RGB"), colorized, original)
+        rows.append((path.stem, row))
+    rows[-1] = (f"{TAKEN_IN_GRAY} (taken in gray)", row[:2])
     sheets = [contact_sheet(rows[i::ACROSS], test.COLUMNS, CELL[0]) for i in range(ACROSS)]
     picture = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
     for i, sheet in enumerate(sheets):
