@@ -1,4 +1,4 @@
-"""A network in the form of the authors' Caffe release, written byte by byte as protobuf's documentation has it."""
+"""Write a network in the form of the authors' Caffe release, byte by byte as protobuf's documentation describes it."""
 
 import numpy as np
 import paddle
@@ -15,7 +15,7 @@ def varint(number):
 
 
 def field(number, payload):
-    """Length-delimited: a message, a string or a packed array."""
+    """Return a length-delimited field: a message, a string or a packed array."""
     return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
@@ -34,7 +34,7 @@ FACTOR = 999.98
 
 
 def caffe_network(x):
-    """Layers with random weights and the statistics that they have on x, L - 50; returns them and the logits."""
+    """Return layers with random weights, with their statistics on x (L - 50), and the logits."""
     random = np.random.default_rng(0)
     layers = {"data_ab_ss": [np.ones((2, 1, 1, 1))]}  # a layer that only training needs
 
@@ -68,7 +68,7 @@ def caffe_network(x):
 
 
 def class8_ab():
-    """The last layer, which programs that use the release fill in: the bins, as a 1x1 convolution."""
+    """Return the last layer, the bins as a 1x1 convolution, which the release leaves to the programs that use it."""
     return {"class8_ab": [load_ab_bins().numpy().T.reshape(2, 313, 1, 1)]}
 
 
@@ -106,7 +106,7 @@ def prototxt(height, width):
 
 
 def run_by_opencv(caffemodel, height, width):
-    """The function that colors with OpenCV: L - 50 [1, 1, height, width] -> ab [1, 2, height/4, width/4]."""
+    """Return a function that predicts with OpenCV: L - 50 [1, 1, height, width] -> ab [1, 2, height/4, width/4]."""
     import cv2
 
     (caffemodel.parent / "colorization.prototxt").write_text(prototxt(height, width))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 from support.checkpoints import save_checkpoint
@@ -16,12 +18,13 @@ from skimage import data
 from small_network import SmallNetwork, standardize
 
 import pretrained
+import test
 import train
 from dataset import rgb_to_lightness
 from model import CIC
 
 ROOT = Path(__file__).resolve().parent.parent
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+BUNDLED_IMAGES = ("astronaut", "chelsea", "coffee", "rocket")
 
 os.environ.setdefault("GLOG_minloglevel", "2")
 use_all_cores()
@@ -29,38 +32,43 @@ use_all_cores()
 
 @pytest.fixture
 def small_network(monkeypatch):
-    """`train.py` and `test.py` use the small network."""
+    """Let `train.py` and `test.py` use the small network. Return its class."""
     monkeypatch.setattr(train, "CIC", SmallNetwork)
     monkeypatch.setattr(pretrained, "CIC", SmallNetwork)
     return SmallNetwork
 
 
+def bundled_image(name):
+    """Return one of scikit-image's images as a Pillow image."""
+    return Image.fromarray(getattr(data, name)())
+
+
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
-    """A folder of four photographs, 96 pixels wide or high at the short side, of different shapes."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in PHOTOGRAPHS:
-        image = Image.fromarray(getattr(data, name)())
+def image_folder(tmp_path_factory):
+    """Write four images of different shapes, with a shorter side of 96 pixels. Return their folder."""
+    folder = tmp_path_factory.mktemp("images")
+    for name in BUNDLED_IMAGES:
+        image = bundled_image(name)
         scale = 96 / min(image.size)
         image.resize([round(side * scale) for side in image.size]).save(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def squares(tmp_path_factory):
-    """A folder of the same four as squares of 64 pixels."""
-    folder = tmp_path_factory.mktemp("squares")
-    for name in PHOTOGRAPHS:
-        ImageOps.fit(Image.fromarray(getattr(data, name)()), (64, 64)).save(folder / f"{name}.png")
+def square_crops(tmp_path_factory):
+    """Write 64x64 center crops of the same four images. Return their folder."""
+    folder = tmp_path_factory.mktemp("square_crops")
+    for name in BUNDLED_IMAGES:
+        ImageOps.fit(bundled_image(name), (64, 64)).save(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A checkpoint of the real network with outputs of a usual size: its layers scaled on a photograph."""
+def cic_checkpoint(tmp_path_factory):
+    """Write a checkpoint of the real network, its random weights scaled for logits of a realistic size."""
     paddle.seed(1)
     network = CIC()
-    rgb = paddle.to_tensor(np.asarray(Image.fromarray(data.coffee()).resize((96, 96))))
+    rgb = paddle.to_tensor(np.asarray(bundled_image("coffee").resize((96, 96))))
     standardize(network, rgb_to_lightness(rgb.transpose([2, 0, 1]).unsqueeze(0)))
     path = tmp_path_factory.mktemp("model") / "epoch_0_model.pdparams"
     save_checkpoint(network.state_dict(), path)
@@ -68,13 +76,36 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def run_training(tmp_path, squares):
-    """Runs `train.py` for two steps of four 32-pixel crops; flags override. Returns the lines of its log."""
+def small_checkpoint(small_network, tmp_path):
+    """Write a checkpoint of the small network, the default one of its folder, for inputs of 64 pixels."""
+    paddle.seed(0)
+    path = tmp_path / "model" / "epoch_19_model.pdparams"
+    save_checkpoint({**small_network().state_dict(), "load_size": np.array(64)}, path)
+    return path
 
-    def run(*flags, folder="run", image_dir=squares):
+
+@pytest.fixture
+def colorize_files(small_checkpoint, tmp_path, monkeypatch):
+    """Run `test.py` in tmp_path with the small network. Return its exit code and the folder of results."""
+    monkeypatch.chdir(tmp_path)
+
+    def colorize(images, *flags, result="result"):
+        images = images if isinstance(images, tuple) else (images,)
+        where = ["--model_path", small_checkpoint.parent, "--result_path", os.path.join(tmp_path, result)]
+        flags = [*images, *where, "--precision", "float32", *flags]
+        return test.main(test.parse_args([*map(str, flags)])), tmp_path / result
+
+    return colorize
+
+
+@pytest.fixture
+def run_training(tmp_path, square_crops):
+    """Run `train.py` for two steps of four 32-pixel crops; flags override. Return the lines of its log."""
+
+    def run(*flags, folder="run", image_dir=square_crops, overwrite=True):
         short = "--load_size 40 --crop_size 32 --batch_size 4 --max_steps 2 --loss_step 1 --num_workers 0"
         where = ["--model_path", str(tmp_path / folder / "model"), "--log_path", str(tmp_path / folder / "log")]
-        start = [] if "--continue_train" in flags else ["--overwrite"]
+        start = ["--overwrite"] if overwrite and "--continue_train" not in flags else []
         flags = [*where, *short.split(), *start, *map(str, flags)]
         code = train.main(train.parse_args(["--image_dir", str(image_dir), *flags]))
         assert code == 0
@@ -84,35 +115,89 @@ def run_training(tmp_path, squares):
 
 
 @pytest.fixture
-def stopped():
-    """Runs a main function that must stop with one clear line, and returns the line."""
+def error_message():
+    """Call a function that must stop with one clear line. Return the line."""
 
-    def stopped(main, args):
+    def call(function, *arguments, **settings):
         with pytest.raises(SystemExit) as stop:
-            main(args)
+            function(*arguments, **settings)
         message = str(stop.value.code)
         assert message and "\n" not in message
         return message
 
-    return stopped
+    return call
 
 
-def recorded(folder):
+@pytest.fixture
+def pretend_device(monkeypatch):
+    """Let Paddle report another device: "gpu:0" of a compute capability, or an untested kind."""
+
+    def pretend(device, *capability):
+        monkeypatch.setattr(paddle, "get_device", lambda: device)
+        monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda: "NVIDIA X")
+
+    return pretend
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Let downloads reach this machine only, without waiting between retries. Return their empty cache folder."""
+    monkeypatch.setattr("paddle.utils.download.WEIGHTS_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path / "cache"
+
+
+def visualdl_reader(folder):
     """Return VisualDL's reader of a folder, which shows only the latest of its files."""
     from visualdl import LogReader
 
     return LogReader(file_path=str(max(folder.glob("*vdlrecords*"))))
 
 
+def save_image(path, pixels, **options):
+    """Write an array as an image, in a folder that may not exist yet. Return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def save_images(folder, images):
+    """Write {name: array} as PNG files. Return the folder."""
+    for name, pixels in images.items():
+        save_image(folder / f"{name}.png", pixels)
+    return folder
+
+
+def png_bomb():
+    """Return a PNG of a few bytes whose header declares 50,000 by 50,000 pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+def same_values(one, other):
+    """Return whether two dicts, which may be nested, have the same keys and values."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(one[key], other[key]) for key in one)
+    return np.array_equal(one, other)
+
+
 def random_rgb(count, seed=0):
-    """uint8 [count, 3, 1, 1] random colors."""
+    """Return random colors, uint8 [count, 3, 1, 1]."""
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 1, 1), dtype=np.uint8)
 
 
-def upsampled(ab, height, width):
-    """By SciPy: ab [2, h, w], where (i, j) is the color of pixel (4i, 4j) of 4h x 4w, at each pixel of height x width.
+def upsample_by_scipy(ab, height, width):
+    """Upsample ab [2, h, w], where (i, j) is the color of pixel (4i, 4j) of 4h x 4w, to each pixel of height x width.
 
-    The two images have the same edges, so their pixels' middles lie at the same shares of the sides.
+    The two images have the same edges, so the centers of their pixels lie at the same shares of the sides.
     """
     at = [(np.arange(n) + 0.5) / n * 4 * cells - 0.5 for n, cells in zip((height, width), ab.shape[1:])]
     grid = np.stack(np.meshgrid(*at, indexing="ij")) / 4

@@ -26,6 +26,7 @@ with suppress(ImportError):
     __import__("pillow_heif").register_heif_opener()
 
 ROOT = Path(__file__).resolve().parents[1]
+EXIT_SKIPPED = 3
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "ppm": "PPM"}
 FORMATS |= {suffix: format for suffix, format in (("jp2", "JPEG2000"), ("avif", "AVIF"), ("heic", "HEIF"))
@@ -44,13 +45,13 @@ UNSUPPORTED = ("int16", "uint32", "thumbnail", "float")  # floats when damaged, 
 def make(folder, count, seed=0):
     """Write `count` images, whose names contain format, mode and damage."""
     choose = random.Random(seed)
-    photographs = [Image.fromarray(x()[::6, ::6]) for x in (data.astronaut, data.chelsea, data.coffee, data.rocket)]
+    images = [Image.fromarray(x()[::6, ::6]) for x in (data.astronaut, data.chelsea, data.coffee, data.rocket)]
     folder.mkdir(parents=True)
     made = 0
     while made < count:
         suffix = choose.choice(sorted(FORMATS))
         mode = choose.choice((*MODES, *TIFFS) if suffix == "tif" else MODES)
-        whole = encoded(choose.choice(photographs), suffix, mode, choose)
+        whole = encoded(choose.choice(images), suffix, mode, choose)
         if whole is None:
             continue  # the format does not have the mode
         damage = choose.choice(DAMAGES)
@@ -59,14 +60,14 @@ def make(folder, count, seed=0):
         made += 1
 
 
-def encoded(photograph, suffix, mode, choose):
+def encoded(original, suffix, mode, choose):
     """Return the bytes of an image; None if the format does not have the mode."""
     file = io.BytesIO()
     if mode in TIFFS:
         samples, options = TIFFS[mode]
-        tifffile.imwrite(file, samples(np.asarray(photograph.convert("L"))), **options)
+        tifffile.imwrite(file, samples(np.asarray(original.convert("L"))), **options)
         return file.getvalue()
-    image = photograph.convert("L" if mode == "I;16" else mode)
+    image = original.convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     options = {
@@ -143,39 +144,61 @@ def readable(folder):
     return names
 
 
+def find_problems(folder, count, seed, run):
+    """Make images, let the scripts process them, and return a line for each problem, and the names of readable images.
+
+    `run(script, *flags)` runs a script of the project and returns its exit code and everything that it printed.
+    """
+    images, result, problems = folder / "in", folder / "result", []
+    make(images, count, seed)
+    intact = readable(images)
+
+    def check(script, *flags):
+        code, printed = run(script, *map(str, flags))
+        if code != EXIT_SKIPPED or "Traceback" in printed:
+            problems.append(f"{script}: exit code {code}\n{printed}")
+        return printed
+
+    printed = check("test.py", images, "--load_size", 32, "--result_path", result)
+    colorized = {path.stem for path in result.glob("*.png")}
+    problems += [f"{name}: readable, but not colorized" for name in intact if Path(name).stem not in colorized]
+    skipped = sum(line.startswith("skipped ") for line in printed.splitlines())
+    if skipped != count - len(colorized):
+        problems.append(f"test.py: {skipped} images reported as skipped instead of {count - len(colorized)}")
+    check("metrics_auc.py", "--imgs_dir", images, "--results_dir", result, "--save_path", folder, "--num_workers", 0)
+    printed = check("get_invalid_images.py", "--image_dir", images, "--output", folder, "--num_workers", 0)
+    listed = (folder / "invalid_images.csv").read_text()
+    unreadable, not_checked = listed.count("unreadable"), printed.count(": not checked: ")
+    if unreadable + not_checked != skipped or not_checked >= skipped / 2:
+        problems.append(f"get_invalid_images.py: {unreadable} unreadable and {not_checked} not checked of {skipped}")
+    for path in sorted(images.iterdir()):
+        if (path.name in intact or "unharmed" in path.name) and f"{path.name},unreadable" in listed:
+            problems.append(f"{path.name}: intact, but listed as unreadable")
+    return problems, intact
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    wrong = []
+
+    def run(script, *flags):
+        command = [
+            sys.executable,
+            str(ROOT / script),
+            *flags,
+            *(["--load_model", "small"] if script == "test.py" else []),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+        return done.returncode, done.stdout + done.stderr
+
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make(folder / "in", args.count, args.seed)
-        whole = readable(folder / "in")
-
-        def run(script, *flags, code):
-            command = [sys.executable, str(ROOT / script), *map(str, flags)]
-            done = subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, "TQDM_DISABLE": "1"})
-            said = done.stdout.decode() + done.stderr.decode()
-            if done.returncode != code or "Traceback" in said:
-                wrong.append(f"{script}: exit code {done.returncode}\n{said}")
-            return said
-
-        run("test.py", folder / "in", "--load_model", "small", "--load_size", 32, code=3)
-        run("metrics_auc.py", "--imgs_dir", folder / "in", "--results_dir", folder / "result", code=3)
-        run("get_invalid_images.py", "--image_dir", folder / "in", code=3)
-        listed = (folder / "invalid_images.csv").read_text()
-        for name in sorted(whole):
-            if not (folder / "result" / name).with_suffix(".png").exists():
-                wrong.append(f"{name}: readable, but not colorized")
-        for path in sorted((folder / "in").iterdir()):
-            if (path.name in whole or "unharmed" in path.name) and f"{path.name},unreadable" in listed:
-                wrong.append(f"{path.name}: intact, but listed as unreadable")
-    print("\n".join(wrong))
-    end = f"{len(wrong)} faults" if wrong else "all colorized, no intact image listed for removal, no traceback"
-    print(f"{args.count} images, {len(whole)} of them readable: {end}")
-    return bool(wrong)
+        problems, intact = find_problems(Path(folder), args.count, args.seed, run)
+    print("\n".join(problems))
+    end = "all colorized, no intact image listed for removal, no traceback"
+    print(f"{args.count} images, {len(intact)} of them readable: {f'{len(problems)} problems' if problems else end}")
+    return bool(problems)
 
 
 if __name__ == "__main__":

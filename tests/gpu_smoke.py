@@ -14,7 +14,7 @@ import skimage.data
 from PIL import Image
 
 
-def say(text):
+def report(text):
     print(f"   {text}", file=sys.stderr, flush=True)
 
 
@@ -23,31 +23,31 @@ def lines(run):
 
 
 def machine(work):
-    """Writes the photographs and prints the number of GPUs."""
-    for name in ("originals", "photographs"):
+    """Write the images and print the number of GPUs."""
+    for name in ("originals", "images"):
         (Path(work) / name).mkdir()
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         path = Path(work) / "originals" / f"{name}.png"
         Image.fromarray(getattr(skimage.data, name)()).save(path)
         for i in range(10):
-            os.link(path, Path(work) / "photographs" / f"{name}{i}.png")
+            os.link(path, Path(work) / "images" / f"{name}{i}.png")
     gpus = paddle.device.cuda.device_count() if paddle.get_device().startswith("gpu") else 0
     kinds = [".".join(map(str, paddle.device.cuda.get_device_capability(i))) for i in range(gpus)]
-    say(f"Paddle {paddle.__version__} on {paddle.get_device()}, CUDA {paddle.version.cuda()}; capabilities {kinds}")
+    report(f"Paddle {paddle.__version__} on {paddle.get_device()}, CUDA {paddle.version.cuda()}; capabilities {kinds}")
     print(gpus)
     return True
 
 
 def falls(run):
     losses = [line["loss"] for line in lines(run)]
-    say(f"loss {losses[0]:.0f} in the first step, {np.mean(losses[-4:]):.0f} over the last 4 of {len(losses)}")
+    report(f"loss {losses[0]:.0f} in the first step, {np.mean(losses[-4:]):.0f} over the last 4 of {len(losses)}")
     return len(losses) == 20 and np.mean(losses[-4:]) < 0.9 * losses[0]
 
 
 def same(first, second, tolerance):
     pairs = [(a["loss"], b["loss"]) for a, b in zip(lines(first), lines(second))][:4]
     worst = max(abs(a - b) / a for a, b in pairs)
-    say(f"losses of {len(pairs)} steps differ by {worst:.2%} at most; {float(tolerance):.0%} would pass")
+    report(f"losses of {len(pairs)} steps differ by {worst:.2%} at most; {float(tolerance):.0%} would pass")
     return len(pairs) == 4 and worst < float(tolerance)
 
 
@@ -56,7 +56,7 @@ def pictures(first, second, tolerance):
         np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(Path(second) / path.name))).mean()
         for path in Path(first).glob("*.png")
     ]
-    say(f"{len(differences)} pictures differ by {max(differences):.3f} of 255 on average; {tolerance} would pass")
+    report(f"{len(differences)} pictures differ by {max(differences):.3f} of 255 on average; {tolerance} would pass")
     return len(differences) == 4 and max(differences) < float(tolerance)
 
 

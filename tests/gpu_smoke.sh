@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 exec > >(tee gpu_smoke.log) 2>&1
 
 train() {  # name, flags: logs to $work/name
-    python train.py --image_dir "$work/photographs" --model_path "$work/$1" --log_path "$work/$1" --load_size 72 \
+    python train.py --image_dir "$work/images" --model_path "$work/$1" --log_path "$work/$1" --load_size 72 \
         --crop_size 64 --batch_size 4 --num_workers 1 --lr 3e-4 --num_epochs 3 --loss_step 1 "${@:2}" >"$work/$1.out" 2>&1 ||
         { cat "$work/$1.out"; echo "FAILED: train.py ${*:2}"; exit 1; }
 }

@@ -15,15 +15,15 @@ SMALL = TESTS / "train_small.py"
 LIMIT = 600  # seconds; an idle machine needs a few
 
 
-def flags(folder, images, *more, size=32):
-    """Flags of a run that does not end by itself, on crops of 32 pixels; `more` overrides them."""
+def train_flags(folder, images, *more, size=32):
+    """Return flags of a run that does not end by itself, on crops of 32 pixels; `more` overrides them."""
     where = ["--image_dir", images, "--model_path", folder / "model", "--log_path", folder / "log"]
     sizes = ["--load_size", size + 8, "--crop_size", size, "--batch_size", 4, "--num_workers", 0, "--loss_step", 1]
     return [str(x) for x in [*where, *sizes, "--num_epochs", 10**6, "--save_freq", 10**6, *more]]
 
 
-def launched(count, folder):
-    """Arguments in front of the script's name that run it in `count` processes."""
+def launcher_flags(count, folder):
+    """Return the arguments in front of the script's name that run it in `count` processes."""
     return ["-m", "paddle.distributed.launch", "--nproc_per_node", str(count), "--backend", "gloo"] + [
         *("--log_dir", str(folder / "launch"))
     ]
@@ -54,9 +54,13 @@ def started(folder, *arguments, script=SMALL, launcher=()):
         process.wait()
 
 
-def run(folder, *arguments, **settings):
-    """Run to the end. Return the exit code and the standard error."""
-    with started(folder, *arguments, **settings) as process:
+def start_training(folder, images, *more, size=32, **settings):
+    return started(folder, *train_flags(folder, images, *more, size=size), **settings)
+
+
+def run_training_to_end(folder, images, *more, **settings):
+    """Train until the run ends by itself. Return the exit code and the standard error."""
+    with start_training(folder, images, *more, **settings) as process:
         return process.wait(LIMIT), (folder / "err").read_text()
 
 
@@ -79,7 +83,7 @@ def wait_for(condition, process=None):
     return result
 
 
-def log(folder):
+def read_log(folder):
     """Return the complete lines of train.jsonl."""
     path = folder / "log" / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -87,10 +91,10 @@ def log(folder):
 
 
 def steps_done(folder):
-    return max((line["step"] for line in log(folder)), default=0)
+    return max((line["step"] for line in read_log(folder)), default=0)
 
 
-def gone(pid):
+def has_ended(pid):
     """Return whether a process has ended (or is a zombie)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -110,7 +114,7 @@ def stopped_at_random(folder, images, signals, seed=0):
         number = moment.choice((signal.SIGINT, signal.SIGTERM))
         before = steps_done(folder)
         more = ["--batch_size", 1, "--num_workers", 2, "--num_epochs", 10**6, *resume]
-        with started(folder, *flags(folder, images, *more)) as process:
+        with start_training(folder, images, *more) as process:
             wait_for(lambda before=before: steps_done(folder) > before, process)
             time.sleep(moment.random())
             os.killpg(process.pid, number)

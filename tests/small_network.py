@@ -6,7 +6,7 @@ from model import conv_stage
 
 
 class SmallNetwork(paddle.nn.Layer):
-    """A network with the inputs and outputs of CIC and 1/500 of its parameters."""
+    """Has the inputs and outputs of CIC and 1/500 of its parameters."""
 
     def __init__(self):
         super().__init__()

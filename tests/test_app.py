@@ -12,11 +12,11 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT
 from PIL import ExifTags, Image
 from visitor import Visitor
 
@@ -25,7 +25,6 @@ from colorizer import Colorizer
 from dataset import lab_to_rgb
 from utils import load_ab_bins
 
-ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Reports every host that the server connects to or looks up.
 WATCHED = """if True:
@@ -43,7 +42,7 @@ needs_gradio = pytest.mark.skipif(app.gr is None, reason="Gradio is not installe
 
 
 @pytest.fixture(scope="module")
-def page(trained, tmp_path_factory):
+def page(cic_checkpoint, tmp_path_factory):
     """Serve the page and return its address."""
     if app.gr is None:
         pytest.skip("Gradio is not installed: requirements-app.txt")
@@ -52,7 +51,7 @@ def page(trained, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", WATCHED, "app.py", "--port", port, "--load_model", trained]
+    command = [sys.executable, "-c", WATCHED, "app.py", "--port", port, "--load_model", cic_checkpoint]
     command += ["--model_path", folder]
     with open(folder / "log", "w") as log:
         environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
@@ -78,7 +77,7 @@ def until(condition, seconds=60):
 
 
 @pytest.mark.slow
-def test_in_a_browser(page, trained, photographs, tmp_path):
+def test_page_works_in_a_browser(page, cic_checkpoint, image_folder, tmp_path):
     if importlib.util.find_spec("playwright") is None or BROWSER is None:
         pytest.skip("no browser here: pip install playwright, and Debian's package chromium")
     from playwright.sync_api import sync_playwright
@@ -105,7 +104,7 @@ def test_in_a_browser(page, trained, photographs, tmp_path):
             return text in tab.locator("#distribution").inner_text()
 
         # A photo is uploaded: it shows in gray, then in color
-        field.set_input_files(photographs / "coffee.png")
+        field.set_input_files(image_folder / "coffee.png")
         until(lambda: len(pictures()) == 2)
         assert style("#picture [data-testid=status-tracker]", "", "backgroundColor") == "rgba(0, 0, 0, 0)"
         until(lambda: style("#picture .content", "::after", "content") == '"Colorized"')
@@ -119,7 +118,7 @@ def test_in_a_browser(page, trained, photographs, tmp_path):
         before = pictures()
         tab.get_by_role("slider", name="Temperature").fill("0.1")
         until(lambda: len(pictures() - before) == 1)
-        colorized = np.int16(Colorizer(trained)(photographs / "coffee.png", temperature=0.1))
+        colorized = np.int16(Colorizer(cic_checkpoint)(image_folder / "coffee.png", temperature=0.1))
         for name, suffix, tolerance in (("Save as PNG", "png", 1), ("Save as JPEG", "jpg", 60)):
             with tab.expect_download() as download:
                 tab.get_by_role("button", name=name).click()
@@ -154,13 +153,13 @@ def test_in_a_browser(page, trained, photographs, tmp_path):
 
 
 @pytest.mark.slow
-def test_simultaneous_users_get_their_own_photos_and_metadata(page, trained, photographs, tmp_path):
-    paths = [tmp_path / f"{path.stem}.jpg" for path in sorted(photographs.iterdir())]
+def test_simultaneous_users_get_their_own_photos_and_metadata(page, cic_checkpoint, image_folder, tmp_path):
+    paths = [tmp_path / f"{path.stem}.jpg" for path in sorted(image_folder.iterdir())]
     for path in paths:
         exif = Image.Exif()
         exif[ExifTags.Base.Artist] = path.stem
-        Image.open(photographs / f"{path.stem}.png").save(path, exif=exif)
-    colorize = Colorizer(trained)
+        Image.open(image_folder / f"{path.stem}.png").save(path, exif=exif)
+    colorize = Colorizer(cic_checkpoint)
 
     def visit(path):
         visitor = Visitor(page)
@@ -188,20 +187,7 @@ def test_invalid_large_and_missing_photos_are_rejected(page):
         visitor.download()
 
 
-def test_download_has_the_pixels_and_metadata_of_the_colorizer(trained, photographs, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    path, exif = tmp_path / "coffee.jpg", Image.Exif()
-    exif[ExifTags.Base.Artist] = "someone"
-    Image.open(photographs / "coffee.png").save(path, exif=exif)
-    photo = app.Photo("coffee.jpg", path.read_bytes(), Image.open(path))
-    colorize = Colorizer(trained)
-    app.compute(lambda name: colorize, photo, "trained")
-    downloaded = Image.open(app.full_size("png", photo, 0.2))
-    assert np.array_equal(downloaded, colorize(path, temperature=0.2))
-    assert downloaded.getexif()[ExifTags.Base.Artist] == "someone"
-
-
-def test_distribution_belongs_to_the_place(tmp_path, monkeypatch):
+def test_distribution_is_that_of_the_chosen_place(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     logits = np.zeros((1, 313, 8, 12), np.float32)
     bins = load_ab_bins().numpy()
@@ -247,8 +233,8 @@ def test_icons_of_examples_are_not_deleted_with_old_files(tmp_path, monkeypatch)
 
 
 @needs_gradio
-def test_missing_checkpoint_is_reported(tmp_path, stopped):
-    assert "no such checkpoint" in stopped(
+def test_missing_checkpoint_is_reported(tmp_path, error_message):
+    assert "no such checkpoint" in error_message(
         app.main, app.parse_args(["--model_path", str(tmp_path), "--load_model", "7", "--port", "7799"])
     )
 

@@ -2,11 +2,10 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LINK = r"""(?:\]\(|(?:src|href)=")(?!https?://)([^)"]+)"""
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("resources/*.md"), *ROOT.glob("tests/**/*.md")]
 
@@ -18,7 +17,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_files_and_headings(page):
     for link in re.findall(LINK, page.read_text("utf-8")):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
@@ -26,7 +25,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_readme_in_chinese_is_in_step():
+def test_readme_in_chinese_has_the_commands_links_and_headings_of_the_english_one():
     english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README_cn.md"))
     for pattern in (r"^ *(?:python|pip|visualdl) [^#\n]+", LINK, r"^(##) "):
         ours, theirs = ([x.strip() for x in re.findall(pattern, page, re.M)] for page in (english, chinese))
@@ -42,7 +41,7 @@ def command_lines():
                 yield page, module, flags
 
 
-def test_commands_have_only_flags_that_the_scripts_know(capsys):
+def test_commands_in_documents_have_existing_flags(capsys):
     known = {}
     for page, module, flags in command_lines():
         if not (ROOT / f"{module}.py").exists():  # a benchmark, named within its folder

@@ -20,7 +20,7 @@ EXAMPLES = re.findall("```python\n(.*?)```", (ROOT / "docs" / "coloring.md").rea
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with photo.jpg and its result by test.py."""
+    """Write photo.jpg and its result by test.py. Return their folder."""
     folder = tmp_path_factory.mktemp("examples")
     Image.fromarray(data.coffee()).save(folder / "photo.jpg")
     flags = ["--load_model", "small", "--result_path", str(folder / "result")]

@@ -37,7 +37,7 @@ def write_accuracy(folder, gains):
         writer.writerows((name, 100, 0.5 + gain / 100, 1, 0.5, 1) for name, gain in gains.items())
 
 
-def test_figures_of_one_image(draw):
+def test_figures_of_one_image_are_drawn(draw):
     names = draw()
     assert names == {"prior.png", "weights.png", "annealed_mean.png", "soft_encoding.png"}
     for name in names:
@@ -45,7 +45,7 @@ def test_figures_of_one_image(draw):
         assert ImageChops.invert(image).getbbox(), f"{name} is blank"
 
 
-def test_figures_of_results_with_the_files_of_the_metrics(draw, tmp_path):
+def test_figures_of_results_are_drawn_from_the_files_of_the_metrics(draw, tmp_path):
     flags = ["--imgs_dir", "coffee.png", "--gray", "--save_path", "first", "--num_workers", "0"]
     metrics_auc.main(metrics_auc.parse_args(flags))
     (tmp_path / "first" / "gray_auc.txt").rename("first/auc.txt")
@@ -68,9 +68,9 @@ def test_accuracy_gains_are_sorted_and_limited_to_both_ends(tmp_path):
     assert np.allclose(drawn, [gains[label] for label in labels])
 
 
-def test_accuracy_without_gray_is_rejected(tmp_path, stopped):
+def test_accuracy_without_gray_is_rejected(tmp_path, error_message):
     (tmp_path / "accuracy_per_class.csv").write_text("class,images,colored_top1,colored_top5\nn01440764,1,0.5,1\n")
-    assert "--imgs_dir" in stopped(figures.plot_gains, {"small": tmp_path})
+    assert "--imgs_dir" in error_message(figures.plot_gains, {"small": tmp_path})
 
 
 def test_weights_figure_has_one_panel_per_lambda():
@@ -80,7 +80,7 @@ def test_weights_figure_has_one_panel_per_lambda():
         assert np.allclose(axes.collections[0].get_array(), rebalancing_weights(prior, lam).numpy())
 
 
-def test_soft_encoding_of_the_most_saturated_color():
+def test_soft_encoding_figure_shows_the_most_saturated_color():
     image = Image.new("RGB", (8, 8), (120, 125, 120))
     image.putpixel((3, 4), (255, 0, 0))  # ab = (80.1, 67.2)
     (axes,) = figures.plot_soft_encoding(image, load_ab_bins()).axes

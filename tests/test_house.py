@@ -1,11 +1,10 @@
 """The structure of the project: imports run one way, and platform differences stay in `support`."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 METHOD = {"model", "dataset", "utils"}  # which do not know each other
 SCRIPTS = {"train", "test", "metrics_auc", "metrics_acc", "get_invalid_images"}
 MAY_IMPORT = {

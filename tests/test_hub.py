@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import colorizer
 
-ROOT = Path(__file__).resolve().parent.parent
 HERE = {"repo_dir": str(ROOT), "source": "local"}
 
 
@@ -22,7 +21,7 @@ def test_entry_points_are_listed_and_documented():
 
 
 @pytest.mark.slow
-def test_hub_gives_the_same_pixels_next_to_modules_of_the_same_names(trained, photographs, tmp_path):
+def test_hub_gives_the_same_pixels_next_to_modules_of_the_same_names(cic_checkpoint, image_folder, tmp_path):
     (tmp_path / "utils.py").write_text("theirs = True")
     (tmp_path / "model.py").write_text("theirs = True")
     (tmp_path / "notebook.py").write_text("""if True:
@@ -39,6 +38,6 @@ def test_hub_gives_the_same_pixels_next_to_modules_of_the_same_names(trained, ph
         import model
         assert utils.theirs and model.theirs
     """)
-    coffee = photographs / "coffee.png"
-    subprocess.run([sys.executable, "notebook.py", ROOT, trained, coffee], cwd=tmp_path, check=True)
-    assert np.array_equal(Image.open(tmp_path / "colored.png"), colorizer.Colorizer(trained)(coffee))
+    coffee = image_folder / "coffee.png"
+    subprocess.run([sys.executable, "notebook.py", ROOT, cic_checkpoint, coffee], cwd=tmp_path, check=True)
+    assert np.array_equal(Image.open(tmp_path / "colored.png"), colorizer.Colorizer(cic_checkpoint)(coffee))

@@ -20,7 +20,7 @@ def network():
     return network
 
 
-def test_parameter_count(network):
+def test_network_has_the_published_number_of_parameters(network):
     assert sum(int(np.prod(p.shape)) for p in network.parameters()) == 32_240_377
 
 
@@ -31,7 +31,7 @@ def test_output_has_a_quarter_of_the_input_size(network, size):
         assert network(paddle.zeros([n, 1, h, w])).shape == [n, 313, h // 4, w // 4]
 
 
-def test_layers_follow_the_papers_table(network):
+def test_layers_follow_the_table_of_the_paper(network):
     def describe(layer):
         if isinstance(layer, nn.Conv2D):
             return (

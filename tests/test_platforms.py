@@ -16,8 +16,8 @@ from support.workers import default_workers, parallel_map
 
 import paddle
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PREAMBLE = """
 import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, subprocess, sys, types
 
@@ -63,15 +63,15 @@ def sizes(*more):
 
 
 @pytest.mark.slow
-def test_scripts_run_without_the_functions_that_windows_and_macos_lack(run, squares, tmp_path):
-    image, weights = squares / "coffee.png", ["--load_model", "small", "--load_size", 64]
+def test_scripts_run_without_the_functions_that_windows_and_macos_lack(run, square_crops, tmp_path):
+    image, weights = square_crops / "coffee.png", ["--load_model", "small", "--load_size", 64]
     assert "1 image " in run("test.py", image, *weights, "--output", tmp_path / "coffee.png")
-    assert "4 images " in run("test.py", squares, *weights)
-    assert "0 of 4 images" in run("get_invalid_images.py", "--image_dir", squares)
-    run("metrics_auc.py", "--imgs_dir", squares, "--num_workers", 2)
-    run("resources/estimate_prior.py", "--image_dir", squares, "--output", tmp_path / "prior.npy")
-    run("train.py", "--image_dir", squares, *sizes("--max_steps", 2))
-    run("train.py", "--image_dir", squares, *sizes("--max_steps", 3, "--continue_train"))
+    assert "4 images " in run("test.py", square_crops, *weights)
+    assert "0 of 4 images" in run("get_invalid_images.py", "--image_dir", square_crops)
+    run("metrics_auc.py", "--imgs_dir", square_crops, "--num_workers", 2)
+    run("resources/estimate_prior.py", "--image_dir", square_crops, "--output", tmp_path / "prior.npy")
+    run("train.py", "--image_dir", square_crops, *sizes("--max_steps", 2))
+    run("train.py", "--image_dir", square_crops, *sizes("--max_steps", 3, "--continue_train"))
     lines = (tmp_path / "log" / "train.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
@@ -86,38 +86,35 @@ for cell in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_cells_of_the_notebook_page_run(tmp_path):
-    """All of them except clone and install, and with fewer training steps."""
+def test_all_cells_of_the_notebook_page_run(tmp_path):
+    """The cells that clone and install are skipped, and training takes fewer steps."""
     pytest.importorskip("IPython")
     for path in ROOT.iterdir():
         if path.suffix == ".py" or path.name in ("support", "resources"):
             (tmp_path / path.name).symlink_to(path)
     cells = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "notebook.md").read_text("utf-8"), re.DOTALL)
     cells = [cell.replace("demo.py", "demo.py --steps 5") for cell in cells if not re.match("!(git|pip)", cell)]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "IPYTHONDIR": str(tmp_path),
-    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "IPYTHONDIR": str(tmp_path)}
     command = [sys.executable, "-c", CELL, *cells]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert len(cells) == 5 and done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "result").glob("*.png"))) >= 5 and '"step": 5' in done.stdout
 
 
-def name_of_thread(_):
+def thread_and_process(_):
     return threading.current_thread().name, os.getpid()
 
 
 def test_parallel_map_uses_threads_where_processes_do_not_fork(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
-    results = list(parallel_map(name_of_thread, [1, 2, 3], 2, None))
+    results = list(parallel_map(thread_and_process, [1, 2, 3], 2, None))
     assert {pid for _, pid in results} == {os.getpid()} and all("Thread" in name for name, _ in results)
     assert default_workers() == 0
 
 
 def test_parallel_map_uses_processes_where_they_fork():
-    assert os.getpid() not in {pid for _, pid in parallel_map(name_of_thread, [1, 2, 3], 2, None)}
+    assert os.getpid() not in {pid for _, pid in parallel_map(thread_and_process, [1, 2, 3], 2, None)}
 
 
 @pytest.mark.parametrize(
@@ -134,13 +131,14 @@ def test_mkl_gets_the_instructions_of_amd_processors_without_cpuinfo(monkeypatch
     monkeypatch.setenv("PROCESSOR_IDENTIFIER", processor)  # as on Windows
     monkeypatch.setattr(paddle.base.core, "supports_int8", lambda: avx2)
     monkeypatch.setattr(paddle.base.core, "supports_bfloat16", lambda: avx512)
-    monkeypatch.setattr(os, "environ", {x: y for x, y in os.environ.items() if x != "MKL_DEBUG_CPU_TYPE"})
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")  # removed after the test
+    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     use_all_cores()
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == kind
 
 
 class NotebookStream:
-    """A standard output as in a notebook: neither `reconfigure` nor `fileno`."""
+    """Like a notebook's standard output, has neither `reconfigure` nor `fileno`."""
 
     write = flush = lambda self, *_: None
 

@@ -4,18 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import paddle
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def stderr(tmp_path):
-    """Run Python as on a new machine without ccache. Return the lines of standard error."""
+    """Run Python as on a new machine without ccache and display. Return the lines of standard error."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("cat", "grep", "sh", "uname", "which"):
@@ -23,6 +22,7 @@ def stderr(tmp_path):
 
     def run(*command, code=0, home=tmp_path):
         bare = {"HOME": str(home), "PATH": str(tools), "PYTHONPATH": str(ROOT)}
+        bare["MPLBACKEND"] = "TkAgg"  # fails without a display if a script uses it
         bare["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
         done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, env=bare, capture_output=True)
         lines = done.stderr.decode().splitlines()
@@ -33,33 +33,33 @@ def stderr(tmp_path):
 
 
 @pytest.mark.parametrize("home", [".", "/proc/nowhere"])
-def test_training_prints_no_messages_of_libraries_even_without_a_home_directory(stderr, squares, tmp_path, home):
+def test_training_prints_no_messages_of_libraries_even_without_a_home_directory(stderr, square_crops, tmp_path, home):
     sizes = ["--load_size", "32", "--crop_size", "32", "--batch_size", "2", "--num_workers", "1", "--max_steps", 1]
-    flags = ["--image_dir", squares, "--val_dir", squares, *sizes]
+    flags = ["--image_dir", square_crops, "--val_dir", square_crops, *sizes]
     assert stderr(ROOT / "train.py", *flags, home=tmp_path / home) == []
 
 
-def test_colorizing_prints_no_messages_of_libraries(stderr, squares, trained, tmp_path):
+def test_colorizing_prints_no_messages_of_libraries(stderr, square_crops, cic_checkpoint, tmp_path):
     checkpoint = tmp_path / "network.pdparams"
-    checkpoint.symlink_to(trained)
-    assert stderr(ROOT / "test.py", squares, "--load_model", checkpoint, "--load_size", 32) == []
+    checkpoint.symlink_to(cic_checkpoint)
+    assert stderr(ROOT / "test.py", square_crops, "--load_model", checkpoint, "--load_size", 32) == []
 
 
 @pytest.mark.parametrize("script", ["metrics_auc.py", "get_invalid_images.py", "resources/estimate_prior.py"])
-def test_scripts_that_read_images_print_no_messages_of_libraries(stderr, squares, script):
-    flags = ["--imgs_dir", squares, "--gray"] if script == "metrics_auc.py" else ["--image_dir", squares]
+def test_scripts_that_read_images_print_no_messages_of_libraries(stderr, square_crops, script):
+    flags = ["--imgs_dir", square_crops, "--gray"] if script == "metrics_auc.py" else ["--image_dir", square_crops]
     assert stderr(ROOT / script, *flags, "--num_workers", 1) == []
 
 
-def test_classifying_prints_no_messages_of_libraries(stderr, squares, tmp_path):
+def test_classifying_prints_no_messages_of_libraries(stderr, square_crops, tmp_path):
     paddle.save(paddle.vision.models.squeezenet1_1().state_dict(), str(tmp_path / "classifier.pdparams"))
-    (tmp_path / "labels").write_text("".join(f"{path.name} 5\n" for path in squares.iterdir()))
-    flags = ["--results_dir", squares, "--arch", "squeezenet1_1", "--weights", tmp_path / "classifier.pdparams"]
+    (tmp_path / "labels").write_text("".join(f"{path.name} 5\n" for path in square_crops.iterdir()))
+    flags = ["--results_dir", square_crops, "--arch", "squeezenet1_1", "--weights", tmp_path / "classifier.pdparams"]
     assert stderr(ROOT / "metrics_acc.py", *flags, "--labels", tmp_path / "labels", "--num_workers", 1) == []
 
 
-def test_converting_prints_no_messages_of_libraries(stderr, trained, tmp_path):
-    assert stderr(ROOT / "resources" / "convert_weights.py", trained, tmp_path / "as.safetensors") == []
+def test_converting_prints_no_messages_of_libraries(stderr, cic_checkpoint, tmp_path):
+    assert stderr(ROOT / "resources" / "convert_weights.py", cic_checkpoint, tmp_path / "as.safetensors") == []
 
 
 def test_usage_error_prints_one_line(stderr, tmp_path):
@@ -77,7 +77,7 @@ def test_warnings_after_the_import_are_shown(stderr):
     assert any("mine" in line for line in lines) and any("too" in line for line in lines)
 
 
-def test_script_told_to_end_prints_one_line_and_no_stack_dump(stderr):
+def test_script_ended_by_sigterm_prints_one_line_and_no_stack_dump(stderr):
     main = "lambda _: (paddle.ones([2]).sum(), os.kill(os.getpid(), 15))"
     code = f"import os, sys; from support.cli import run_script; import paddle; sys.exit(run_script({main}, lambda: 0))"
     assert stderr("-c", code, code=143) == ["stopped by SIGTERM"]
@@ -89,6 +89,6 @@ def test_importing_support_keeps_signal_handlers_and_the_home_directory(stderr):
     assert stderr("-c", code, home="/proc/nowhere") == []
 
 
-def test_errors_of_paddle_are_raised(stderr):
+def test_errors_of_paddle_are_shown(stderr):
     lines = stderr("-c", "import support, paddle; paddle.ones([2]).reshape([3])", code=1)
     assert any("ValueError" in line or "InvalidArgument" in line for line in lines)

@@ -73,13 +73,13 @@ def test_weights_agree_with_brute_force_for_any_sigma(ab_bins):
         )
 
 
-def test_batch_keeps_shapes_and_types(ab_bins):
+def test_encoded_batch_has_the_documented_shapes_and_types(ab_bins):
     indices, weights = soft_encode(paddle.zeros([3, 2, 7, 4]), ab_bins)
     assert indices.shape == weights.shape == [3, 5, 7, 4]
     assert (indices.dtype, weights.dtype) == (paddle.int64, paddle.float32)
 
 
-def test_positions_do_not_mix(ab_bins):
+def test_each_position_is_encoded_independently(ab_bins):
     ab = np.random.default_rng(1).uniform(-90, 90, (2, 2, 3, 5)).astype(np.float32)
     indices, _ = soft_encode(paddle.to_tensor(ab), ab_bins, neighbors=1)
     for n, y, x in np.ndindex(2, 3, 5):

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
-from conftest import PHOTOGRAPHS, ROOT, upsampled
+from conftest import BUNDLED_IMAGES, ROOT, upsample_by_scipy
 from PIL import Image
 from skimage import data
 
@@ -36,10 +36,10 @@ def test_upsampling_agrees_with_scipy(height, width):
     ab = np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32)
     found = upsample_ab(paddle.to_tensor(ab), height, width).numpy()
     assert found.shape == (2, height, width)
-    assert np.abs(found - upsampled(ab, height, width)).max() < 1e-3
+    assert np.abs(found - upsample_by_scipy(ab, height, width)).max() < 1e-3
 
 
-def test_strips_and_batches_equal_the_whole():
+def test_upsampling_in_strips_or_batches_gives_the_same_ab():
     ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (3, 2, 6, 10)).astype(np.float32))
     whole = upsample_ab(ab, 89, 149).numpy()
     assert np.allclose(whole[1], upsample_ab(ab[1], 89, 149).numpy(), atol=1e-4)
@@ -47,7 +47,7 @@ def test_strips_and_batches_equal_the_whole():
     assert np.allclose(np.concatenate(strips, axis=2), whole, atol=1e-4)
 
 
-def test_position_keeps_its_color_at_its_pixel():
+def test_upsampling_keeps_the_color_of_each_position_at_its_pixel():
     ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32))
     assert np.allclose(upsample_ab(ab, 24, 40)[:, ::4, ::4].numpy(), ab.numpy(), atol=1e-4)
 
@@ -66,7 +66,7 @@ def test_very_long_image_needs_little_memory(shape):
 
 
 @pytest.mark.parametrize("short_side", [64, 256])
-@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("name", BUNDLED_IMAGES)
 def test_ground_truth_is_restored_better_than_from_4x4_block_centers(name, short_side):
     image = Image.fromarray(getattr(data, name)())  # sides of 300 to 640, not multiples of the network's input size
     ab = true_ab(image, network_size(*image.size, short_side))
@@ -87,4 +87,4 @@ def test_color_edge_stays_within_one_input_pixel(scale):
         crossing = after - (middle - b[after]) / (b[after - 1] - b[after]) + 0.5  # counted as `column` is
         displacements.append((crossing - column) / scale)
     assert np.abs(displacements[1:3]).max() <= 1
-    assert abs(np.mean(displacements)) <= 0.1  # an edge anywhere moves by up to 1.5, seen through every 4th pixel
+    assert abs(np.mean(displacements)) <= 0.1  # an edge anywhere moves by up to 1.5, as targets are every 4th pixel

@@ -36,7 +36,7 @@ def torch_network():
 
 
 def torch_side(job, threads, batch, size):
-    """A function that does the job once."""
+    """Return a function that does the job once."""
     import torch
 
     torch.set_num_threads(threads)
@@ -104,7 +104,7 @@ def paddle_side(job, threads, batch, size):
 
 
 def serve(pipe, side, job, threads, *arguments):
-    """In a process of its own: does the job whenever asked and answers with the seconds it took.
+    """Run in a process of its own: do the job on request and answer with the seconds it took.
 
     With one thread they are the processor's, which hardly depend on what else the machine is doing.
     """
