@@ -80,7 +80,7 @@ def _import_visualdl():
 def read_log(path):
     """Return the values of each line of a train.jsonl; [] without a file."""
     values = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):  # a kill may cut a line off
             values.append(json.loads(line))
     return values

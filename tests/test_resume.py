@@ -450,10 +450,10 @@ def test_unusable_training_states_print_one_line(run_training, error_message, tm
         assert "no such checkpoint" in error_message(run_training, "--continue_train", *flags)
 
 
-def test_incomplete_last_line_of_the_log_is_removed(run_training, tmp_path):
+def test_damaged_lines_of_the_log_are_removed_on_resuming(run_training, tmp_path):
     run_training("--batch_size", 1, "--max_steps", 2)
     with open(tmp_path / "run" / "log" / "train.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')
+        file.write('\0\0\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
     lines = run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
     assert [line["step"] for line in lines] == [1, 2, 3] and "nats" in lines[2]
 
