@@ -325,7 +325,7 @@ def begin_or_resume(run, args, steps_per_epoch):
         if progress["batch"] and changes.keys() & set(ORDER):
             note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
             progress["batch"] = 0
-        progress["pending"] = progress["batch"] == steps_per_epoch  # states of earlier versions lack it
+        progress["pending"] = progress["batch"] == steps_per_epoch  # `batch` may be 0 now; old states lack it
     epoch_start, epochs_left = progress["step"] - progress["batch"], args.num_epochs - progress["epoch"]
     last_step = min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
     return progress["step"] + 1, last_step

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from types import SimpleNamespace
 
 from support import sheets
 from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
@@ -74,6 +75,12 @@ def test_batch_size_does_not_change_results(colorize_files, image_folder):
     _, batches = colorize_files(image_folder, "--batch_size", 3, "--num_workers", 1, result="batches")
     for path in image_folder.iterdir():
         assert largest_difference(pixels(single / path.name), pixels(batches / path.name)) <= 1
+
+
+def test_batch_of_large_images_ends_early():
+    image = SimpleNamespace(width=5000, height=4000)  # 20 megapixels
+    loaded = [(image, np.zeros([8, 8, 3], np.uint8))] * 5
+    assert [len(batch) for batch in test.batches(loaded, 8)] == [2, 2, 1]
 
 
 def test_network_input_keeps_the_aspect_ratio_in_multiples_of_8():
