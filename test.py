@@ -286,16 +286,15 @@ def main(args):
     compare = Path(f"{os.path.splitext(args.output)[0] if args.output else result}_compare")
     made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
     made_by.update(method, **provenance())
-    if not args.output:
-        write_json(made_by, result / COLORING)
-    if args.compare:
-        write_json(made_by, compare / COLORING)
 
-    # Read, colorize and write simultaneously
+    # Read, colorize and write simultaneously; coloring.json precedes the first result
     done, sheets = 0, Sheets(compare, COLUMNS)
+    undescribed = [result] * (not args.output) + [compare] * args.compare
 
     def writing(colorized):
         for (image, colored_image), name in zip(colorized, todo.values()):
+            while colored_image and undescribed:
+                write_json(made_by, undescribed.pop() / COLORING)
             pixels = colored_image.width * colored_image.height if colored_image else 0
             yield pixels, partial(write, image, colored_image, result / name, args)
 

@@ -70,7 +70,7 @@ def test_accuracy_gains_are_sorted_and_limited_to_both_ends(tmp_path):
 
 def test_accuracy_without_gray_is_rejected(tmp_path, error_message):
     (tmp_path / "accuracy_per_class.csv").write_text("class,images,colored_top1,colored_top5\nn01440764,1,0.5,1\n")
-    assert "--imgs_dir" in error_message(figures.plot_gains, {"small": tmp_path})
+    assert "--image_dir" in error_message(figures.plot_gains, {"small": tmp_path})
 
 
 def test_weights_figure_has_one_panel_per_lambda():
