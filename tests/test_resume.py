@@ -233,7 +233,8 @@ def test_worker_killed_by_the_same_signal_does_not_prevent_a_save(tmp_path, squa
     assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
 
 
-def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not(square_crops):
+def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = StopRequest()
     for _ in range(3):
