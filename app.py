@@ -11,10 +11,12 @@ memory for 15 minutes after the user's last action, or for an hour if the user c
 import html
 import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
@@ -140,11 +142,15 @@ def temporary_path(name):
     return Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name
 
 
-def delete_interrupted_uploads(folder):
-    """Delete partial uploads that have not grown for a minute; Gradio deletes only complete ones."""
-    for path in Path(folder).iterdir():
-        if path.is_file() and time.time() - path.stat().st_mtime > 60:
-            path.unlink(missing_ok=True)
+def delete_old_files(folder, kept):
+    """Delete uploads, also interrupted ones, and pictures after a minute; `kept` is a set of paths that stay.
+
+    Gradio's own deletion (delete_cache) ends for good if a file is made while it runs.
+    """
+    for path in set(Path(folder).iterdir()) - kept:
+        with suppress(OSError):  # the end of an upload moves it, and Windows keeps files that are open
+            if time.time() - path.stat().st_mtime > 60:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -248,7 +254,7 @@ def build(names, colorizer):
     Returns:
         gr.Blocks: The page, not yet served.
     """
-    with gr.Blocks(title="Colorful Image Colorization", analytics_enabled=False, delete_cache=(30, 60)) as page:
+    with gr.Blocks(title="Colorful Image Colorization", analytics_enabled=False) as page:
         # Components
         still = {"show_label": False, "interactive": False}
         photo = gr.State(time_to_live=KEEP)
@@ -310,9 +316,7 @@ def build(names, colorizer):
 def example_button(name):
     image = open_rgb(EXAMPLE_FOLDER / EXAMPLES[name])
     image.thumbnail((160, 160))
-    button = gr.Button(name, icon=store(image), size="sm", min_width=60)
-    button.keep_in_cache.add(button.icon["path"])  # Gradio deletes other files after a minute
-    return button
+    return gr.Button(name, icon=store(image), size="sm", min_width=60)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -351,11 +355,12 @@ def main(args):
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(names, colorizer).queue(max_size=MAX_WAITING)
         serve(page, args.host, args.port, args.root_path)
+        icons = set(Path(folder).iterdir())
         print(f"http://{args.host}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)
         try:
             while True:
                 time.sleep(30)  # which Ctrl-C interrupts on Windows, too
-                delete_interrupted_uploads(folder)
+                delete_old_files(folder, icons)
         finally:
             page.close(verbose=False)
 

@@ -211,25 +211,15 @@ def test_distribution_is_that_of_the_chosen_place(tmp_path, monkeypatch):
         assert f"The annealed mean is a = {round(mean[0])}, b = {round(mean[1])}" in text
 
 
-def test_interrupted_uploads_are_deleted_after_a_minute(tmp_path):
-    for name, age in (("interrupted", 61), ("growing", 1)):
-        (tmp_path / name).write_bytes(b"part")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    (tmp_path / "folder").mkdir()
-    os.utime(tmp_path / "folder", (0, 0))
-    app.delete_interrupted_uploads(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"growing", "folder"}
-
-
-@needs_gradio
-def test_icons_of_examples_are_not_deleted_with_old_files(tmp_path, monkeypatch):
-    from gradio.route_utils import delete_files_created_by_app
-
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with app.gr.Blocks() as page:
-        app.example_button("Cat")
-    delete_files_created_by_app(page, age=None)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()]
+def test_old_uploads_and_pictures_are_deleted_except_for_the_icons(tmp_path):
+    for name, age in (("interrupted", 61), ("growing", 1), ("picture/a.jpg", 61), ("new/a.jpg", 1), ("icon/a.jpg", 61)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+        for changed in {path, tmp_path / name.split("/")[0]}:
+            os.utime(changed, (time.time() - age,) * 2)
+    app.delete_old_files(tmp_path, kept={tmp_path / "icon"})
+    assert {path.name for path in tmp_path.iterdir()} == {"growing", "new", "icon"}
 
 
 @needs_gradio
