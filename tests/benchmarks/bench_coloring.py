@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.checkpoints import save_checkpoint
+from support.cli import counted
 from support.cpu import available_cores, use_all_cores
 from support.images import list_images, read_rgb
 
@@ -90,7 +91,7 @@ def main():
         if not args.megapixels:
             plain_loop(paths, timed(predict, alone), folder)
         loop = clock() - start
-        print(f"{len(paths)} images, {precision}: network {sum(seconds) / wall:.0%} of the time; ", end="")
+        print(f"{counted(len(paths), 'image')}, {precision}: network {sum(seconds) / wall:.0%} of the time; ", end="")
         print(f"{len(paths) / wall:.2f} images per second", end="\n" if args.megapixels else ", ", flush=True)
         if not args.megapixels:
             own = sum(alone)  # of the network, one image at a time and no other work
