@@ -51,8 +51,8 @@ KEEP = 15 * 60  # seconds after a user's last action; Gradio makes it an hour if
 LOADED = 2  # networks in memory
 NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
-EXAMPLE_FOLDER = Path(skimage.__file__).parent / "data"
 EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
+EXAMPLES = {name: Path(skimage.__file__).parent / "data" / file for name, file in EXAMPLES.items()}
 
 
 @dataclass
@@ -263,7 +263,7 @@ def build(names, colorizer):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
                 with gr.Row(elem_id="examples"):
-                    examples = {EXAMPLE_FOLDER / file: example_button(name) for name, file in EXAMPLES.items()}
+                    examples = {path: example_button(name, path) for name, path in EXAMPLES.items()}
             picture = gr.ImageSlider(
                 label="Gray and colorized", max_height=520, buttons=["fullscreen"], **still, elem_id="picture"
             )
@@ -313,8 +313,8 @@ def build(names, colorizer):
     return page
 
 
-def example_button(name):
-    image = open_rgb(EXAMPLE_FOLDER / EXAMPLES[name])
+def example_button(name, path):
+    image = open_rgb(path)
     image.thumbnail((160, 160))
     return gr.Button(name, icon=store(image), size="sm", min_width=60)
 

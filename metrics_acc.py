@@ -57,11 +57,9 @@ def read_labels(path, numbers):
     """
     classes = {**numbers, **{str(number): number for number in numbers.values()}}
     labels = {}
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise cli.UserError(f"{path}: cannot be read: {error.strerror.lower()}") from error
+    reading = cli.report_os_errors(f"{path}: cannot be read")
+    with reading, open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        lines = file.read().splitlines()
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue

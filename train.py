@@ -25,12 +25,12 @@ from support import checkpoints, cli, convolutions, cpu, gpu, processes
 from support.cli import UserError, note, number, whole
 from support.images import list_images
 from support.logs import Log, Meter
-from support.workers import begin_worker, default_workers, from_workers
+from support.workers import default_workers, from_workers, make_loader
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from paddle.io import DataLoader, Subset
+from paddle.io import Subset
 from tqdm import tqdm
 
 import utils
@@ -141,8 +141,7 @@ def training_data(args):
     if len(dataset) < args.batch_size:
         raise UserError(f"{args.image_dir}: {len(dataset)} images do not fill one --batch_size {args.batch_size}")
     sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size())
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=begin_worker)
-    return loader, sampler
+    return make_loader(dataset, args.num_workers, batch_sampler=sampler), sampler
 
 
 def validation_data(args):
@@ -153,7 +152,7 @@ def validation_data(args):
     dataset = ColorizationDataset(processes.first_decides(list_images, args.val_dir), args.load_size, side)
     share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
-    return DataLoader(share, batch_size=batch_size, num_workers=args.num_workers, worker_init_fn=begin_worker)
+    return make_loader(share, args.num_workers, batch_size=batch_size)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ of color errors (Section 3.1). All are pure functions on Paddle tensors; those f
 
 from pathlib import Path
 
-from support.cli import UserError
+from support.cli import UserError, report_os_errors
 
 import numpy as np
 import paddle
@@ -37,12 +37,11 @@ def load_prior(path=None):
     """
     path = path or RESOURCES / "prior_probs.npy"
     try:
-        numbers = np.lib.format.open_memmap(path, mode="r")  # mapped: the header may declare terabytes
+        with report_os_errors(f"{path}: cannot be read as a prior"):
+            numbers = np.lib.format.open_memmap(path, mode="r")  # mapped: the header may declare terabytes
         if numbers.shape != (bins := len(load_ab_bins()),):
             raise UserError(f"{path}: a prior has shape ({bins},), not {numbers.shape}")
         prior = numbers.astype(np.float64)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a prior: {error.strerror.lower()}") from error
     except (ValueError, EOFError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a prior: not a .npy file of numbers") from error
     if not (prior.min() >= 0 and 0 < prior.sum() < np.inf):  # NaN fails, too

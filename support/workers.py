@@ -107,9 +107,14 @@ def _from_thread(loader):
             current = following
 
 
+def make_loader(dataset, num_workers, **batches):
+    """Return a loader, whose workers end with this process; `batches` are Paddle's batch_size or batch_sampler."""
+    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=begin_worker, **batches)
+
+
 def read_batches(dataset, batch_size, num_workers, title):
     """Yield the batches of a dataset, in order, behind a progress bar."""
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=begin_worker)
+    loader = make_loader(dataset, num_workers, batch_size=batch_size)
     return progress(from_workers(loader), len(dataset), title, count=lambda batch: len(batch[0]))
 
 
