@@ -24,7 +24,7 @@ from pathlib import Path
 
 from support.cli import Parser, UserError, run_script, whole
 from support.cpu import return_freed_memory, use_all_cores
-from support.images import InvalidImageError, image_size, open_rgb
+from support.images import InvalidImageError, image_size, open_rgb, read_image, save
 
 import numpy as np
 import paddle
@@ -32,7 +32,7 @@ import skimage
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from colorizer import Colorizer, colored, read_image, save
+from colorizer import Colorizer, colored
 from dataset import lab_to_rgb, rgb_to_lab
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins

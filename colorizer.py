@@ -1,6 +1,7 @@
 """Colorize an image: the network, the annealed mean, and the way back to full resolution.
 
-    from colorizer import Colorizer, save
+    from colorizer import Colorizer
+    from support.images import save
 
     colorize = Colorizer("model/epoch_latest_model.pdparams")
     save(colorize("photo.jpg"), "colored.png")
@@ -8,18 +9,15 @@
 test.py, hubconf.py and the web demo all colorize images with this module.
 """
 
-from pathlib import Path
-
 from support import inference
 from support.cli import UserError, note
 from support.cpu import available_cores, computes_bf16, threads
-from support.files import atomic_path
 from support.gpu import autocast, half_types, on_gpu
-from support.images import SRGB_PROFILE, open_image, to_rgb
+from support.images import read_image
 
 import numpy as np
 import paddle
-from PIL import ExifTags, Image
+from PIL import Image
 
 from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
 from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
@@ -151,6 +149,8 @@ def make_predictor(checkpoint, precision="auto"):
     if inference.has_engine():
         try:
             return engine_predictor(checkpoint, precision), precision
+        except UserError:  # unusable weights
+            raise
         except Exception as error:  # the engine raises many kinds
             reason = str(error).strip().partition("\n")[0]
             note(f"Paddle Inference cannot be used in {precision} ({reason}); colorizing in a slower way, in float32")
@@ -218,104 +218,3 @@ def join(rgb, ab):
 
     list(threads(1 if on_gpu() else available_cores()).map(join_strip, range(0, height, rows)))
     return result
-
-
-# -------------------------------------------------------------------------------------------------
-# Files and their metadata
-
-JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
-FORMATS = {  # by suffix: Pillow's settings
-    "png": {"format": "PNG", "compress_level": 3},  # of 0 to 9: files 5% larger than with 6, written twice as fast
-    "jpg": JPEG,
-    "jpeg": JPEG,
-    "webp": {"format": "WEBP", "quality": 95},
-}
-LARGEST_SIDE = {"jpg": 65_500, "jpeg": 65_500, "webp": 16_383}  # in pixels, of the formats that have a limit
-MAX_EXIF = 65_000  # bytes; a JPEG has no room for more
-# Other entries describe how the file was laid out, or its thumbnail.
-KEPT_EXIF = "ImageDescription Make Model Software DateTime Artist HostComputer Copyright Rating "
-KEPT_EXIF += "XPTitle XPComment XPAuthor XPKeywords XPSubject"
-KEPT_EXIF = {ExifTags.Base[name] for name in KEPT_EXIF.split()}
-
-
-def read_image(image):
-    """Read an image upright and in sRGB; its `info` holds the metadata that a result keeps.
-
-    Args:
-        image (str | Path | Image | ndarray): A file, a Pillow image, or uint8 [H, W, 3].
-
-    Returns:
-        Image: An RGB image.
-
-    Raises:
-        InvalidImageError: If the file cannot be read.
-        ValueError: If an array has another shape or type.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        rgb = to_rgb(image).copy()  # the caller's image keeps its `info`
-        rgb.info = metadata(image)
-        return rgb
-    with open_image(image) as opened:
-        return decode(opened)
-
-
-def decode(opened):
-    """Return an image that `open_image` opened as `read_image` does."""
-    rgb = to_rgb(opened, opened.filename)
-    rgb.info = metadata(opened)
-    return rgb
-
-
-def metadata(image):
-    """Return the EXIF, resolution and profile of an upright result in sRGB, as keywords of Pillow's `save`."""
-    kept = {"icc_profile": SRGB_PROFILE}
-    dpi = image.info.get("dpi")
-    try:
-        if dpi and all(1 <= x <= 65_535 for x in dpi):
-            kept["dpi"] = tuple(map(float, dpi))
-        if exif := kept_exif(image.getexif(), kept.get("dpi")):
-            kept["exif"] = exif
-    except Exception:  # damaged EXIF raises many kinds; the image itself is intact
-        pass
-    return kept
-
-
-def kept_exif(exif, dpi):
-    """Return as bytes the part of an image's EXIF that holds for the result, with its resolution, which WebP needs."""
-    kept = Image.Exif()
-    if dpi:
-        kept[ExifTags.Base.XResolution], kept[ExifTags.Base.YResolution] = dpi
-        kept[ExifTags.Base.ResolutionUnit] = 2  # inches
-    kept.update({tag: exif[tag] for tag in KEPT_EXIF & exif.keys()})
-    for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-        if values := dict(exif.get_ifd(ifd)):
-            kept[ifd] = values
-    if camera := kept.get(ExifTags.IFD.Exif):
-        camera[ExifTags.Base.ColorSpace] = 1  # sRGB
-        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.IFD.Interop):
-            camera.pop(tag, None)  # they may describe another size, and Adobe RGB
-    data = kept.tobytes() if kept else b""
-    return data if len(data) <= MAX_EXIF else b""
-
-
-def save(image, path, format=None):
-    """Write a colorized image with the metadata in its `info`.
-
-    Args:
-        image (Image): The image.
-        path (str | Path): The file to write.
-        format (str, optional): "png", "jpg", "jpeg" or "webp"; by default the suffix of `path`.
-
-    Raises:
-        UserError: If the format is not supported or the file cannot be written.
-    """
-    settings = FORMATS.get(format or Path(path).suffix.lower().lstrip("."))
-    if not settings:
-        raise UserError(f"{path}: its suffix must be one of {', '.join(FORMATS)}")
-    kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
-    with atomic_path(path) as temporary:
-        image.save(temporary, **settings, **kept)

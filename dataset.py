@@ -7,7 +7,8 @@ a `DataLoader`: they decode, resize and crop (Pillow, NumPy) and return uint8.
 import os
 
 from support.cli import note
-from support.images import InvalidImageError, crop_resized, list_images, named_images, open_rgb, read_rgb  # noqa: F401
+from support.folders import list_images, named_images  # noqa: F401
+from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb  # noqa: F401
 from support.neighbors import nearest
 
 import numpy as np

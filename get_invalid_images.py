@@ -31,8 +31,8 @@ from pathlib import Path
 from support.cli import AT_THE_END, EXIT_SKIPPED, WORKERS, Parser, UserError, note, printable, run_script, whole
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
-from support.images import InvalidImageError, list_images, open_image, relative_path, to_rgb
-from support.records import absolute
+from support.folders import absolute, list_images, relative_path
+from support.images import InvalidImageError, open_image, to_rgb
 from support.workers import parallel_map
 
 import numpy as np

@@ -28,7 +28,7 @@ from support import cli
 from support.checkpoints import load_weights
 from support.cpu import use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
-from support.images import COLORING, IMAGE_SUFFIXES, named_images, pair_images
+from support.folders import COLORING, IMAGE_SUFFIXES, named_images, pair_images
 from support.workers import default_workers, read_batches
 
 import numpy as np

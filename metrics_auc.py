@@ -36,7 +36,8 @@ from pathlib import Path
 from support import cli
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
-from support.images import COLORING, InvalidImageError, crop_resized, image_size, open_rgb, pair_images, relative_path
+from support.folders import COLORING, pair_images, relative_path
+from support.images import InvalidImageError, crop_resized, image_size, open_rgb
 from support.workers import parallel_map
 
 import numpy as np

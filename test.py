@@ -28,15 +28,24 @@ from support import cli
 from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
 from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
+from support.folders import COLORING, absolute, append_record, make_record, named_images, read_records
 from support.gpu import check_gpu
-from support.images import COLORING, InvalidImageError, crop_resized, has_more_frames, named_images, open_image
-from support.records import absolute, append_record, make_record, read_records
+from support.images import (
+    LARGEST_SIDE,
+    WRITE_FORMATS,
+    InvalidImageError,
+    crop_resized,
+    decode,
+    has_more_frames,
+    open_image,
+    save,
+)
 from support.sheets import Sheets, fit
 
 import numpy as np
 from PIL import Image
 
-from colorizer import FORMATS, LARGEST_SIDE, Colorizer, colored, decode, network_input, save
+from colorizer import Colorizer, colored, network_input
 from pretrained import LOAD_SIZE, checkpoint_info, find_weights
 from utils import TEMPERATURE
 
@@ -235,7 +244,7 @@ def parse_args(argv=None):
     add, add_bool = group.add_argument, partial(cli.add_bool_flag, group)
     add("--result_path", default="./result", help="folder of the results, with the same subfolders as the images")
     add("--output", metavar="FILE", help="the result of a single image, instead of --result_path")
-    add("--format", choices=FORMATS, help="format of the results (default: that of --output, otherwise png)")
+    add("--format", choices=WRITE_FORMATS, help="format of the results (default: that of --output, otherwise png)")
     add_bool("--compare", False, "also write contact sheets (gray, colorized, original) to <result_path>_compare")
     add_bool("--skip_existing", False, "skip images whose result in --result_path is up to date, to resume a run")
     args = parser.parse_args(argv)
@@ -252,8 +261,8 @@ def parse_args(argv=None):
 def check_args(args):
     suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
     args.format = args.format or suffix or "png"
-    if args.output and (suffix not in FORMATS or FORMATS[suffix] != FORMATS.get(args.format)):
-        raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(FORMATS)}")
+    if args.output and (suffix not in WRITE_FORMATS or WRITE_FORMATS[suffix] != WRITE_FORMATS.get(args.format)):
+        raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(WRITE_FORMATS)}")
 
 
 def main(args):

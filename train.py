@@ -23,7 +23,7 @@ from functools import partial
 
 from support import checkpoints, cli, convolutions, cpu, gpu, processes
 from support.cli import UserError, note, number, whole
-from support.images import list_images
+from support.folders import list_images
 from support.logs import Log, Meter
 from support.workers import default_workers, from_workers, make_loader
 

@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
-from support.images import COLORING, named_images, open_rgb
+from support.folders import COLORING, named_images
+from support.images import open_rgb
 from support.logs import read_log
 from support.sheets import contact_sheet
 from support.workers import default_workers

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import Parser, counted, printable, run_script, whole
-from support.images import list_images, open_rgb
+from support.folders import list_images
+from support.images import open_rgb
 from support.sheets import contact_sheet, fit
 
 from PIL import Image

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import cli
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
-from support.images import list_images
+from support.folders import list_images
 from support.workers import default_workers, read_batches
 
 import numpy as np

@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import Parser, UserError, printable, run_script
 from support.files import atomic_path
-from support.images import list_images, open_rgb
+from support.folders import list_images
+from support.images import open_rgb
 
 import numpy as np
 import paddle

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from support.cli import UserError
 from support.files import atomic_path, make_folder
-from support.foreign import is_safetensors, read_metadata, read_weights
 from support.processes import all_reduce, is_first, share_statistics
+from support.weights_files import is_safetensors, read_metadata, read_weights
 
 import numpy as np
 import paddle
@@ -70,6 +70,8 @@ def read_file(path, function):
     try:
         with open(path, "rb") as file:
             return function(file)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:

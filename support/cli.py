@@ -15,8 +15,8 @@ EXIT_SKIPPED = 3  # finished, but some files were skipped
 # Messages
 
 
-class UserError(SystemExit):
-    """An error that the user can fix. Uncaught, it prints its message on one line and ends with exit code 1."""
+class UserError(Exception):
+    """An error that the user can fix. `run_script` prints its message, one line, and returns exit code 1."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
@@ -93,6 +93,8 @@ def run_script(main, parse_args, after_stop=""):
         number = stop.args[0]
         note(f"stopped {SIGNALS[number]}{reached()}" + (after_stop and f"; {after_stop}"))
         return 128 + number
+    except UserError as error:
+        note(str(error))
     except MemoryError:
         note(f"not enough memory{reached()}: try a smaller --batch_size or --load_size, or fewer --num_workers")
     except BrokenPipeError:  # as by `| head`

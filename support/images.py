@@ -1,4 +1,4 @@
-"""Images in files: list them, read their size, and decode them upright, in sRGB, with transparency over white."""
+"""Image files: read them upright, in sRGB, with transparency over white, and write them with their metadata."""
 
 import os
 import re
@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 from itertools import product
+from pathlib import Path
 
-from support.cli import UserError, counted, note, note_some
-from support.records import absolute, read_records
+from support.cli import UserError, note
+from support.files import atomic_path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -21,13 +22,8 @@ with suppress(ImportError):
 with suppress(ImportError):
     __import__("pillow_jxl")
 
-IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .pgm .ppm .pbm .pnm .avif .heic .heif"
-IMAGE_SUFFIXES = tuple(f"{IMAGE_SUFFIXES} .jp2 .j2k .jpf .jpx".split())
-COLORING = "coloring.json"  # marks a folder of test.py's results
-HIDDEN = (".", "@eaDir", "#recycle", COLORING)  # beginnings of skipped names; two are thumbnails and trash on a NAS
-
 # Pillow's other formats stay closed: EPS would start Ghostscript, and ICO and ICNS decode before their size is known.
-FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
+READ_FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
 PACKAGES = {  # that Pillow needs for some formats, by the first bytes of a file
     b"....ftyp(avif|avis)": "AVIF, which needs Pillow 11.3 or newer",
     b"....ftyp(hei.|hev.|mif1|msf1)": "HEIC, which needs the package pillow-heif",
@@ -51,106 +47,6 @@ class InvalidImageError(ValueError):
 
     def __reduce__(self):  # to be sent from a worker process
         return InvalidImageError, (self.path, self.reason, self.damaged)
-
-
-# -------------------------------------------------------------------------------------------------
-# Lists of images
-
-
-def list_images(root):
-    """Return the sorted paths of the images in the folder `root` and its subfolders; [root] if it is a file.
-
-    Images are recognized by their suffix. Hidden files and folders are skipped silently. Folders that cannot be read,
-    folders of results, further links to the same folder, and the number of other files are reported. Raises UserError
-    when `root` does not exist or contains no images.
-    """
-    root = os.fspath(root)
-    if os.path.isfile(root):
-        return [root]
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such file or folder")
-    paths, visited, tops = [], set(), [root]
-    for top in tops:  # the loop appends links to folders, so a folder's own path comes before links to it
-        for folder, folders, files in os.walk(top, onerror=_note_unreadable):
-            real, within = os.path.realpath(folder), os.path.join(folder, "")
-            linked, results = real in visited, COLORING in files and folder != root
-            if linked or results:
-                reason = "a link to a folder that is visited anyway" if linked else f"results of test.py ({COLORING})"
-                note(f"{folder}: skipped: {reason}")
-                folders.clear()
-                continue
-            visited.add(real)
-            folders[:] = sorted(filter(_is_visible, folders))
-            tops += filter(os.path.islink, map(within.__add__, folders))
-            paths += map(within.__add__, filter(_is_visible, files))
-    images = sorted(path for path in paths if path.lower().endswith(IMAGE_SUFFIXES))
-    if others := len(paths) - len(images):
-        suffixes = sorted({os.path.splitext(path)[1].lower() for path in paths} - {*IMAGE_SUFFIXES})
-        note(f"{root}: {counted(others, 'other file')} skipped ({' '.join(suffixes).strip()})")
-    if not images:
-        raise UserError(f"{root}: no images here ({' '.join(IMAGE_SUFFIXES)})")
-    return images
-
-
-def _note_unreadable(error):
-    note(f"{error.filename}: skipped: {error.strerror.lower()}")
-
-
-def _is_visible(name):
-    return not name.startswith(HIDDEN)
-
-
-def relative_path(path, root):
-    """Return an image's path relative to `root`, with forward slashes; its name if `root` is the file itself."""
-    return os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root)).replace(os.sep, "/")
-
-
-def named_images(*roots):
-    """Return the images in `roots` as {name: path}, sorted by name. A name is the relative path without its suffix.
-
-    With several folders and files, paths are relative to the folder that contains all of them. Where two images differ
-    in their suffix only, the second keeps it (photo.png, photo.tif.png), as do the results of test.py.
-    """
-    try:
-        top = os.path.commonpath(list(map(os.path.abspath, roots)))
-    except ValueError as error:
-        raise UserError(f"{' '.join(roots)}: on different drives; process one drive at a time") from error
-    paths = {os.path.abspath(path): path for root in roots for path in list_images(root)}
-    images = {}
-    for name, path in sorted((relative_path(path, top), path) for path in paths.values()):
-        stem = os.path.splitext(name)[0]
-        images[name if stem in images else stem] = path
-    return images
-
-
-def pair_images(true_dir, colored_dir):
-    """Pair the images of a folder with their results: by the results' records, by name where these do not help.
-
-    Returns a list of (name, path of the original, path of the result), and what is left out and reported, {problem:
-    names}. Raises UserError if there are no pairs.
-    """
-    true, colored = named_images(true_dir), named_images(colored_dir)
-    originals = dict(zip(map(absolute, true.values()), true))
-    sources = {result: record["source"]["path"] for result, record in read_records(colored_dir).items()}
-    top = absolute(os.path.join(true_dir, ""))
-    by_record, by_name = {}, {}  # the result of each original
-    for name, path in colored.items():
-        source = sources.get(relative_path(path, colored_dir), "")
-        if source in originals:
-            by_record[originals[source]] = name
-        elif name in true and not source.startswith(top):  # another program's result, or the images were moved
-            by_name[name] = name
-    if by_name:
-        note(f"{colored_dir}: {counted(len(by_name), 'image')} paired by name, without a record of the original")
-    result_of = {**by_name, **by_record}
-    pairs = [(name, true[name], colored[result]) for name, result in sorted(result_of.items())]
-    if not pairs:
-        raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
-    left_out = {"no colored image": {*true} - {*result_of}, "no true image": {*colored} - {*result_of.values()}}
-    left_out = {problem: sorted(names) for problem, names in left_out.items() if names}
-    for problem, names in left_out.items():
-        note_some(problem, names)
-    return pairs, left_out
 
 
 # -------------------------------------------------------------------------------------------------
@@ -194,7 +90,7 @@ def open_image(path, least_side=None):
         raise InvalidImageError(path, "no such file, or not a regular one")
     image = None
     try:
-        with Image.open(path, formats=sorted(FORMATS & Image.OPEN.keys())) as image:
+        with Image.open(path, formats=sorted(READ_FORMATS & Image.OPEN.keys())) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
             if least_side:
@@ -364,3 +260,104 @@ def crop_resized(image, load_size, crop_size, across=0.5, down=0.5):
     left, top = across * (image.width - side), down * (image.height - side)
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((crop_size, crop_size), Image.Resampling.BILINEAR, box=box))
+
+
+# -------------------------------------------------------------------------------------------------
+# Files and arrays with their metadata
+
+JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
+WRITE_FORMATS = {  # by suffix: Pillow's settings
+    "png": {"format": "PNG", "compress_level": 3},  # of 0 to 9: files 5% larger than with 6, written twice as fast
+    "jpg": JPEG,
+    "jpeg": JPEG,
+    "webp": {"format": "WEBP", "quality": 95},
+}
+LARGEST_SIDE = {"jpg": 65_500, "jpeg": 65_500, "webp": 16_383}  # in pixels, of the formats that have a limit
+MAX_EXIF = 65_000  # bytes; a JPEG has no room for more
+# Other entries describe how the file was laid out, or its thumbnail.
+KEPT_EXIF = "ImageDescription Make Model Software DateTime Artist HostComputer Copyright Rating "
+KEPT_EXIF += "XPTitle XPComment XPAuthor XPKeywords XPSubject"
+KEPT_EXIF = {ExifTags.Base[name] for name in KEPT_EXIF.split()}
+
+
+def read_image(image):
+    """Read an image upright and in sRGB; its `info` holds the metadata that a result keeps.
+
+    Args:
+        image (str | Path | Image | ndarray): A file, a Pillow image, or uint8 [H, W, 3].
+
+    Returns:
+        Image: An RGB image.
+
+    Raises:
+        InvalidImageError: If the file cannot be read.
+        ValueError: If an array has another shape or type.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        rgb = to_rgb(image).copy()  # the caller's image keeps its `info`
+        rgb.info = metadata(image)
+        return rgb
+    with open_image(image) as opened:
+        return decode(opened)
+
+
+def decode(opened):
+    """Return an image that `open_image` opened as `read_image` does."""
+    rgb = to_rgb(opened, opened.filename)
+    rgb.info = metadata(opened)
+    return rgb
+
+
+def metadata(image):
+    """Return the EXIF, resolution and profile of an upright result in sRGB, as keywords of Pillow's `save`."""
+    kept = {"icc_profile": SRGB_PROFILE}
+    dpi = image.info.get("dpi")
+    try:
+        if dpi and all(1 <= x <= 65_535 for x in dpi):
+            kept["dpi"] = tuple(map(float, dpi))
+        if exif := kept_exif(image.getexif(), kept.get("dpi")):
+            kept["exif"] = exif
+    except Exception:  # damaged EXIF raises many kinds; the image itself is intact
+        pass
+    return kept
+
+
+def kept_exif(exif, dpi):
+    """Return as bytes the part of an image's EXIF that holds for the result, with its resolution, which WebP needs."""
+    kept = Image.Exif()
+    if dpi:
+        kept[ExifTags.Base.XResolution], kept[ExifTags.Base.YResolution] = dpi
+        kept[ExifTags.Base.ResolutionUnit] = 2  # inches
+    kept.update({tag: exif[tag] for tag in KEPT_EXIF & exif.keys()})
+    for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        if values := dict(exif.get_ifd(ifd)):
+            kept[ifd] = values
+    if camera := kept.get(ExifTags.IFD.Exif):
+        camera[ExifTags.Base.ColorSpace] = 1  # sRGB
+        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.IFD.Interop):
+            camera.pop(tag, None)  # they may describe another size, and Adobe RGB
+    data = kept.tobytes() if kept else b""
+    return data if len(data) <= MAX_EXIF else b""
+
+
+def save(image, path, format=None):
+    """Write a colorized image with the metadata in its `info`.
+
+    Args:
+        image (Image): The image.
+        path (str | Path): The file to write.
+        format (str, optional): "png", "jpg", "jpeg" or "webp"; by default the suffix of `path`.
+
+    Raises:
+        UserError: If the format is not supported or the file cannot be written.
+    """
+    settings = WRITE_FORMATS.get(format or Path(path).suffix.lower().lstrip("."))
+    if not settings:
+        raise UserError(f"{path}: its suffix must be one of {', '.join(WRITE_FORMATS)}")
+    kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
+    with atomic_path(path) as temporary:
+        image.save(temporary, **settings, **kept)

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from support.checkpoints import save_checkpoint
+from support.cli import UserError
 from support.cpu import use_all_cores
 
 import numpy as np
@@ -119,9 +120,9 @@ def error_message():
     """Call a function that must stop with one clear line. Return the line."""
 
     def call(function, *arguments, **settings):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(UserError) as error:
             function(*arguments, **settings)
-        message = str(stop.value.code)
+        message = str(error.value)
         assert message and "\n" not in message
         return message
 

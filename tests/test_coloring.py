@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from support import sheets
 from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
 from support.cli import EXIT_SKIPPED
-from support.images import pair_images
+from support.folders import pair_images
 from support.inference import fold_batch_norm, temporary_folder
 
 import numpy as np

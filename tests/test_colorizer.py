@@ -4,7 +4,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from support.cli import UserError
-from support.images import InvalidImageError
+from support.images import InvalidImageError, save
 
 import numpy as np
 import pytest
@@ -46,11 +46,11 @@ def test_unusable_weights_images_and_suffixes_raise_the_documented_errors(small_
         with pytest.raises(ValueError, match=rf"uint8 \[H, W, 3\], not {array.dtype} {re.escape(str([*array.shape]))}"):
             colorize(array)
     with pytest.raises(UserError, match="x.xyz: its suffix must be one of png, jpg"):
-        colorizer.save(Image.new("RGB", (8, 8)), tmp_path / "x.xyz")
+        save(Image.new("RGB", (8, 8)), tmp_path / "x.xyz")
 
 
 def test_file_that_ends_in_jpeg_is_a_jpeg(tmp_path):
-    colorizer.save(Image.new("RGB", (8, 8)), tmp_path / "x.jpeg")
+    save(Image.new("RGB", (8, 8)), tmp_path / "x.jpeg")
     assert Image.open(tmp_path / "x.jpeg").format == "JPEG"
 
 

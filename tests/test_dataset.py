@@ -2,7 +2,8 @@
 
 import os
 
-from support.images import InvalidImageError, crop_resized, list_images, open_rgb, read_rgb
+from support.folders import list_images
+from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb
 
 import numpy as np
 import pytest

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from support import cli
 from support.cli import progress, run_script
 from support.files import atomic_path, make_folder
-from support.images import InvalidImageError, list_images, named_images, read_rgb, relative_path
+from support.folders import list_images, named_images, relative_path
+from support.images import InvalidImageError, read_rgb
 
 import numpy as np
 import pytest
@@ -287,7 +288,7 @@ def test_pipes_and_sockets_are_not_opened(tmp_path, make_images, error_message):
 
 
 def test_paths_on_windows_become_names_with_forward_slashes_on_one_drive(monkeypatch, error_message):
-    monkeypatch.setattr("support.images.os", SimpleNamespace(path=ntpath, sep="\\"))
+    monkeypatch.setattr("support.folders.os", SimpleNamespace(path=ntpath, sep="\\"))
     assert relative_path("C:\\in\\class\\a.png", "C:\\in\\b.png") == "class/a.png"
     assert "different drives" in error_message(named_images, "C:\\a", "D:\\b")
 

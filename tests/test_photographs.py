@@ -3,14 +3,15 @@
 import struct
 
 from support.cli import EXIT_SKIPPED
+from support.folders import list_images
 from support.images import (
     SRGB_PROFILE,
     InvalidImageError,
     image_size,
-    list_images,
     open_image,
     open_rgb,
     read_rgb,
+    save,
     upright_size,
 )
 
@@ -233,7 +234,7 @@ def test_colorizer_called_with_a_path_or_an_image_gives_the_file_of_test_py(
 ):
     _, result = colorize_files(sideways)
     colorize = colorizer.Colorizer(small_checkpoint, precision="float32")
-    colorizer.save(colorize(Image.open(sideways) if opened else sideways), tmp_path / "saved.png")
+    save(colorize(Image.open(sideways) if opened else sideways), tmp_path / "saved.png")
     assert (tmp_path / "saved.png").read_bytes() == (result / "sideways.png").read_bytes()
 
 
@@ -397,7 +398,7 @@ def test_image_of_a_phone_is_read_upright(tmp_path, suffix):
 )
 def test_unsupported_format_is_named_whatever_the_suffix(tmp_path, monkeypatch, head, reason):
     """Without the optional packages; the file may be intact."""
-    monkeypatch.setattr("support.images.FORMATS", {"JPEG", "PNG"})
+    monkeypatch.setattr("support.images.READ_FORMATS", {"JPEG", "PNG"})
     (tmp_path / "a.jpg").write_bytes(head + bytes(12))
     with pytest.raises(InvalidImageError, match=reason) as error:
         read_rgb(tmp_path / "a.jpg")

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.checkpoints import save_checkpoint
 from support.cli import counted
 from support.cpu import available_cores, use_all_cores
-from support.images import list_images, read_rgb
+from support.folders import list_images
+from support.images import WRITE_FORMATS, read_rgb
 
 import numpy as np
 import paddle
@@ -52,7 +53,7 @@ def plain_loop(paths, predict, folder):
         size = colorizer.network_size(rgb.shape[1], rgb.shape[0], 256)
         small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
         ab = annealed_mean(predict(rgb_to_lightness(paddle.to_tensor(small.transpose(2, 0, 1)[None])) - 50), ab_bins)[0]
-        Image.fromarray(colorizer.join(rgb, ab)).save(folder / f"{i}.png", **colorizer.FORMATS["png"])
+        Image.fromarray(colorizer.join(rgb, ab)).save(folder / f"{i}.png", **WRITE_FORMATS["png"])
 
 
 def main():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.cpu import keep_freed_memory, use_all_cores
-from support.images import list_images
+from support.folders import list_images
 
 import numpy as np
 import paddle

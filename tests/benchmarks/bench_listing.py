@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from support.images import list_images
+from support.folders import list_images
 
 from dataset import ColorizationDataset
 

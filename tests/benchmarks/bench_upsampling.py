@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import support  # noqa: F401  before Paddle
-from support.images import list_images, open_rgb
+from support.folders import list_images
+from support.images import open_rgb
 
 import numpy as np
 import paddle
