@@ -6,8 +6,8 @@ a `DataLoader`: they decode, resize and crop (Pillow, NumPy) and return uint8.
 
 import os
 
+from support import folders
 from support.cli import note
-from support.folders import list_images, named_images  # noqa: F401
 from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb  # noqa: F401
 from support.neighbors import nearest
 
@@ -125,6 +125,26 @@ def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
     indices, squared = nearest(ab.transpose([0, 2, 3, 1]).reshape([-1, 2]), ab_bins, neighbors)  #   [N * h * w, K]
     weights = F.softmax(-squared / (2 * sigma**2), axis=1)
     return tuple(x.reshape([n, h, w, neighbors]).transpose([0, 3, 1, 2]) for x in (indices, weights))
+
+
+# -------------------------------------------------------------------------------------------------
+# Files
+
+COLORING = "coloring.json"  # describes how the results in its folder were made; such a folder is no input
+RECORDS = "coloring.jsonl"  # from which image each of them was made
+
+
+def list_images(root):
+    """Return the sorted paths of the images in the folder `root` and its subfolders; [root] if it is a file.
+
+    Results of test.py are left out. Raises UserError when `root` does not exist or contains no images.
+    """
+    return folders.list_images(root, COLORING)
+
+
+def named_images(*roots):
+    """Return the images in folders and files as {name: path}, as `support.folders.named_images`."""
+    return folders.named_images(roots, COLORING)
 
 
 # -------------------------------------------------------------------------------------------------

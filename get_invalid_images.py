@@ -31,12 +31,14 @@ from pathlib import Path
 from support.cli import AT_THE_END, EXIT_SKIPPED, WORKERS, Parser, UserError, note, printable, run_script, whole
 from support.cpu import available_cores
 from support.files import atomic_text, make_folder
-from support.folders import absolute, list_images, relative_path
+from support.folders import absolute, relative_path
 from support.images import InvalidImageError, open_image, to_rgb
 from support.workers import parallel_map
 
 import numpy as np
 from PIL import Image
+
+from dataset import list_images
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 NOT_CHECKED = "not checked"

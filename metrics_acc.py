@@ -28,14 +28,14 @@ from support import cli
 from support.checkpoints import load_weights
 from support.cpu import use_all_cores
 from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
-from support.folders import COLORING, IMAGE_SUFFIXES, named_images, pair_images
+from support.folders import IMAGE_SUFFIXES, pair_images
 from support.workers import default_workers, read_batches
 
 import numpy as np
 import paddle
 from paddle.vision import models
 
-from dataset import ClassificationDataset, lab_to_rgb, rgb_to_lightness
+from dataset import COLORING, RECORDS, ClassificationDataset, lab_to_rgb, named_images, rgb_to_lightness
 from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
@@ -269,7 +269,7 @@ def find_images(args):
     if not args.image_dir:
         images = named_images(args.result_path)
         return list(images), {"colored": list(images.values())}, {}
-    pairs, left_out = pair_images(args.image_dir, args.result_path)
+    pairs, left_out = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
     names, true, colored = map(list, zip(*pairs))
     return names, {"colored": colored, "true": true}, left_out
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from support import cli
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
-from support.folders import COLORING, pair_images, relative_path
+from support.folders import pair_images, relative_path
 from support.images import InvalidImageError, crop_resized, image_size, open_rgb
 from support.workers import parallel_map
 
@@ -46,7 +46,7 @@ from PIL import Image
 from skimage.color import lab2rgb, rgb2xyz, xyz2lab
 from skimage.metrics import peak_signal_noise_ratio
 
-from dataset import list_images, read_rgb
+from dataset import COLORING, RECORDS, list_images, read_rgb
 from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, load_prior, rebalancing_weights
 
 KINDS = {"raw": "raw", "rebalanced": "rebalanced", "rebalanced_own": "macro"}  # in keys: as printed
@@ -273,7 +273,7 @@ def parse_args(argv=None):
 def find_pairs(args):
     """Return a list of (name, path of the original, path of the result or None), and the left out as `pair_images`."""
     if not args.baseline:
-        return pair_images(args.image_dir, args.result_path)
+        return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
     originals = list_images(args.image_dir)
     others = [None] * len(originals)
     if args.baseline == "random":

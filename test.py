@@ -28,7 +28,7 @@ from support import cli
 from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
 from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
-from support.folders import COLORING, absolute, append_record, make_record, named_images, read_records
+from support.folders import absolute, append_record, make_record, read_records
 from support.gpu import check_gpu
 from support.images import (
     LARGEST_SIDE,
@@ -46,6 +46,7 @@ import numpy as np
 from PIL import Image
 
 from colorizer import Colorizer, colored, network_input
+from dataset import COLORING, RECORDS, named_images
 from pretrained import LOAD_SIZE, checkpoint_info, find_weights
 from utils import TEMPERATURE
 
@@ -66,7 +67,7 @@ def plan(named, args, settings):
     folder, output = result_folder(args), args.output and Path(args.output).name
     results = {path: output or f"{Path(name).as_posix()}.{args.format}" for name, path in named.items()}
     check_apart(results, args)
-    records = {} if args.output else read_records(folder)
+    records = {} if args.output else read_records(folder / RECORDS)
     todo, skipped = {}, []
     for path, name in islice(results.items(), args.max_samples):
         record = records.get(name)
@@ -318,7 +319,7 @@ def main(args):
                 continue
             done += 1
             if not args.output:
-                append_record(make_record(path, settings, result, name), result)
+                append_record(make_record(path, settings, result, name), result / RECORDS)
             if args.compare:
                 sheets.add(printable(os.path.splitext(name)[0]), outcome)
     if args.compare:

@@ -23,7 +23,6 @@ from functools import partial
 
 from support import checkpoints, cli, convolutions, cpu, gpu, processes
 from support.cli import UserError, note, number, whole
-from support.folders import list_images
 from support.logs import Log, Meter
 from support.workers import default_workers, from_workers, make_loader
 
@@ -34,7 +33,16 @@ from paddle.io import Subset
 from tqdm import tqdm
 
 import utils
-from dataset import ColorizationDataset, EpochSampler, lab_to_rgb, rgb_to_lab, soft_encode, targets, to_uint8
+from dataset import (
+    ColorizationDataset,
+    EpochSampler,
+    lab_to_rgb,
+    list_images,
+    rgb_to_lab,
+    soft_encode,
+    targets,
+    to_uint8,
+)
 from model import CIC
 from pretrained import find_weights
 

@@ -26,7 +26,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
-from support.folders import COLORING, named_images
 from support.images import open_rgb
 from support.logs import read_log
 from support.sheets import contact_sheet
@@ -38,6 +37,7 @@ from PIL import ImageOps
 
 import metrics_acc
 import metrics_auc
+from dataset import COLORING, named_images
 from utils import load_prior, rebalancing_weights
 
 GRAY, TRUE = "gray", "true"

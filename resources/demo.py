@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import Parser, counted, printable, run_script, whole
-from support.folders import list_images
 from support.images import open_rgb
 from support.sheets import contact_sheet, fit
 
@@ -26,6 +25,7 @@ from PIL import Image
 
 import test
 import train
+from dataset import list_images
 
 IMAGES = {  # by the package that bundles them
     "skimage": "data/astronaut.png data/camera.png data/chelsea.png data/coffee.png data/rocket.jpg",

@@ -15,13 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import cli
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
-from support.folders import list_images
 from support.workers import default_workers, read_batches
 
 import numpy as np
 from PIL import Image
 
-from dataset import ClassificationDataset, rgb_to_lab
+from dataset import ClassificationDataset, list_images, rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import Parser, UserError, printable, run_script
 from support.files import atomic_path
-from support.folders import list_images
 from support.images import open_rgb
 
 import numpy as np
@@ -24,7 +23,7 @@ from PIL import ImageOps
 
 import metrics_auc
 from colorizer import Colorizer
-from dataset import lab_to_rgb, rgb_to_lab, soft_encode
+from dataset import lab_to_rgb, list_images, rgb_to_lab, soft_encode
 from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
 
 TEMPERATURES = (1, 0.77, 0.58, 0.38, 0.29, 0.14, 0.1)

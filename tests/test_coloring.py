@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from support import sheets
 from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
 from support.cli import EXIT_SKIPPED
-from support.folders import pair_images
+from support.folders import pair_images as pair
 from support.inference import fold_batch_norm, temporary_folder
 
 import numpy as np
@@ -20,8 +20,12 @@ from skimage import color
 
 import colorizer
 import test
-from dataset import lab_to_rgb, rgb_to_lab, to_uint8
+from dataset import COLORING, RECORDS, lab_to_rgb, rgb_to_lab, to_uint8
 from utils import annealed_mean, load_ab_bins
+
+
+def pair_images(originals, results):
+    return pair(originals, results, COLORING, RECORDS)
 
 
 def pixels(path):
@@ -275,7 +279,7 @@ def test_records_pair_results_with_their_images(colorize_files, write_image, cap
     _, result = colorize_files("in")
     bmp = write_image("in/p.bmp", 200)  # takes the name p from now on
     (pair,), left_out = pair_images("in", result)
-    assert pair[1:] == (os.path.join("in", jpg.name), str(result / "p.png")) and list(left_out) == ["no colored image"]
+    assert pair[1:] == (os.path.join("in", jpg.name), str(result / "p.png")) and list(left_out) == ["no result"]
     colorize_files("in", "--skip_existing")
     pairs, left_out = pair_images("in", result)
     assert {x[1]: x[2] for x in pairs} == {

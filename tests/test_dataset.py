@@ -2,7 +2,6 @@
 
 import os
 
-from support.folders import list_images
 from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb
 
 import numpy as np
@@ -11,7 +10,7 @@ from conftest import png_bomb, save_image
 from PIL import Image
 from skimage import data
 
-from dataset import ColorizationDataset
+from dataset import ColorizationDataset, list_images
 
 COFFEE = data.coffee()[::4, ::4]  # uint8 [100, 150, 3]
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from support import cli
 from support.cli import progress, run_script
 from support.files import atomic_path, make_folder
-from support.folders import list_images, named_images, relative_path
+from support.folders import relative_path
 from support.images import InvalidImageError, read_rgb
 
 import numpy as np
@@ -28,6 +28,7 @@ import metrics_acc
 import metrics_auc
 import test
 import train
+from dataset import list_images, named_images
 from resources import convert_weights, estimate_prior
 
 SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "resources").glob("*.py")]
@@ -344,7 +345,7 @@ def test_earlier_results_and_their_sheets_are_not_colorized(colorize_files, make
     for name in ("out1", "out2"):
         code, result = colorize_files("in", "--compare", result=f"in/{name}")
         assert code == 0 and found(result) == ["x.png"]
-    assert "out1: skipped: results of test.py (coloring.json)" in capsys.readouterr().err
+    assert "out1: skipped: contains results (coloring.json)" in capsys.readouterr().err
 
 
 def test_run_without_results_writes_nothing(tmp_path, colorize_files):

@@ -216,11 +216,11 @@ def test_unreadable_and_missing_images_are_excluded_from_all_versions(tmp_path, 
     code, summary = run(tmp_path, weights, *where)
     assert (code, summary["images"]) == (EXIT_SKIPPED, 1)
     assert summary["left_out"] == {
-        "no colored image": [f"{SYNSETS[7]}/rocket"],
+        "no result": [f"{SYNSETS[7]}/rocket"],
         "unreadable": [f"{SYNSETS[7]}/chelsea", f"{SYNSETS[7]}/coffee"],
     }
     printed = capsys.readouterr().err
-    lines = (f"skipped {colored / 'coffee.png'}: ", f"skipped {true / 'chelsea.png'}: ", "rocket: no colored image")
+    lines = (f"skipped {colored / 'coffee.png'}: ", f"skipped {true / 'chelsea.png'}: ", "rocket: no result")
     assert all(line in printed for line in lines)
     (colored / "astronaut.png").unlink()
     assert "none of the 2 images can be read" in error_message(run, tmp_path, weights, *where)

@@ -311,17 +311,17 @@ def test_images_are_paired_by_path_and_missing_ones_reported(tmp_path, capsys):
     code, summary = run(true, colored, tmp_path)
     assert code == EXIT_SKIPPED and summary["images"] == 3
     assert summary["auc_raw"] > 0.97  # JPEG against PNG of the same; swapped ones would be far lower
-    assert summary["left_out"] == {"no colored image": ["rocket/x"], "no true image": ["stray"]}
+    assert summary["left_out"] == {"no result": ["rocket/x"], "no original": ["stray"]}
     error = capsys.readouterr().err
-    assert "rocket/x: no colored image\n" in error and "stray: no true image\n" in error
+    assert "rocket/x: no result\n" in error and "stray: no original\n" in error
 
 
 def test_many_missing_images_are_counted(tmp_path, capsys):
     true = save_images(tmp_path / "t", {f"{i:02d}": SMALL["coffee"] for i in range(30)})
     colored = save_images(tmp_path / "c", {"07": SMALL["coffee"]})
     _, summary = run(true, colored, tmp_path)
-    assert len(summary["left_out"]["no colored image"]) == 29
-    assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no colored image"
+    assert len(summary["left_out"]["no result"]) == 29
+    assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no result"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -422,7 +422,7 @@ def test_images_with_names_of_any_bytes_are_paired_and_listed(tmp_path):
     save_image(true / (os.fsdecode(b"missing-\xff\n") + ".png"), SMALL["coffee"])
     code, summary = run(true, save_images(tmp_path / "c", dict.fromkeys(names, SMALL["coffee"])), tmp_path)
     assert (code, summary["images"]) == (EXIT_SKIPPED, 3)
-    assert summary["left_out"] == {"no colored image": ["missing-\\xff\\n"]}
+    assert summary["left_out"] == {"no result": ["missing-\\xff\\n"]}
     with open(tmp_path / "auc.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert sorted(row[0] for row in list(csv.reader(file))[1:]) == sorted(names)
 

@@ -3,7 +3,6 @@
 import struct
 
 from support.cli import EXIT_SKIPPED
-from support.folders import list_images
 from support.images import (
     SRGB_PROFILE,
     InvalidImageError,
@@ -23,6 +22,7 @@ from PIL import ExifTags, Image, PngImagePlugin, features
 from skimage import data
 
 import colorizer
+from dataset import list_images
 
 COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
 D50 = (0.9642, 1.0, 0.8249)

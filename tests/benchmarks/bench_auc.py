@@ -22,10 +22,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from support.cpu import keep_freed_memory, use_all_cores  # noqa: E402
-from support.folders import list_images, relative_path  # noqa: E402
+from support.folders import relative_path  # noqa: E402
 from support.images import read_rgb  # noqa: E402
 
 import metrics_auc  # noqa: E402
+from dataset import list_images  # noqa: E402
 from utils import load_ab_bins  # noqa: E402
 
 REPEATS = 4

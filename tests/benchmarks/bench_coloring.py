@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.checkpoints import save_checkpoint
 from support.cli import counted
 from support.cpu import available_cores, use_all_cores
-from support.folders import list_images
 from support.images import WRITE_FORMATS, read_rgb
 
 import numpy as np
@@ -27,7 +26,7 @@ from PIL import Image
 
 import colorizer
 import test
-from dataset import rgb_to_lightness
+from dataset import list_images, rgb_to_lightness
 from model import CIC
 from tests.small_network import standardize
 from utils import annealed_mean, load_ab_bins

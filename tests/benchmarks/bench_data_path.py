@@ -13,13 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.cpu import keep_freed_memory, use_all_cores
-from support.folders import list_images
 
 import numpy as np
 import paddle
 from PIL import Image
 
-from dataset import ColorizationDataset, rgb_to_lab, rgb_to_lightness, soft_encode, targets
+from dataset import ColorizationDataset, list_images, rgb_to_lab, rgb_to_lightness, soft_encode, targets
 from utils import load_ab_bins, load_prior, position_weight, rebalancing_weights
 
 LOAD, CROP, BATCH = 256, 176, 40

@@ -18,9 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from support.folders import list_images
 
-from dataset import ColorizationDataset
+from dataset import ColorizationDataset, list_images
 
 
 def resident():

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import support  # noqa: F401  before Paddle
-from support.folders import list_images
 from support.images import open_rgb
 
 import numpy as np
@@ -24,7 +23,7 @@ import paddle.nn.functional as F
 from PIL import Image
 
 from colorizer import network_size
-from dataset import rgb_to_lab, targets
+from dataset import list_images, rgb_to_lab, targets
 from utils import upsample_ab
 
 
