@@ -37,7 +37,6 @@ from dataset import lab_to_rgb, rgb_to_lab
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
     import gradio as gr
 except ImportError:
@@ -52,7 +51,7 @@ LOADED = 2  # networks in memory
 NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
 EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
-EXAMPLES = {name: Path(skimage.__file__).parent / "data" / file for name, file in EXAMPLES.items()}
+EXAMPLE_FOLDER = Path(skimage.__file__).parent / "data"
 
 
 @dataclass
@@ -108,11 +107,16 @@ def draw(photo, temperature, across, down):
     if photo is None:
         gr.Info(NO_PHOTO)
     if photo is None or photo.logits is None:
-        return [gr.skip()] * 5
+        return [gr.skip()] * 4
     colorized = colored(photo.preview, photo.ab(temperature))
     pictures = photo.gray(), store(colorized)
     chart, text = distribution(photo, colorized, temperature, across or 0, down or 0)
-    return photo, pictures, store(colorized), chart, text
+    return pictures, store(colorized), chart, text
+
+
+def draw_again(photo, temperature, across, down):
+    """Draw, and keep the photo for another 15 minutes."""
+    return photo or gr.skip(), *draw(photo, temperature, across, down)
 
 
 def full_size(suffix, photo, temperature):
@@ -263,7 +267,7 @@ def build(names, colorizer):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
                 with gr.Row(elem_id="examples"):
-                    examples = {path: example_button(name, path) for name, path in EXAMPLES.items()}
+                    examples = [example_button(name, EXAMPLE_FOLDER / file) for name, file in EXAMPLES.items()]
             picture = gr.ImageSlider(
                 label="Gray and colorized", max_height=520, buttons=["fullscreen"], **still, elem_id="picture"
             )
@@ -289,26 +293,33 @@ def build(names, colorizer):
                 chart = gr.Image(alt_text="Probabilities in the ab plane", buttons=[], elem_id="chart", **still)
         gr.Markdown(ABOUT)
 
-        # Events. The network runs for one user at a time; quick handlers need not wait for it.
+        # Events: trigger, function, inputs, outputs. The network runs for one user at a time; the others need not wait.
         network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": picture}
-        network |= {"api_visibility": "private"}
-        quick = {"concurrency_limit": 4, "api_visibility": "private"}
-        hidden = {"show_progress": "hidden", **quick}
-        opened = {"outputs": [photo, picture, upload], "show_progress_on": picture, **quick}
-        computed = {"fn": partial(compute, colorizer), "inputs": [photo, weights], **network}
-        shown = {"inputs": [photo, temperature, across, down], "outputs": [photo, picture, marked, chart, text]}
-        shown |= {"fn": draw, **hidden}
-        # After the network has run, without the state: the user may have chosen another photo meanwhile.
-        drawn = {**shown, "fn": lambda *inputs: draw(*inputs)[1:], "outputs": shown["outputs"][1:]}
-        upload.upload(open_photo, upload, **opened).then(**computed).success(**drawn)
-        for path, button in examples.items():
-            button.click(partial(open_photo, path), **opened).then(**computed).success(**drawn)
-        weights.input(**computed).success(**shown)
-        gr.on([temperature.input, across.input, down.input], **shown, trigger_mode="always_last")
-        marked.select(position, photo, [across, down], **hidden).then(**shown)
-        divider.input(lambda share: gr.ImageSlider(slider_position=share), divider, picture, **hidden)
+        quick = {"concurrency_limit": 4, "show_progress": "hidden"}
+        opening = {"concurrency_limit": 4, "show_progress_on": picture}
+        state = [photo, temperature, across, down]
+        drawn = [picture, marked, chart, text]
+
+        def on(trigger, function, inputs, outputs, **settings):
+            return trigger(function, inputs, outputs, api_visibility="private", **settings)
+
+        opened = [on(upload.upload, open_photo, upload, [photo, picture, upload], **opening)]
+        for button, name in zip(examples, EXAMPLES.values()):
+            example = partial(open_photo, EXAMPLE_FOLDER / name)
+            opened += [on(button.click, example, None, [photo, picture, upload], **opening)]
+        for event in opened:
+            computed = on(event.then, partial(compute, colorizer), [photo, weights], None, **network)
+            # Without the state: the user may have chosen another photo since the network started.
+            on(computed.success, draw, state, drawn, **quick)
+        computed = on(weights.input, partial(compute, colorizer), [photo, weights], None, **network)
+        on(computed.success, draw_again, state, [photo, *drawn], **quick)
+        adjusted = partial(gr.on, [temperature.input, across.input, down.input])
+        on(adjusted, draw_again, state, [photo, *drawn], **quick, trigger_mode="always_last")
+        clicked = on(marked.select, position, photo, [across, down], **quick)
+        on(clicked.then, draw_again, state, [photo, *drawn], **quick)
+        on(divider.input, lambda share: gr.ImageSlider(slider_position=share), divider, picture, **quick)
         for name, button in saves.items():
-            made = button.click(partial(full_size, SUFFIXES[name]), [photo, temperature], file, **network)
+            made = on(button.click, partial(full_size, SUFFIXES[name]), [photo, temperature], file, **network)
             made.success(None, file, js=DOWNLOAD)
     return page
 

@@ -17,8 +17,8 @@ import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
+from page_client import PageClient
 from PIL import ExifTags, Image
-from visitor import Visitor
 
 import app
 from colorizer import Colorizer
@@ -162,10 +162,10 @@ def test_simultaneous_users_get_their_own_photos_and_metadata(page, cic_checkpoi
     colorize = Colorizer(cic_checkpoint)
 
     def visit(path):
-        visitor = Visitor(page)
-        assert len(set(visitor.take(path.name, path.read_bytes()))) == 2  # both gray, before the network runs
-        assert len(set(visitor.color())) == 2
-        return visitor.download(0.2)
+        client = PageClient(page)
+        assert len(set(client.take(path.name, path.read_bytes()))) == 2  # both gray, before the network runs
+        assert len(set(client.color())) == 2
+        return client.download(0.2)
 
     with ThreadPoolExecutor(len(paths)) as pool:
         for path, data in zip(paths, pool.map(visit, paths)):
@@ -176,15 +176,15 @@ def test_simultaneous_users_get_their_own_photos_and_metadata(page, cic_checkpoi
 
 @pytest.mark.slow
 def test_invalid_large_and_missing_photos_are_rejected(page):
-    visitor = Visitor(page)
-    assert visitor.take("text.jpg", b"not a photo") is None
+    client = PageClient(page)
+    assert client.take("text.jpg", b"not a photo") is None
     with pytest.raises(OSError, match="413"):
-        visitor.take("large.jpg", bytes(app.MAX_MEGABYTES * 2**20 + 1))
+        client.take("large.jpg", bytes(app.MAX_MEGABYTES * 2**20 + 1))
     file = io.BytesIO()
     Image.new("L", (10_000, 5_001)).save(file, "PNG")
-    assert visitor.take("large.png", file.getvalue()) is None
+    assert client.take("large.png", file.getvalue()) is None
     with pytest.raises(RuntimeError, match="no photo to work on"):
-        visitor.download()
+        client.download()
 
 
 def test_distribution_is_that_of_the_chosen_place(tmp_path, monkeypatch):
@@ -236,6 +236,14 @@ def test_taken_port_is_reported_before_weights_are_loaded():
         taken.listen()
         with pytest.raises(OSError, match="in use"):  # which `run_script` prints on one line
             app.main(app.parse_args(["--port", str(taken.getsockname()[1]), "--load_model", "missing"]))
+
+
+def test_importing_the_page_changes_no_settings_of_the_process():
+    state = "dict(os.environ), logging.getLogger('httpx').level, signal.getsignal(2), threading.active_count()"
+    code = "import logging, os, signal, threading, support.images, colorizer, matplotlib.figure\n"
+    code += f"try: import gradio\nexcept ImportError: pass\nbefore = {state}; import app; assert before == ({state})"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_missing_gradio_is_reported():

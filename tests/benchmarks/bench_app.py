@@ -1,6 +1,6 @@
 """Measure the page: time to the first result, memory over many uploads, waiting times of simultaneous users.
 
-    python tests/benchmarks/bench_app.py [--load_model NAME] [--uploads 200] [--visitors 20]
+    python tests/benchmarks/bench_app.py [--load_model NAME] [--uploads 200] [--users 20]
 
 Photos are those of scikit-image, rotated, cropped and saved as JPEG of one megapixel, a different one per upload.
 """
@@ -23,7 +23,7 @@ from skimage import data
 
 from colorizer import Colorizer
 from pretrained import default_name
-from tests.visitor import Visitor
+from tests.page_client import PageClient
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PORT = 7899
@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--model_path", default="./model")
     parser.add_argument("--load_model")
     parser.add_argument("--uploads", type=int, default=200)
-    parser.add_argument("--visitors", type=int, default=20)
+    parser.add_argument("--users", type=int, default=20)
     args = parser.parse_args()
     use_all_cores()
     weights = args.load_model or default_name(Path(args.model_path))
@@ -62,18 +62,18 @@ def main():
     try:
         server.stdout.readline()
         ready = time.perf_counter() - start
-        visitor = Visitor(ADDRESS)
-        visitor.take("first.jpg", photograph(0))
-        visitor.color()
+        client = PageClient(ADDRESS)
+        client.take("first.jpg", photograph(0))
+        client.color()
         print(f"start: page after {ready:.1f} s, first result after {time.perf_counter() - start:.1f} s")
 
         seconds = []
         for i in range(1, args.uploads + 1):
             mine = photograph(i)
             start = time.perf_counter()
-            visitor = Visitor(ADDRESS)  # each user uploads one photo
-            visitor.take(f"{i}.jpg", mine)
-            visitor.color()
+            client = PageClient(ADDRESS)  # each user uploads one photo
+            client.take(f"{i}.jpg", mine)
+            client.color()
             seconds.append(time.perf_counter() - start)
             if i in (10, args.uploads) or i % 50 == 0:
                 print(
@@ -81,27 +81,27 @@ def main():
                 )
 
         colorize = Colorizer(weights, args.model_path)
-        expected = [np.asarray(colorize(Image.open(io.BytesIO(photograph(i))))) for i in range(args.visitors)]
+        expected = [np.asarray(colorize(Image.open(io.BytesIO(photograph(i))))) for i in range(args.users)]
 
-        photographs = [photograph(i) for i in range(args.visitors)]
+        photographs = [photograph(i) for i in range(args.users)]
 
         def visit(i):
-            start, visitor = time.perf_counter(), Visitor(ADDRESS)
-            visitor.take(f"{i}.jpg", photographs[i])
+            start, client = time.perf_counter(), PageClient(ADDRESS)
+            client.take(f"{i}.jpg", photographs[i])
             gray = time.perf_counter() - start
-            visitor.color()
+            client.color()
             colored = time.perf_counter() - start
-            visitor.move(0.1)
+            client.move(0.1)
             moved = time.perf_counter() - start - colored
-            difference = np.int16(expected[i]) - Image.open(io.BytesIO(visitor.download()))
+            difference = np.int16(expected[i]) - Image.open(io.BytesIO(client.download()))
             mine = not difference.any()
             return gray, colored, moved, time.perf_counter() - start, mine
 
-        with ThreadPoolExecutor(args.visitors) as pool:
-            *times, mine = zip(*pool.map(visit, range(args.visitors)))
+        with ThreadPoolExecutor(args.users) as pool:
+            *times, mine = zip(*pool.map(visit, range(args.users)))
         for name, values in zip(("gray", "colorized", "temperature changed", "downloaded"), times):
-            print(f"{args.visitors} simultaneous users, {name}: {min(values):.1f} to {max(values):.1f} s")
-        print(f"{sum(mine)} of {args.visitors} got their own photo; {resident(server):.0f} MB")
+            print(f"{args.users} simultaneous users, {name}: {min(values):.1f} to {max(values):.1f} s")
+        print(f"{sum(mine)} of {args.users} got their own photo; {resident(server):.0f} MB")
     finally:
         server.terminate()
         server.wait()

@@ -5,7 +5,7 @@ import urllib.request
 import uuid
 
 
-class Visitor:
+class PageClient:
     def __init__(self, address):
         self.address, self.session = address, uuid.uuid4().hex
         config = json.loads(self._get("config"))
