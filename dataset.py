@@ -8,8 +8,8 @@ import os
 
 from support import folders
 from support.cli import note
-from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb  # noqa: F401
-from support.neighbors import nearest
+from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb  # noqa: F401  `read_rgb` for callers
+from support.neighbors import Lookup
 
 import numpy as np
 import paddle
@@ -108,21 +108,23 @@ def targets(rgb):
 # Soft-encoding of ab (Section 2.2)
 
 
-def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0):
+def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0, lookup=None):
     """Encode each color as a distribution over its nearest bins, with weights proportional to exp(-d^2 / 2 sigma^2).
 
     Args:
         ab (Tensor): float32 [N, 2, h, w], within ±128.
-        ab_bins (Tensor): float32 [Q, 2]. Pass the same tensor each time (see `support.neighbors.nearest`).
+        ab_bins (Tensor): float32 [Q, 2].
         neighbors (int): Number of bins K; the paper uses 5.
         sigma (float): Standard deviation of the Gaussian in ab units; the paper uses 5.
+        lookup (Lookup): `Lookup(ab_bins, neighbors)`, if it was made before; making it takes about 0.15 s.
 
     Returns:
         tuple[Tensor, Tensor]: Indices of the bins, int64 [N, K, h, w], nearest first, and their weights, float32
         [N, K, h, w]; they sum to 1 over K.
     """
     n, _, h, w = ab.shape
-    indices, squared = nearest(ab.transpose([0, 2, 3, 1]).reshape([-1, 2]), ab_bins, neighbors)  #   [N * h * w, K]
+    lookup = lookup or Lookup(ab_bins, neighbors)
+    indices, squared = lookup.nearest(ab.transpose([0, 2, 3, 1]).reshape([-1, 2]))  #        [N * h * w, K]
     weights = F.softmax(-squared / (2 * sigma**2), axis=1)
     return tuple(x.reshape([n, h, w, neighbors]).transpose([0, 3, 1, 2]) for x in (indices, weights))
 

@@ -13,17 +13,20 @@ default, the paper's model), --rebalance False (the paper's "class") and --gamma
 At its first step, every --loss_step steps and at its last step, a run prints a line (and writes the same values as
 JSON to <log_path>/train.jsonl):
 
-    epoch   0  step    100  loss   12345.6  ce 3.4560  kl 2.3450  lr 3.16e-05  images/s 12.3  waiting 1%
+    epoch   0  step    100  loss   12345.6  cross_entropy 3.4560  kl 2.3450  lr 3.16e-05  images/s 12.3  waiting 1%
 """
 
 import math
 import sys
 import warnings
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from support import checkpoints, cli, convolutions, cpu, gpu, processes
 from support.cli import UserError, note, number, whole
 from support.logs import Log, Meter
+from support.neighbors import Lookup
 from support.workers import default_workers, from_workers, make_loader
 
 import numpy as np
@@ -46,18 +49,17 @@ from dataset import (
 from model import CIC
 from pretrained import find_weights
 
-warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
-
+NAMES = ("loss", "cross_entropy", "kl")  # the values of `objective`
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
 PLACE = "epoch {epoch:3d}  step {step:6d}  "
 RATES = "lr {lr:.3g}  images/s {images_per_second:.1f}  waiting {waiting:.0%}"
-LINE = PLACE + "loss {loss:9.1f}  ce {nats:.4f}  kl {kl:.4f}  " + RATES
-VAL_LINE = PLACE + "validation: ce {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
-COLUMNS = """columns: loss, rebalanced and summed over positions; ce, kl: cross-entropy and KL in nats per position;
+LINE = PLACE + "loss {loss:9.1f}  cross_entropy {cross_entropy:.4f}  kl {kl:.4f}  " + RATES
+VAL_LINE = PLACE + "validation: cross_entropy {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
+COLUMNS = """columns: loss, rebalanced and summed over positions; cross_entropy, kl: in nats per position;
   lr: learning rate; waiting: share of time spent waiting for images"""
 TAGS = {  # VisualDL's names, in its order; each value of training has the same name as that of validation
     "loss": "training/loss",
-    "nats": "training/cross-entropy (nats)",
+    "cross_entropy": "training/cross-entropy (nats)",
     "kl": "training/KL (nats)",
     "lr": "training/learning rate",
     "images_per_second": "training/images per second",
@@ -68,6 +70,7 @@ TAGS = {  # VisualDL's names, in its order; each value of training has the same 
 }
 PICTURE = "validation/gray, colored, true"
 ADVICE = "resume it with --continue_train, replace it with --overwrite, or choose another --model_path and --log_path"
+ENTRIES = ("load_size", "epoch", "step")  # stored with the weights, for programs that use them
 # Flags that define the objective: a run cannot be resumed with others.
 OBJECTIVE = ("rebalance", "gamma", "NN", "sigma", "prior")
 # Flags that define the order of the images: after a change, an epoch cannot be resumed in the middle.
@@ -79,47 +82,48 @@ FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_de
 # Objective
 
 
-def evaluate(network, rgb, ab_bins, args, autocast):
-    """Run the network and compare its output with the soft-encoded ab.
+class Constants(NamedTuple):
+    """Tensors and tables that the objective uses at every step."""
+
+    ab_bins: paddle.Tensor  # float32 [Q, 2]
+    bin_weights: paddle.Tensor  # float32 [Q], w of Eq. 4
+    lookup: Lookup  # the --NN nearest bins of a color
+
+
+def make_constants(args):
+    ab_bins, prior = utils.load_ab_bins(), utils.load_prior(args.prior)
+    bin_weights = utils.rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
+    return Constants(ab_bins, bin_weights, Lookup(ab_bins, args.NN))
+
+
+def objective(network, rgb, constants, args, autocast):
+    """Compute the loss of each image (Eq. 2): -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
 
     Args:
         network (Layer): Returns logits for L - 50.
         rgb (Tensor): uint8 [N, 3, H, W].
-        ab_bins (Tensor): float32 [Q, 2].
+        constants (Constants): Bins and their weights.
         args (Namespace): Its NN and sigma are those of the soft-encoding.
         autocast (dict): Arguments of `paddle.amp.auto_cast`.
 
     Returns:
-        tuple: float32 logits [N, Q, H/4, W/4]; their cross-entropy with the targets and the targets' entropy, both
-            [N, H/4, W/4] in nats; the targets' bins, nearest first, int64 [N, K, H/4, W/4]; ab [N, 2, H/4, W/4].
+        tuple[Tensor, Tensor]: The values of each image, float32 [N, 3]: its loss (0 if it is gray) and, without
+            gradients, cross-entropy and KL, both not re-weighted, in nats per position. And the logits, float32
+            [N, Q, H/4, W/4].
     """
     with paddle.no_grad():
         lightness, ab = targets(rgb)  #                                        [N, 1, H, W], [N, 2, H/4, W/4]
         # Z, given by its few non-zero entries: their bins and probabilities.
-        indices, probabilities = soft_encode(ab, ab_bins, args.NN, args.sigma)  #      both [N, K, H/4, W/4]
-        entropy = utils.entropy(probabilities)  #                                            [N, H/4, W/4]
+        indices, probabilities = soft_encode(ab, constants.ab_bins, args.NN, args.sigma, constants.lookup)
+        entropy = utils.entropy(probabilities).mean(axis=[1, 2])  #                              [N]
+        v = utils.position_weight(indices, ab, constants.bin_weights)  #                         [N, H/4, W/4]
     with paddle.amp.auto_cast(**autocast):
-        logits = network(lightness - 50)  #                                               [N, Q, H/4, W/4]
+        logits = network(lightness - 50)  #                                                      [N, Q, H/4, W/4]
     logits = logits.astype("float32")
-    return logits, utils.soft_cross_entropy(logits, indices, probabilities), entropy, indices, ab
-
-
-def objective(network, rgb, ab_bins, bin_weights, args, autocast):
-    """Compute Eq. 2: the mean over images of -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
-
-    Args:
-        bin_weights (Tensor): float32 [Q]. The others are those of `evaluate`.
-
-    Returns:
-        tuple[Tensor, Tensor]: The loss; and without gradients, [3]: the loss, and cross-entropy and KL, both not
-            re-weighted, in nats per position.
-    """
-    _, cross_entropy, entropy, indices, ab = evaluate(network, rgb, ab_bins, args, autocast)
-    v = utils.position_weight(indices, ab, bin_weights)  #                                   [N, H/4, W/4]
-    # Divided by the number of all images, gray ones too: no process needs to know the images of the others.
-    loss = (v * cross_entropy).sum() / len(rgb)
-    mean = cross_entropy.mean()
-    return loss, paddle.stack([loss, mean, mean - entropy.mean()]).detach()
+    losses = utils.soft_cross_entropy(logits, indices, probabilities)  #                         [N, H/4, W/4]
+    cross_entropy = losses.detach().mean(axis=[1, 2])  #                                         [N]
+    values = [(v * losses).sum(axis=[1, 2]), cross_entropy, cross_entropy - entropy]
+    return paddle.stack(values, axis=1), logits
 
 
 def set_training(network, args):
@@ -168,14 +172,15 @@ def validation_data(args):
 
 
 @paddle.no_grad()
-def validate(run, loader, ab_bins, args, autocast, stop, log):
+def validate(run, loader, constants, args, autocast, stop, log):
     """Log cross-entropy, KL, raw AuC and a picture for the validation images of all processes; save the best weights.
 
     The values are not re-weighted, so variants of the loss can be compared. A stop request ends this without a result.
     """
     processes.share_statistics(run.network)
     run.network.eval()
-    sums, histogram, panel = np.zeros(4), np.zeros(utils.MAX_THRESHOLD + 2), []
+    images = gray = 0
+    sums, histogram, panel = np.zeros(len(NAMES)), np.zeros(utils.MAX_THRESHOLD + 2), []
     bar = tqdm(from_workers(loader, stop), "validating", len(loader), unit="batch", leave=False, disable=None)
     for rgb, broken in bar:
         if stop.noticed:
@@ -184,29 +189,30 @@ def validate(run, loader, ab_bins, args, autocast, stop, log):
         if not len(readable):
             continue
         rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
-        logits, cross_entropy, entropy, _, ab = evaluate(run.network, rgb, ab_bins, args, autocast)
-        cross_entropy = cross_entropy.mean(axis=[1, 2])
-        kl = cross_entropy - entropy.mean(axis=[1, 2])
-        gray = utils.is_gray(ab).astype("int64")
-        sums += [len(rgb), float(cross_entropy.sum()), float(kl.sum()), float(gray.sum())]
+        values, logits = objective(run.network, rgb, constants, args, autocast)
+        images += len(rgb)
+        gray += int((values[:, 0] == 0).sum())
+        sums += values.sum(axis=0).numpy()
         lab = rgb_to_lab(rgb)
-        colored = utils.upsample_ab(utils.annealed_mean(logits, ab_bins), *rgb.shape[2:])
+        colored = utils.upsample_ab(utils.annealed_mean(logits, constants.ab_bins), *rgb.shape[2:])
         histogram += utils.error_histogram(*(x.numpy().swapaxes(0, 1) for x in (colored, lab[:, 1:])))
         if len(panel) < PANEL_IMAGES:
             panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():
         return
-    images, cross_entropy, kl, gray, *histogram = processes.all_reduce(np.concatenate([sums, histogram])).tolist()
+    images, gray = processes.all_reduce(np.array([images, gray], np.float64))
+    sums, histogram = processes.all_reduce(sums), processes.all_reduce(histogram)
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
     if gray == images:
         processes.on_first(note, f"{args.val_dir}: all {images:.0f} images are gray: this does not measure color")
-    values = {"step": run.progress["step"], "val_cross_entropy": cross_entropy / images, "val_kl": kl / images}
-    values["val_auc"] = utils.auc(histogram)
-    log.write(VAL_LINE.format(epoch=run.progress["epoch"], **values), values)
-    log.pictures(PICTURE, panel[:PANEL_IMAGES], values["step"])
-    if values["val_kl"] < run.progress["best_kl"]:
-        run.progress["best_kl"] = values["val_kl"]
+    _, cross_entropy, kl = (sums / images).tolist()
+    step, auc = run.progress["step"], float(utils.auc(histogram))
+    line = {"step": step, "val_cross_entropy": cross_entropy, "val_kl": kl, "val_auc": auc}
+    log.write(VAL_LINE.format(epoch=run.progress["epoch"], **line), line)
+    log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
+    if kl < run.progress["best_kl"]:
+        run.progress["best_kl"] = kl
         run.save_weights("best")
 
 
@@ -286,27 +292,30 @@ def check_args(args, world_size):
 # Begin and end of a run
 
 
-def set_up(args):
+def set_up(args, opened):
     """Start the processes, check the flags, lock the folders and configure the device.
 
-    Returns the locks, and the number of chunks for convolutions.
+    The locks stay until `opened`, an ExitStack, closes them. Returns the number of chunks for convolutions.
     """
+    warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
     if dist.ParallelEnv().world_size > 1:
         dist.init_parallel_env()
     gpu.check_gpu()
     check_args(args, dist.get_world_size())
-    locks = checkpoints.claim(args.model_path, args.log_path, None if args.continue_train or args.overwrite else ADVICE)
+    advice = None if args.continue_train or args.overwrite else ADVICE
+    for lock in checkpoints.claim(args.model_path, args.log_path, advice):
+        opened.enter_context(lock)
     paddle.seed(args.seed)
     if gpu.on_gpu():
         gpu.search_kernels()
-        return locks, 1
+        return 1
     cpu.keep_freed_memory()
     parts = convolutions.parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
     cpu.use_all_cores(cpu.cores_each() // parts)
-    return locks, parts
+    return parts
 
 
-def make_network(args, parts):
+def build_network(args, parts):
     """Return the network, with random weights or those of --init_from."""
     network = CIC()
     if args.init_from:
@@ -332,7 +341,6 @@ def begin_or_resume(run, args, steps_per_epoch):
         if progress["batch"] and changes.keys() & set(ORDER):
             note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
             progress["batch"] = 0
-        progress["pending"] = progress["batch"] == steps_per_epoch  # `batch` may be 0 now; old states lack it
     epoch_start, epochs_left = progress["step"] - progress["batch"], args.num_epochs - progress["epoch"]
     last_step = min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
     return progress["step"] + 1, last_step
@@ -350,6 +358,17 @@ def announce(args, network, loader, val_loader, autocast):
     processes.on_first(partial(print, flush=True), lines)
 
 
+@contextmanager
+def advice_for_errors(run):
+    """Add to the message of a UserError whether the run can be resumed."""
+    try:
+        yield
+    except UserError as error:
+        saved = (run.folder / "epoch_latest_state.pdopt").exists()
+        advice = "--continue_train resumes from the last save" if saved else "nothing was saved"
+        raise UserError(f"{error}; {advice}") from error
+
+
 def report(run, args, stop):
     """Print how the run ended. Return its exit code."""
     done = f"{run.folder / 'epoch_latest_model.pdparams'}: {cli.counted(run.progress['step'], 'step')}"
@@ -363,87 +382,86 @@ def report(run, args, stop):
 # -------------------------------------------------------------------------------------------------
 
 
+def take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule):
+    """Change the weights by one step of Adam. Return the values of `objective`, without gradients."""
+    values, _ = objective(model, rgb, constants, args, autocast)
+    scaler.scale(values[:, 0].mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.clear_grad(set_to_zero=isinstance(model, paddle.DataParallel))  # it keeps its gradients
+    schedule.step()
+    return values.detach()
+
+
 @paddle.utils.unique_name.guard()  # Adam's state is named by counters of Paddle, which this starts at 0 in every run
 def main(args):
-    # Setup
-    locks, parts = set_up(args)
+    with ExitStack() as opened:  # files, locks and signal handlers, closed however far the run comes
+        # Setup
+        parts = set_up(args, opened)
 
-    # Data
-    loader, sampler = training_data(args)
-    val_loader = validation_data(args)
-    ab_bins, prior = utils.load_ab_bins(), utils.load_prior(args.prior)
-    bin_weights = utils.rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
+        # Data
+        loader, sampler = training_data(args)
+        val_loader = validation_data(args)
+        constants = make_constants(args)
 
-    # Network and optimizer
-    network = make_network(args, parts)
-    optimizer, schedule = make_optimizer(network, args)
-    autocast, scaler = gpu.mixed_precision(args.amp)
+        # Network and optimizer
+        network = build_network(args, parts)
+        optimizer, schedule = make_optimizer(network, args)
+        autocast, scaler = gpu.mixed_precision(args.amp)
 
-    # Progress: `epoch` and `batch` come next, `step` are done. `pending`: the epoch's steps are done, its end is not.
-    flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
-    flags.update(images=len(loader.dataset), prior=prior.numpy())
-    progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf, "pending": False}
-    run = checkpoints.Run(args.model_path, network, optimizer, scaler, flags, progress, args.keep)
-    first_step, last_step = begin_or_resume(run, args, len(sampler))
-    schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
+        # Progress: `epoch` and `batch` come next, `step` steps are done
+        flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
+        flags.update(images=len(loader.dataset), prior=utils.load_prior(args.prior).numpy())
+        progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf}
+        run = checkpoints.Run(args.model_path, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
+        first_step, last_step = begin_or_resume(run, args, len(sampler))
+        schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
 
-    # Loop
-    announce(args, network, loader, val_loader, autocast)
-    model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-    log = Log(args.log_path, TAGS, last=(progress["step"], not progress["pending"]))
-    meter = Meter("loss", "nats", "kl")
-    stop = processes.StopRequest()
-    bar = tqdm(total=last_step, initial=progress["step"], unit="step", disable=None)
-    try:
-        while (progress["step"] < last_step or progress["pending"]) and not stop.signal:
+        # Loop
+        announce(args, network, loader, val_loader, autocast)
+        model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
+        log = Log(args.log_path, TAGS, last=(progress["step"], progress["batch"] < len(sampler)))
+        opened.callback(log.close)
+        meter = Meter(NAMES, args.max_broken)
+        bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))
+        stop = opened.enter_context(processes.StopRequest())
+        opened.enter_context(advice_for_errors(run))
+        while (progress["step"] < last_step or progress["batch"] == len(sampler)) and not stop.signal:
             # The rest of an epoch, up to --max_steps or a signal
             set_training(network, args)
             sampler.begin(args.seed, progress["epoch"], skip=progress["batch"])
             loader.dataset.epoch = progress["epoch"]
             meter.begin_epoch()
             for rgb, broken in meter.timed(from_workers(loader, stop)):
-                loss, values = objective(model, gpu.to_device(rgb), ab_bins, bin_weights, args, autocast)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.clear_grad(set_to_zero=model is not network)  # DataParallel keeps its gradients
-                schedule.step()
-                del loss  # and the graph that it was computed from
+                rgb = gpu.to_device(rgb)
+                values = take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule)
                 meter.add(values, broken)
                 step, batch = progress["step"] + 1, progress["batch"] + 1
-                progress.update(step=step, batch=batch, pending=batch == len(sampler))
+                progress.update(step=step, batch=batch)
                 bar.update()
                 if args.sync_bn and meter.steps == 1:
                     processes.check_synchronized(network)
                 if step % args.loss_step == 0 or step in (first_step, last_step):
-                    line = {"step": step, "epoch": progress["epoch"], "lr": schedule.get_lr()}
-                    line.update(meter.read(args.max_broken))
+                    line = {"step": step, "epoch": progress["epoch"], "lr": schedule.get_lr(), **meter.read()}
                     log.write(LINE.format(**line), line)
                 if step % args.save_latest == 0:
-                    meter.check(args.max_broken)  # weights that diverged must not replace good ones
+                    meter.check()  # weights that diverged must not replace good ones
                     run.save("latest")
                 if stop.after_step() or step >= last_step:
                     break
-            if meter.end_epoch(progress["epoch"], args.max_broken) == (0, len(sampler) * args.batch_size):
+            totals = meter.end_epoch(progress["epoch"])
+            if totals.loss == 0 and totals.images == len(sampler) * args.batch_size:
                 raise UserError(f"{args.image_dir}: all images of the epoch are gray, so there is nothing to learn")
 
             # Validation, and the end of the epoch
             if not stop.agreed() and val_loader:
-                validate(run, val_loader, ab_bins, args, autocast, stop, log)
-            if progress["pending"] and not stop.signal:
-                progress.update(epoch=progress["epoch"] + 1, batch=0, pending=False)
+                validate(run, val_loader, constants, args, autocast, stop, log)
+            if progress["batch"] == len(sampler) and not stop.signal:
+                progress.update(epoch=progress["epoch"] + 1, batch=0)
                 if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
                     run.save(progress["epoch"] - 1, "latest")
         run.save("latest")
-    except UserError as error:
-        saved = (run.folder / "epoch_latest_state.pdopt").exists()
-        advice = "--continue_train resumes from the last save" if saved else "nothing was saved"
-        raise UserError(f"{error}; {advice}") from error
-    finally:
-        stop.restore()
-        for item in (bar, log, *locks):
-            item.close()
-    return report(run, args, stop)
+        return report(run, args, stop)
 
 
 if __name__ == "__main__":

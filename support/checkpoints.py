@@ -171,13 +171,14 @@ def remove_run(model_path, log_path):
 class Run:
     """The network, optimizer and loss scaler of a training run, and its progress: everything that a checkpoint holds.
 
-    `flags` (numbers, strings and arrays) and `progress` (non-negative numbers, updated by the caller) are dicts. They
-    include the entries TRAINED. `keep` is the number of numbered checkpoints to keep (0: all).
+    `flags` (numbers, strings and arrays) and `progress` (non-negative numbers, updated by the caller) are dicts.
+    `entries` are the names of those that are also stored with the weights alone, as int64. `keep` is the number of
+    numbered checkpoints to keep (0: all).
     """
 
-    def __init__(self, folder, network, optimizer, scaler, flags, progress, keep=0):
+    def __init__(self, folder, network, optimizer, scaler, flags, progress, entries=(), keep=0):
         self.folder, self.network, self.optimizer, self.scaler = Path(folder), network, optimizer, scaler
-        self.flags, self.progress, self.keep = flags, progress, keep
+        self.flags, self.progress, self.entries, self.keep = flags, progress, entries, keep
 
     def save(self, *names):
         """Write `epoch_{name}_model.pdparams` for each name, and next to it the state that is needed to resume.
@@ -207,11 +208,11 @@ class Run:
             self.save_weights(name)
 
     def save_weights(self, name):
-        """Write `epoch_{name}_model.pdparams`: the weights and the entries TRAINED."""
+        """Write `epoch_{name}_model.pdparams`: the weights and the entries."""
         if is_first():
             known = {**self.flags, **self.progress}
-            trained = {entry: np.array(known[entry], np.int64) for entry in TRAINED}
-            save_checkpoint({**self.network.state_dict(), **trained}, self.folder / f"epoch_{name}_model.pdparams")
+            entries = {entry: np.array(known[entry], np.int64) for entry in self.entries}
+            save_checkpoint({**self.network.state_dict(), **entries}, self.folder / f"epoch_{name}_model.pdparams")
 
     def _prune(self):
         """Remove numbered checkpoints, except for the last ones to keep; never `latest` or `best`."""

@@ -78,7 +78,7 @@ def handle_signals(handler):
 
 
 def run_script(main, parse_args, after_stop=""):
-    """Run a script and return its exit code. If it stops early, one line reports why and after how many images.
+    """Run a script and return its exit code. If it stops early, one line reports why.
 
     `after_stop` is added to that line when a signal stopped the script. Unexpected errors keep their traceback.
     """
@@ -91,18 +91,18 @@ def run_script(main, parse_args, after_stop=""):
         return code
     except Stopped as stop:
         number = stop.args[0]
-        note(f"stopped {SIGNALS[number]}{reached()}" + (after_stop and f"; {after_stop}"))
+        note(f"stopped {SIGNALS[number]}; {after_stop}" if after_stop else f"stopped {SIGNALS[number]}")
         return 128 + number
     except UserError as error:
         note(str(error))
     except MemoryError:
-        note(f"not enough memory{reached()}: try a smaller --batch_size or --load_size, or fewer --num_workers")
+        note("not enough memory: try a smaller --batch_size or --load_size, or fewer --num_workers")
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
     except OSError as error:
         name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        note(f"{name}{(error.strerror or str(error)).lower()}{reached()}")
+        note(f"{name}{(error.strerror or str(error)).lower()}")
     return 1
 
 
@@ -112,26 +112,9 @@ def _raise_stopped(number, _):
     raise Stopped(number)
 
 
-_progress = {}
-
-
-def progress(items, total, title=None, count=lambda item: 1):
-    """Yield items and show a progress bar. If the script stops early, `run_script` reports how many were done.
-
-    `count` returns the number of images in an item, `total` is that of all.
-    """
-    _progress.update(done=0, total=total)
-    with tqdm(desc=title, total=total, unit="image", disable=None) as bar:
-        for item in items:
-            yield item
-            _progress["done"] += count(item)
-            bar.update(count(item))
-    _progress.clear()
-
-
-def reached():
-    """Return how far `progress` has come, e.g. " after 4 of 9 images", or ""."""
-    return " after {done} of {total} images".format(**_progress) if _progress else ""
+def progress(images, total, title=None):
+    """Yield the images, or results of images, and show a progress bar on a terminal."""
+    return tqdm(images, title, total, unit="image", disable=None)
 
 
 AT_THE_END = "nothing was written"  # an `after_stop` for scripts that write their results at the end

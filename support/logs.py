@@ -7,6 +7,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from support.cli import UserError, note, report_os_errors
 from support.files import atomic_text
@@ -91,21 +92,34 @@ def _step_and_stage(values):
     return values["step"], any(name.startswith("val_") for name in values)
 
 
+class Totals(NamedTuple):
+    """Sums over all processes."""
+
+    interval: np.ndarray  # of the interval's values, float64 [len(names)]
+    loss: float  # of the epoch
+    broken: int  # unreadable files in the epoch
+    images: int  # images in the epoch
+
+
 class Meter:
     """Sums of each step's values, on the device, because reading them in every step would wait for it.
 
-    `names` are the names of the values; the first is the loss. An interval ends at a line of the log. The time between
-    two epochs, in which the network is validated and saved, does not count.
+    An interval ends at a line of the log. The time between two epochs, in which the network is validated and saved,
+    does not count.
+
+    Args:
+        names (tuple[str]): Names of the values; the first is the loss.
+        max_broken (float): Largest share of an epoch's files that may be unreadable.
     """
 
-    def __init__(self, *names):
-        self.names, self.last = names, time.perf_counter()
+    def __init__(self, names, max_broken):
+        self.names, self.max_broken, self.last = names, max_broken, time.perf_counter()
         self.begin_interval()
         self.begin_epoch()
 
     def begin_epoch(self):
-        self.broken = self.seen = 0
-        self.loss = paddle.zeros([1])
+        self.loss = paddle.zeros([])
+        self.epoch_broken = self.epoch_images = 0
 
     def begin_interval(self):
         self.sums = paddle.zeros([len(self.names)])
@@ -125,41 +139,49 @@ class Meter:
         return self.last - before
 
     def add(self, values, broken):
-        """Add a step: `values`, a tensor [len(names)], and `broken`, int64 [N], the unreadable files per image."""
-        self.sums = self.sums + values
-        self.loss = self.loss + values[:1]
-        self.broken += int(broken.numpy().sum())  # in the host's memory (pinned), also with a GPU
+        """Add a step.
+
+        Args:
+            values (Tensor): float32 [N, len(names)]. The values of each image.
+            broken (Tensor): int64 [N]. The unreadable files that each image replaces.
+        """
+        mean = values.mean(axis=0)
+        self.sums = self.sums + mean
+        self.loss = self.loss + mean[0]
+        self.epoch_broken += int(broken.numpy().sum())  # in the host's memory (pinned), also with a GPU
         self.steps += 1
         self.images += len(broken)
-        self.seen += len(broken)
+        self.epoch_images += len(broken)
 
-    def check(self, max_broken):
-        """Return sums over all processes: the interval's values, and the epoch's loss, unreadable files and images.
+    def check(self):
+        """Return the Totals. Raise UserError if the loss is not finite or too many files are unreadable."""
+        local = [*self.sums.tolist(), float(self.loss), self.epoch_broken, self.epoch_images]
+        *interval, loss, broken, images = all_reduce(np.array(local, np.float64)).tolist()
+        if not np.isfinite(interval[0]):
+            raise UserError(
+                f"the loss is not finite ({interval[0]}, over the last {self.steps} steps): try a lower --lr"
+            )
+        tried = images + broken  # a different image replaces each unreadable one
+        if broken > self.max_broken * max(tried, 20):  # tolerates a few in very small sets
+            share = f"{broken:.0f} of {tried:.0f} images cannot be read"
+            raise UserError(f"{share}: more than --max_broken {self.max_broken:g}")
+        return Totals(np.array(interval), loss, int(broken), int(images))
 
-        Raises UserError if the loss is not finite or the share of unreadable files exceeds `max_broken`.
-        """
-        local = [*self.sums.tolist(), *self.loss.tolist(), self.broken, self.seen]
-        loss, *_, broken, seen = sums = all_reduce(np.array(local, np.float64)).tolist()
-        tried = seen + broken  # a different image replaces each unreadable one
-        if not np.isfinite(loss):
-            raise UserError(f"the loss is not finite ({loss}, over the last {self.steps} steps): try a lower --lr")
-        if broken > max_broken * max(tried, 20):  # tolerates a few in very small sets
-            raise UserError(f"{broken:.0f} of {tried:.0f} images cannot be read: more than --max_broken {max_broken:g}")
-        return sums
-
-    def end_epoch(self, epoch, max_broken):
-        """Return the sum of the losses since `begin_epoch`, and the number of images, over all processes."""
-        *_, loss, broken, seen = self.check(max_broken)
-        if broken:
-            text = f"{broken:.0f} of {seen + broken:.0f} images could not be read; others took their place"
+    def end_epoch(self, epoch):
+        """Return the Totals, and report unreadable files."""
+        totals = self.check()
+        if totals.broken:
+            text = (
+                f"{totals.broken} of {totals.images + totals.broken} images could not be read; others took their place"
+            )
             on_first(note, f"epoch {epoch}: {text}")
-        return loss, seen
+        return totals
 
-    def read(self, max_broken):
+    def read(self):
         """Return the means over the interval that ends here, over all processes, and begin the next interval."""
         self.worked += self._lap()
         world, seconds = dist.get_world_size(), self.worked + self.waited
-        means = {name: x / (self.steps * world) for name, x in zip(self.names, self.check(max_broken))}
-        means.update(images_per_second=self.images * world / seconds, waiting=self.waited / seconds)
+        means = (self.check().interval / (self.steps * world)).tolist()
+        speed = {"images_per_second": self.images * world / seconds, "waiting": self.waited / seconds}
         self.begin_interval()
-        return means
+        return {**dict(zip(self.names, means)), **speed}

@@ -1,40 +1,46 @@
 """Exact nearest neighbors in the plane by a lookup grid."""
 
-from functools import lru_cache
-
 import numpy as np
 import paddle
 
-LIMIT = 128  # `nearest` is exact for points within ±LIMIT on both axes; centers may lie anywhere
+LIMIT = 128  # `Lookup` is exact for points within ±LIMIT on both axes; centers may lie anywhere
 CELL_SIDE = 2
 CELLS = 2 * LIMIT // CELL_SIDE  # per axis
 
 
-def nearest(points, centers, k):
-    """Find the k nearest centers of each point, as a full search would.
+class Lookup:
+    """Find the k nearest of some centers for any points, as a full search would.
 
     The plane is divided into square cells. For each cell a table lists the few centers that can be among the nearest
-    of a point in it, and only those are compared. Tables are kept for the last few tensors of centers, which must not
-    be modified in place.
+    of a point in it, and only those are compared.
 
     Args:
-        points (Tensor): float32 [M, 2], within ±LIMIT.
         centers (Tensor): float32 [Q, 2].
         k (int): Number of neighbors, from 1 to Q.
-
-    Returns:
-        tuple[Tensor, Tensor]: Indices of the centers, int64 [M, k], nearest first, and their squared distances,
-        float32 [M, k].
     """
-    candidates, x, y = _candidates(centers, k)
-    row, column = ((points + LIMIT) / CELL_SIDE).floor().clip(0, CELLS - 1).astype("int32").unbind(axis=1)
-    cell = row * CELLS + column  #                                                                       [M]
-    offset_x, offset_y = paddle.gather(x, cell) - points[:, :1], paddle.gather(y, cell) - points[:, 1:]
-    squared, order = paddle.topk(offset_x.square() + offset_y.square(), k, axis=1, largest=False)
-    return paddle.take_along_axis(paddle.gather(candidates, cell), order, axis=1), squared
+
+    def __init__(self, centers, k):
+        self.k = k
+        self.candidates, self.x, self.y = _candidates(centers, k)
+
+    def nearest(self, points):
+        """Return the k centers nearest to each point.
+
+        Args:
+            points (Tensor): float32 [M, 2], within ±LIMIT.
+
+        Returns:
+            tuple[Tensor, Tensor]: Indices of the centers, int64 [M, k], nearest first, and their squared distances,
+            float32 [M, k].
+        """
+        row, column = ((points + LIMIT) / CELL_SIDE).floor().clip(0, CELLS - 1).astype("int32").unbind(axis=1)
+        cell = row * CELLS + column  #                                                                   [M]
+        offset_x = paddle.gather(self.x, cell) - points[:, :1]  #                                        [M, C]
+        offset_y = paddle.gather(self.y, cell) - points[:, 1:]
+        squared, order = paddle.topk(offset_x.square() + offset_y.square(), self.k, axis=1, largest=False)
+        return paddle.take_along_axis(paddle.gather(self.candidates, cell), order, axis=1), squared
 
 
-@lru_cache(maxsize=8)  # a tensor's hash is its identity
 def _candidates(centers, k):
     """List each cell's candidates: indices, int64 [cells, C], and coordinates, float32 [cells, C] twice.
 

@@ -58,7 +58,8 @@ def check_synchronized(network):
     Where Paddle finds no communicator for it, it silently normalizes the images of each process on their own.
     """
     mine = np.concatenate([tensor.numpy() for tensor in _statistics(network)]).astype("float64")
-    most, least = (sign * all_reduce(sign * mine, dist.ReduceOp.MAX) for sign in (1, -1))
+    most = all_reduce(mine, dist.ReduceOp.MAX)
+    least = -all_reduce(-mine, dist.ReduceOp.MAX)
     if not np.allclose(most, least, rtol=1e-3, atol=1e-4 * np.abs(most).max()):
         raise UserError("batch norm is not synchronized: its statistics differ between the processes after a step")
 
@@ -108,7 +109,10 @@ class StopRequest:
         self.steps, self.asked = 0, time.perf_counter()
         return self.agreed()
 
-    def restore(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

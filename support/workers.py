@@ -16,11 +16,9 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.io import DataLoader
+from tqdm import tqdm
 
 LOST = "a process that reads images was killed or failed (memory or /dev/shm full?); try fewer --num_workers"
-
-# `from_workers` reports lost workers on one line; Paddle's loader reports them too, through the root logger.
-logging.getLogger().addFilter(lambda record: record.module != "dataloader_iter" or record.levelno > logging.WARNING)
 
 
 def forks():
@@ -63,6 +61,7 @@ def from_workers(loader, stop=None):
     if not loader.num_workers:
         yield from _from_thread(loader)
         return
+    logging.getLogger().addFilter(_is_news)
     iterator = _start_workers(loader)
     try:
         yield from iterator
@@ -74,6 +73,12 @@ def from_workers(loader, stop=None):
         raise UserError(LOST) from error
     finally:
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
+        logging.getLogger().removeFilter(_is_news)
+
+
+def _is_news(record):
+    """Return whether a record is not one of a lost worker by Paddle's loader: `from_workers` reports that itself."""
+    return record.module != "dataloader_iter" or record.levelno > logging.WARNING
 
 
 def _start_workers(loader):
@@ -115,7 +120,10 @@ def make_loader(dataset, num_workers, **batches):
 def read_batches(dataset, batch_size, num_workers, title):
     """Yield the batches of a dataset, in order, behind a progress bar."""
     loader = make_loader(dataset, num_workers, batch_size=batch_size)
-    return progress(from_workers(loader), len(dataset), title, count=lambda batch: len(batch[0]))
+    with tqdm(desc=title, total=len(dataset), unit="image", disable=None) as bar:
+        for batch in from_workers(loader):
+            yield batch
+            bar.update(len(batch[0]))
 
 
 def parallel_map(function, items, num_workers, title):

@@ -127,11 +127,10 @@ def test_processes_agree_about_once_per_second(monkeypatch):
     monkeypatch.setattr(processes.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(processes, "all_reduce", lambda values, _: questions.append(clock[0]) or values)
-    stop = processes.StopRequest()
-    for _ in range(2000):
-        clock[0] += 0.01 if clock[0] < 10 else 3
-        assert stop.after_step() == 0
-    stop.restore()
+    with processes.StopRequest() as stop:
+        for _ in range(2000):
+            clock[0] += 0.01 if clock[0] < 10 else 3
+            assert stop.after_step() == 0
     early = sorted({x for x in questions if x < 10})
     assert 9 <= len(early) <= 12
     late = sorted({x for x in questions if x > 500})

@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 from support import checkpoints, logs
-from support.checkpoints import TRAINED, load_checkpoint
+from support.checkpoints import load_checkpoint
 from support.sheets import tile
 
 import numpy as np
@@ -54,7 +54,7 @@ def with_gray(folder, square_crops, colored):
 @pytest.mark.parametrize("crop_size", [32, 24])
 def test_loss_without_rebalancing_is_the_sum_over_positions(run_training, crop_size):
     for line in steps(run_training("--rebalance", False, "--crop_size", crop_size)):
-        assert line["loss"] == pytest.approx(line["nats"] * (crop_size // 4) ** 2, rel=1e-5)
+        assert line["loss"] == pytest.approx(line["cross_entropy"] * (crop_size // 4) ** 2, rel=1e-5)
 
 
 def test_gamma_1_or_a_uniform_prior_equals_no_rebalancing(run_training, tmp_path):
@@ -91,7 +91,7 @@ def test_first_loss_equals_a_computation_in_float64(run_training, square_crops, 
     flat = logits.transpose(0, 2, 3, 1).reshape(-1, 313)
     log_p = flat - np.log(np.exp(flat - flat.max(1, keepdims=True)).sum(1, keepdims=True)) - flat.max(1, keepdims=True)
     nats = -(soft * np.take_along_axis(log_p, nearest, axis=1)).sum(axis=1)
-    assert line["nats"] == pytest.approx(nats.mean(), rel=1e-4)
+    assert line["cross_entropy"] == pytest.approx(nats.mean(), rel=1e-4)
     assert line["loss"] == pytest.approx((importance[nearest[:, 0]] * nats).sum() / 4, rel=1e-4)
 
 
@@ -100,15 +100,15 @@ def test_neighbors_and_sigma_change_the_targets(run_training):
         name: steps(run_training("--max_steps", 1, *flags, folder=name))[0]
         for name, flags in {"default": [], "NN": ["--NN", 1], "sigma": ["--sigma", 1]}.items()
     }
-    assert first["NN"]["kl"] == pytest.approx(first["NN"]["nats"])  # one neighbor has no entropy
-    assert first["default"]["kl"] < first["default"]["nats"] - 1
-    assert first["sigma"]["nats"] != pytest.approx(first["default"]["nats"])
+    assert first["NN"]["kl"] == pytest.approx(first["NN"]["cross_entropy"])  # one neighbor has no entropy
+    assert first["default"]["kl"] < first["default"]["cross_entropy"] - 1
+    assert first["sigma"]["cross_entropy"] != pytest.approx(first["default"]["cross_entropy"])
 
 
 def test_gray_images_add_no_loss_but_count_in_the_average(run_training, tmp_path, square_crops):
     mixed = with_gray(tmp_path / "mixed", square_crops, colored=2)
     line = steps(run_training("--batch_size", 4, "--no-rebalance", image_dir=mixed))[0]
-    assert 0 < line["loss"] < line["nats"] * POSITIONS * 0.75
+    assert 0 < line["loss"] < line["cross_entropy"] * POSITIONS * 0.75
 
 
 def test_training_set_of_gray_images_stops_the_run(run_training, error_message, tmp_path, square_crops):
@@ -236,10 +236,12 @@ def test_lines_of_the_log_average_over_loss_step_steps(run_training):
     each = steps(run_training("--max_steps", 4, "--batch_size", 1, "--lr", 1e-3, "--lr_steps", 1, 3, folder="a"))
     pairs = steps(run_training("--max_steps", 4, "--batch_size", 1, "--loss_step", 2, "--lr", 1e-3, "--lr_steps", 1, 3))
     assert [x["step"] for x in pairs] == [1, 2, 4]  # the first, too
-    assert pairs[2]["nats"] == pytest.approx((each[2]["nats"] + each[3]["nats"]) / 2, rel=1e-5)
+    assert pairs[2]["cross_entropy"] == pytest.approx(
+        (each[2]["cross_entropy"] + each[3]["cross_entropy"]) / 2, rel=1e-5
+    )
     rates = [1e-3 / math.sqrt(10), 1e-3 / math.sqrt(10), 1e-4, 1e-4]  # of the step after each line
     assert [line["lr"] for line in each] == pytest.approx(rates)
-    assert pairs[0].keys() == {"step", "epoch", "loss", "nats", "kl", "images_per_second", "waiting", "lr"}
+    assert pairs[0].keys() == {"step", "epoch", "loss", "cross_entropy", "kl", "images_per_second", "waiting", "lr"}
     assert 0 <= pairs[0]["waiting"] <= 1 and pairs[0]["images_per_second"] > 0
 
 
@@ -257,20 +259,19 @@ def test_start_prints_data_device_disk_use_and_columns(run_training, square_crop
     size = sum((tmp_path / "run" / "model" / name).stat().st_size for name in names) / 1e6
     assert f"model ({size:.0f} MB per saved epoch)" in out and str(tmp_path / "run" / "log") in out
     explained = out[out.index("columns:") : out.index("epoch ")]
-    assert all(name in explained for name in ("loss", "ce", "kl", "lr", "waiting"))
-    assert "  ce " in out and " nats " not in out[out.index("epoch ") :]
+    assert all(name in explained for name in ("loss", "cross_entropy", "kl", "lr", "waiting"))
 
 
 def test_logged_speed_excludes_the_time_of_validation(run_training, square_crops, monkeypatch):
     """The clock advances by 1 s in a training step and by 100 s in a validation step."""
-    clock, evaluate = [0], train.evaluate
+    clock, objective = [0], train.objective
 
     def timed(*x):
         clock[0] += 1 if paddle.is_grad_enabled() else 100
-        return evaluate(*x)
+        return objective(*x)
 
     monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: clock[0], time_ns=time.time_ns))
-    monkeypatch.setattr(train, "evaluate", timed)
+    monkeypatch.setattr(train, "objective", timed)
     flags = ["--batch_size", 2, "--max_steps", 4, "--num_epochs", 2, "--loss_step", 4, "--val_dir", square_crops]
     assert [line["images_per_second"] for line in steps(run_training(*flags))] == [2, 2]
 
@@ -300,11 +301,11 @@ def test_checkpoint_is_a_state_dict_with_load_size_epoch_and_step(run_training, 
     for name, epoch, step in (("0", 1, 1), ("1", 2, 2), ("latest", 2, 2)):
         path = tmp_path / "run" / "model" / f"epoch_{name}_model.pdparams"
         state = paddle.load(str(path))
-        assert state.keys() == {*SmallNetwork().state_dict(), *TRAINED}
-        assert [int(state[entry]) for entry in TRAINED] == [40, epoch, step]
-        assert all(state[entry].dtype == np.int64 for entry in TRAINED)
+        assert state.keys() == {*SmallNetwork().state_dict(), *train.ENTRIES}
+        assert [int(state[entry]) for entry in train.ENTRIES] == [40, epoch, step]
+        assert all(state[entry].dtype == np.int64 for entry in train.ENTRIES)
         checkpoints.load_weights(SmallNetwork(), path)
-    assert {*TRAINED} < paddle.load(str(path.with_name("epoch_best_model.pdparams"))).keys()
+    assert {*train.ENTRIES} < paddle.load(str(path.with_name("epoch_best_model.pdparams"))).keys()
 
 
 def test_resumed_run_equals_one_that_was_not_stopped(run_training, tmp_path, square_crops):
@@ -313,7 +314,9 @@ def test_resumed_run_equals_one_that_was_not_stopped(run_training, tmp_path, squ
     run_training(*flags, "--max_steps", 6, folder="parts")
     parts = run_training(*flags, "--max_steps", 11, "--continue_train", folder="parts")
     assert same_values(weights(tmp_path, folder="whole"), weights(tmp_path, folder="parts"))
-    timeless = [{k: v for k, v in line.items() if k in ("step", "nats", "kl", "val_kl", "lr")} for line in steps(whole)]
+    timeless = [
+        {k: v for k, v in line.items() if k in ("step", "cross_entropy", "kl", "val_kl", "lr")} for line in steps(whole)
+    ]
     assert timeless == [{k: line[k] for k in timeless[0]} for line in steps(parts)]
 
 

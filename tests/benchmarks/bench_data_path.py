@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from support.cpu import keep_freed_memory, use_all_cores
+from support.neighbors import Lookup
 
 import numpy as np
 import paddle
@@ -36,21 +37,21 @@ def squares(dataset, indices):
     return [dataset[i][0] for i in indices]
 
 
-def to_targets(batch, ab_bins, bin_weights):
+def to_targets(batch, ab_bins, bin_weights, lookup):
     """Prepare a batch as a training step does before the network runs."""
     rgb = paddle.to_tensor(np.stack(batch))
     lightness, ab = targets(rgb)
-    indices, weights = soft_encode(ab, ab_bins)
+    indices, weights = soft_encode(ab, ab_bins, lookup=lookup)
     return lightness - 50, weights, position_weight(indices, ab, bin_weights)
 
 
-def parts(rgb, ab_bins):
+def parts(rgb, ab_bins, lookup):
     """Measure the seconds of the batch-wise parts."""
     ab = rgb_to_lab(rgb[:, :, ::4, ::4])[:, 1:]
     return {
         "lightness": seconds(lambda: rgb_to_lightness(rgb)),
         "ab at a quarter": seconds(lambda: rgb_to_lab(rgb[:, :, ::4, ::4])),
-        "soft-encoding": seconds(lambda: soft_encode(ab, ab_bins)),
+        "soft-encoding": seconds(lambda: soft_encode(ab, ab_bins, lookup=lookup)),
     }
 
 
@@ -78,15 +79,17 @@ def main():
     paths = list_images(args.image_dir)[: args.images]
     dataset = ColorizationDataset(paths, LOAD, CROP, augment=True)
     ab_bins, bin_weights, size = load_ab_bins(), rebalancing_weights(load_prior()), min(BATCH, len(paths))
-    to_targets(squares(dataset, range(size)), ab_bins, bin_weights)
+    lookup = Lookup(ab_bins, 5)
+    to_targets(squares(dataset, range(size)), ab_bins, bin_weights, lookup)
 
     def full():
         for start in range(0, len(paths), BATCH):
-            to_targets(squares(dataset, range(start, min(start + BATCH, len(paths)))), ab_bins, bin_weights)
+            batch = squares(dataset, range(start, min(start + BATCH, len(paths))))
+            to_targets(batch, ab_bins, bin_weights, lookup)
 
     rounds = [(seconds(lambda: floor(paths)), seconds(full)) for _ in range(args.rounds)]
     rgb = paddle.to_tensor(np.stack(squares(dataset, range(size))))
-    for name in (measured := [parts(rgb, ab_bins) for _ in range(args.rounds)])[0]:
+    for name in (measured := [parts(rgb, ab_bins, lookup) for _ in range(args.rounds)])[0]:
         print(f"{name}: {1000 * statistics.median(x[name] for x in measured) / size:.2f} ms per image")
     for name, times in zip(("floor: decode and resize", "all preprocessing"), zip(*rounds)):
         print(f"{name}: {1000 * statistics.median(times) / len(paths):.2f} ms per image")
