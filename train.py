@@ -13,7 +13,8 @@ default, the paper's model), --rebalance False (the paper's "class") and --gamma
 At its first step, every --loss_step steps and at its last step, a run prints a line (and writes the same values as
 JSON to <log_path>/train.jsonl):
 
-    epoch   0  step    100  loss   12345.6  cross_entropy 3.4560  kl 2.3450  lr 3.16e-05  images/s 12.3  waiting 1%
+    epoch   0  step    100  loss   12345.6  cross_entropy 3.4560  kl 2.3450
+    images_per_second 12.3  waiting 1%  lr 3.16e-05  (on the same line)
 """
 
 import math
@@ -51,23 +52,19 @@ from pretrained import find_weights
 
 NAMES = ("loss", "cross_entropy", "kl")  # the values of `objective`
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
-PLACE = "epoch {epoch:3d}  step {step:6d}  "
-RATES = "lr {lr:.3g}  images/s {images_per_second:.1f}  waiting {waiting:.0%}"
-LINE = PLACE + "loss {loss:9.1f}  cross_entropy {cross_entropy:.4f}  kl {kl:.4f}  " + RATES
-VAL_LINE = PLACE + "validation: cross_entropy {val_cross_entropy:.4f}  kl {val_kl:.4f}  raw AuC {val_auc:.2%}"
+FORMATS = {  # of the values in the log
+    "epoch": "3d",
+    "step": "6d",
+    "loss": "9.1f",
+    "cross_entropy": ".4f",
+    "kl": ".4f",
+    "auc": ".2%",
+    "lr": ".3g",
+    "images_per_second": ".1f",
+    "waiting": ".0%",
+}
 COLUMNS = """columns: loss, rebalanced and summed over positions; cross_entropy, kl: in nats per position;
   lr: learning rate; waiting: share of time spent waiting for images"""
-TAGS = {  # VisualDL's names, in its order; each value of training has the same name as that of validation
-    "loss": "training/loss",
-    "cross_entropy": "training/cross-entropy (nats)",
-    "kl": "training/KL (nats)",
-    "lr": "training/learning rate",
-    "images_per_second": "training/images per second",
-    "waiting": "training/share of time waiting for data",
-    "val_cross_entropy": "validation/cross-entropy (nats)",
-    "val_kl": "validation/KL (nats)",
-    "val_auc": "validation/AuC, raw",
-}
 PICTURE = "validation/gray, colored, true"
 ADVICE = "resume it with --continue_train, replace it with --overwrite, or choose another --model_path and --log_path"
 ENTRIES = ("load_size", "epoch", "step")  # stored with the weights, for programs that use them
@@ -208,8 +205,8 @@ def validate(run, loader, constants, args, autocast, stop, log):
         processes.on_first(note, f"{args.val_dir}: all {images:.0f} images are gray: this does not measure color")
     _, cross_entropy, kl = (sums / images).tolist()
     step, auc = run.progress["step"], float(utils.auc(histogram))
-    line = {"step": step, "val_cross_entropy": cross_entropy, "val_kl": kl, "val_auc": auc}
-    log.write(VAL_LINE.format(epoch=run.progress["epoch"], **line), line)
+    line = {"epoch": run.progress["epoch"], "step": step}
+    log.write({**line, "val_cross_entropy": cross_entropy, "val_kl": kl, "val_auc": auc})
     log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
     if kl < run.progress["best_kl"]:
         run.progress["best_kl"] = kl
@@ -420,7 +417,7 @@ def main(args):
         # Loop
         announce(args, network, loader, val_loader, autocast)
         model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-        log = Log(args.log_path, TAGS, last=(progress["step"], progress["batch"] < len(sampler)))
+        log = Log(args.log_path, FORMATS, last=(progress["step"], progress["batch"] < len(sampler)))
         opened.callback(log.close)
         meter = Meter(NAMES, args.max_broken)
         bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))
@@ -442,8 +439,7 @@ def main(args):
                 if args.sync_bn and meter.steps == 1:
                     processes.check_synchronized(network)
                 if step % args.loss_step == 0 or step in (first_step, last_step):
-                    line = {"step": step, "epoch": progress["epoch"], "lr": schedule.get_lr(), **meter.read()}
-                    log.write(LINE.format(**line), line)
+                    log.write({"epoch": progress["epoch"], "step": step, **meter.read(), "lr": schedule.get_lr()})
                 if step % args.save_latest == 0:
                     meter.check()  # weights that diverged must not replace good ones
                     run.save("latest")

@@ -19,60 +19,71 @@ import paddle
 import paddle.distributed as dist
 from tqdm import tqdm
 
+VAL = "val_"  # begins the names of values of validation
+
 
 class Log:
     """Lines on the terminal, JSON lines and VisualDL, all written by rank 0.
 
-    `tags` are VisualDL's names of the values, {name: tag}. When a run is resumed, lines of the log up to `last` (step,
-    whether its validation is done) stay. Later lines exist if the run was killed after its last save. VisualDL shows
-    only the latest file of a folder, so a new file begins with the values (not the images) of the lines that stay.
+    `formats` maps the names of the values to their formats on the terminal; values of validation have the same names
+    after "val_". When a run is resumed, lines of the log up to `last` (step, whether its validation is done) stay.
+    Later lines exist if the run was killed after its last save. VisualDL shows only the latest file of a folder, so a
+    new file begins with the values (not the images) of the lines that stay.
     """
 
-    def __init__(self, folder, tags, last):
-        self.tags, self.problem = tags, f"{folder}: the log cannot be written"
-        if not is_first():
-            self.write = self.pictures = self.close = lambda *_: None
-            return
-        LogWriter = _import_visualdl()  # noqa: N806
-        path = Path(folder) / "train.jsonl"
-        with report_os_errors(self.problem):
-            before = [values for values in read_log(path) if _step_and_stage(values) <= last]
-            with atomic_text(path) as file:
-                file.writelines(json.dumps(values) + "\n" for values in before)
-            self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
-            with redirect_stdout(None):
-                self.board = LogWriter(logdir=str(folder), file_name=f"vdlrecords.{time.time_ns()}.log")
-            for values in before:
-                self._show(values)
+    def __init__(self, folder, formats, last):
+        self.formats, self.problem = formats, f"{folder}: the log cannot be written"
+        self.file = self.board = None
+        if is_first():
+            with report_os_errors(self.problem):
+                self._open(Path(folder), last)
 
-    def write(self, line, values):
-        """Print a line, and write its values (a dict with "step") to train.jsonl and VisualDL."""
-        tqdm.write(line)
+    def _open(self, folder, last):
+        LogWriter = _import_visualdl()  # noqa: N806
+        path = folder / "train.jsonl"
+        before = [values for values in read_log(path) if _step_and_stage(values) <= last]
+        with atomic_text(path) as file:
+            file.writelines(json.dumps(values) + "\n" for values in before)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
+        with redirect_stdout(None):
+            self.board = LogWriter(logdir=str(folder), file_name=f"vdlrecords.{time.time_ns()}.log")
+        for values in before:
+            self._show(values)
+
+    def write(self, values):
+        """Print a dict of values, which includes "step", and write it to train.jsonl and VisualDL."""
+        if not self.file:
+            return
+        formatted = (f"{name} {value:{self.formats[name.removeprefix(VAL)]}}" for name, value in values.items())
+        tqdm.write("  ".join(formatted))
         sys.stdout.flush()  # for a user who follows a file
         with report_os_errors(self.problem):
             self.file.write(json.dumps(values) + "\n")
             self._show(values)
 
     def _show(self, values):
-        for name, tag in self.tags.items():
-            if name in values:
-                self.board.add_scalar(tag, values[name], values["step"])
+        for name, value in values.items():
+            if name not in ("step", "epoch"):
+                stage = "validation" if name.startswith(VAL) else "training"
+                self.board.add_scalar(f"{stage}/{name.removeprefix(VAL)}", value, values["step"])
 
     def pictures(self, tag, panel, step):
         """Show images of one size, uint8 [H, W, 3], as one picture in VisualDL."""
-        if len(panel):
+        if self.board and len(panel):
             self.board.add_image(tag, tile(panel), step)
 
     def close(self):
-        with suppress(OSError):  # `write` has reported it
-            self.file.close()
-            self.board.close()
+        if self.file:
+            with suppress(OSError):  # `write` has reported it
+                self.file.close()
+                self.board.close()
 
 
 def _import_visualdl():
     """Import VisualDL with a temporary home directory, to which it writes; the real one may be read-only."""
     home = os.path.expanduser("~")
-    with tempfile.TemporaryDirectory() as os.environ["HOME"]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HOME"] = folder
         from visualdl import LogWriter
     os.environ["HOME"] = home
     return LogWriter
@@ -89,7 +100,7 @@ def read_log(path):
 
 def _step_and_stage(values):
     """Return the step of a line, and whether the line is from the validation after that step."""
-    return values["step"], any(name.startswith("val_") for name in values)
+    return values["step"], any(name.startswith(VAL) for name in values)
 
 
 class Totals(NamedTuple):

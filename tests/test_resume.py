@@ -460,7 +460,7 @@ def test_damaged_lines_of_the_log_are_removed_on_resuming(run_training, tmp_path
 
 def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_path, square_crops, capsys):
     """Pictures are shown since the last start only."""
-    shown = (("scalar", train.TAGS["loss"]), ("scalar", train.TAGS["val_kl"]), ("image", train.PICTURE))
+    shown = (("scalar", "training/loss"), ("scalar", "validation/kl"), ("image", train.PICTURE))
     model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
 
     def steps_shown(to, *more):

@@ -198,9 +198,10 @@ def test_validation_runs_after_each_epoch(run_training, square_crops, tmp_path):
 def test_visualdl_shows_all_logged_values_and_a_picture(run_training, square_crops, tmp_path):
     lines = run_training("--val_dir", square_crops, "--load_size", 64)
     board = visualdl_reader(tmp_path / "run" / "log")
-    assert {name for line in lines for name in line} - {"step", "epoch"} == set(train.TAGS)
-    assert list(board.get_tags()["scalar"]) == list(train.TAGS.values())
-    for name, tag in train.TAGS.items():
+    names = {name for line in lines for name in line} - {"step", "epoch"}
+    tags = {f"validation/{name[4:]}" if name.startswith("val_") else f"training/{name}": name for name in names}
+    assert {*board.get_tags()["scalar"]} == {*tags} and len(tags) == 9
+    for tag, name in tags.items():
         logged = {line["step"]: line[name] for line in lines if name in line}
         assert {x.id: x.value for x in board.get_data("scalar", tag)} == pytest.approx(logged)
     pictures = board.get_data("image", train.PICTURE)
