@@ -11,8 +11,9 @@ Gray images have no colors to compare with. There are three reasons to list an i
     unreadable       truncated, empty or not an image
 
 Prints the number of images for each reason, and writes `invalid_images.csv` (path, reason) and `remove_invalid.sh`. The
-script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders. Without
---remove, no image is touched before you run the script.
+script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders; it calls
+this one with --remove_listed, the way for systems without bash. It can be run twice, replaces no file, and continues
+after an error. No image is touched before, except with --remove.
 
 Only gray and damaged images are listed. A file that cannot be read for another reason (a format whose package is
 missing, an unsupported kind of TIFF, too many pixels) is reported as not checked, and the exit code is 3. Decoders do
@@ -26,12 +27,14 @@ import shutil
 import sys
 from collections import Counter
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
-from support.cli import AT_THE_END, EXIT_SKIPPED, WORKERS, Parser, UserError, note, printable, run_script, whole
+from support import cli
+from support.cli import EXIT_SKIPPED, UserError, note, printable, report_os_errors, run_script
 from support.cpu import available_cores
-from support.files import atomic_text, make_folder
-from support.folders import absolute, relative_path
+from support.files import atomic_text, make_folder, open_text
+from support.folders import relative_path
 from support.images import InvalidImageError, open_image, to_rgb
 from support.workers import parallel_map
 
@@ -42,126 +45,140 @@ from dataset import list_images
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 NOT_CHECKED = "not checked"
-
-SCRIPT_HEAD = """\
-#!/usr/bin/env bash
-# Written by get_invalid_images.py; invalid_images.csv gives the reason for each file.
-# It can be run twice, replaces no file, and continues after an error.
-failed=0
-remove() { # FILE
-    rm -f -- "$1" || failed=1
-}
-move() { # FILE TARGET
-    if [ ! -e "$1" ] && [ ! -L "$1" ]; then return; fi # moved before
-    if [ -e "$2" ] || [ -L "$2" ]; then
-        printf '%s: not moved, there is already %s\\n' "$1" "$2" >&2
-        failed=1
-        return
-    fi
-    mkdir -p -- "${2%/*}" && mv -- "$1" "$2" || failed=1
-}
-"""
+HEADER = ("path", "reason")  # of the list
 
 
 def why_invalid(path, tolerance):
-    """Return the reason why an image is unsuitable, None if it is suitable, and for an unreadable one a detail."""
+    """Return the reason why an image is unsuitable, "" if it is suitable."""
     try:
         with open_image(path) as image:
-            mode = image.mode
+            single_channel = Image.getmodebase(image.mode) == "L"
             rgb = np.asarray(to_rgb(image, path))
     except InvalidImageError as error:
-        return UNREADABLE if error.damaged else NOT_CHECKED, error.reason
-    if Image.getmodebase(mode) == "L":
-        return SINGLE_CHANNEL, ""
+        return f"{UNREADABLE if error.damaged else NOT_CHECKED}: {error.reason}"
+    if single_channel:
+        return SINGLE_CHANNEL
     spread = (rgb.max(axis=2) - rgb.min(axis=2)).max()  # the largest difference between two channels of a pixel
-    return GRAY if spread <= tolerance else None, ""
+    return GRAY if spread <= tolerance else ""
 
 
-def write_csv(invalid, path):
+def write_list(reasons, path):
     with atomic_text(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "reason"))
-        for name, (reason, detail) in invalid.items():
-            writer.writerow((name.replace(os.sep, "/"), f"{reason}: {detail}" if detail else reason))
+        rows = ((path.replace(os.sep, "/"), reason) for path, reason in reasons.items())
+        csv.writer(file).writerows([HEADER, *rows])
 
 
-def write_script(targets, path):
-    """Write a script that does the same as `remove`, from any working directory, because its paths are absolute."""
+def read_list(path):
+    """Return the paths in a list that `write_list` wrote. Raises UserError if it cannot be read or is another file."""
+    with report_os_errors(f"{path}: cannot be read"), open_text(path) as file:
+        text = file.read()
+    if not text.startswith(",".join(HEADER)):
+        raise UserError(f"{path}: not a list of this script, which begins with {','.join(HEADER)}")
+    return [row[0] for row in csv.reader(StringIO(text, newline="")) if row][1:]
+
+
+def write_script(args, list_path, path):
+    """Write a script that removes the listed images, from any working directory."""
+    command = [sys.executable, os.path.abspath(__file__), f"--image_dir={args.image_dir}"]
+    command += [f"--move_to={args.move_to}"] if args.move_to else []
+    command += [f"--remove_listed={os.path.abspath(list_path)}"]
     with atomic_text(path) as file:
-        file.write(SCRIPT_HEAD)
-        for source, target in targets.items():
-            command = shlex.join(["move", source, target] if target else ["remove", source])
-            file.write(command.replace(os.sep, "/") + "\n")
-        file.write('exit "$failed"\n')
+        file.write("#!/usr/bin/env bash\n# Written by get_invalid_images.py; the list gives each file's reason.\n")
+        file.write(f"cd -- {quoted(os.getcwd())} && exec {' '.join(map(quoted, command))}\n")
 
 
-def remove(targets):
-    """Do what the script would do. Return the number of files that could not be removed."""
-    failed = 0
-    for source, target in targets.items():
+def quoted(text):
+    """Quote a path or flag for bash, which on Windows expects forward slashes."""
+    return shlex.quote(text.replace(os.sep, "/"))
+
+
+def remove(paths, args):
+    """Delete images, or move them to --move_to. Return the numbers of those that were and that were not removed.
+
+    Missing files are ignored, so the same list can be used twice.
+    """
+    removed = failed = 0
+    for path in filter(os.path.lexists, paths):
         try:
-            if not target:
-                os.remove(source)
-            elif os.path.lexists(target):
-                raise FileExistsError(None, f"there is already {target}")
+            if args.move_to:
+                move(path, os.path.join(args.move_to, relative_path(path, args.image_dir)))
             else:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                shutil.move(source, target)
+                os.remove(path)
+            removed += 1
         except OSError as error:
-            note(f"{source}: not removed: {error.strerror}")
+            note(f"{path}: not removed: {error.strerror}")
             failed += 1
-    return failed
+    return removed, failed
+
+
+def move(source, target):
+    if os.path.lexists(target):
+        raise FileExistsError(None, f"there is already {target}")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    shutil.move(source, target)
 
 
 def parse_args(argv=None):
-    parser = Parser(description="Find gray and unreadable images; remove them or write a script that does.")
+    parser = cli.Parser(description="Find gray and unreadable images; remove them or write a script that does.")
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of test images, nested or flat")
     # A gray image with noise of +-2 levels has differences of up to 5 after a JPEG of quality 95.
     difference = "largest difference between the channels of a pixel, of 255 levels, for an image to count as gray"
-    add("--tolerance", type=whole(0, 255), default=5, help=difference)
-    add("--num_workers", type=WORKERS, default=available_cores(), help="decoding processes; 0: the main process only")
+    add("--tolerance", type=cli.whole(0, 255), default=5, help=difference)
+    add("--num_workers", type=cli.WORKERS, default=available_cores(), help="worker processes; 0: decode in this one")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
     add("--move_to", metavar="DIR", help="folder to move the images to (default: delete them)")
     add("--remove", action="store_true", help="delete or move the images now, without the script and without asking")
+    listed = "only delete or move the images in this list, which an earlier run wrote, as remove_invalid.sh does"
+    add("--remove_listed", metavar="CSV", help=listed)
     return parser.parse_args(argv)
 
 
 def main(args):
     if args.move_to and Path(os.path.realpath(args.move_to)).is_relative_to(os.path.realpath(args.image_dir)):
         raise UserError(f"--move_to {args.move_to}: is inside --image_dir, so the images would be found again")
+    if args.remove_listed:
+        return remove_listed(args)
+
+    # Decode all of every image, because a truncated file shows only at its end
     paths = list_images(args.image_dir)
     make_folder(args.output)
+    judged = parallel_map(partial(why_invalid, tolerance=args.tolerance), paths, args.num_workers, "reading")
+    reasons = {path: reason for path, reason in zip(paths, judged) if reason}
+    counts = Counter(reason.partition(":")[0] for reason in reasons.values())
+    for path, reason in reasons.items():
+        if reason.startswith(NOT_CHECKED):
+            note(f"{path}: {reason}")
+    invalid = {path: reason for path, reason in reasons.items() if not reason.startswith(NOT_CHECKED)}
 
-    # Decode all of every image, because a truncated file shows only at its end.
-    invalid, counts = {}, Counter()
-    judge = partial(why_invalid, tolerance=args.tolerance)
-    for path, (reason, detail) in zip(paths, parallel_map(judge, paths, args.num_workers, "reading")):
-        counts[reason] += 1
-        if reason == NOT_CHECKED:
-            note(f"{path}: not checked: {detail}")
-        elif reason:
-            invalid[path] = (reason, detail)
+    # Write the list and the script, and remove the images if asked to
+    list_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
+    write_list(invalid, list_path)
+    write_script(args, list_path, script_path)
+    removed, failed = remove(invalid, args) if args.remove else (0, 0)
 
-    # Write the list and the script, and remove the images if asked to.
-    csv_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
-    write_csv(invalid, csv_path)
-    folder = args.move_to and os.path.realpath(args.move_to)
-    targets = {absolute(path): folder and os.path.join(folder, relative_path(path, args.image_dir)) for path in invalid}
-    write_script(targets, script_path)
-    not_removed = remove(targets) if args.remove else 0
-
-    # Print the counts.
+    # Print the counts
     print(f"{len(invalid)} of {len(paths)} images are unsuitable")
     for reason in (*REASONS, NOT_CHECKED):
         print(f"{counts[reason]:8d}  {reason}")
-    by = f"bash {shlex.quote(printable(script_path))}, or by the same command with --remove"
-    by = f"this run: {len(invalid) - not_removed}" if args.remove else by
-    print(f"listed in {printable(csv_path)}; {'moved' if args.move_to else 'deleted'} by {by}")
-    return EXIT_SKIPPED if counts[NOT_CHECKED] or not_removed else 0
+    by = f"bash {shlex.quote(printable(script_path))}, or by the same command with --remove_listed {list_path}"
+    by = f"this run: {removed}" if args.remove else printable(by)
+    print(f"listed in {printable(list_path)}; {'moved' if args.move_to else 'deleted'} by {by}")
+    return EXIT_SKIPPED if counts[NOT_CHECKED] or failed else 0
+
+
+def remove_listed(args):
+    """Remove the images in a list."""
+    paths, folder = read_list(args.remove_listed), os.path.abspath(args.image_dir)
+    for path in paths:
+        if not Path(os.path.abspath(path)).is_relative_to(folder):
+            raise UserError(f"{args.remove_listed}: lists {path}, which is not in --image_dir {args.image_dir}")
+    removed, failed = remove(paths, args)
+    print(f"{printable(args.remove_listed)}: {removed} of {len(paths)} images {'moved' if args.move_to else 'deleted'}")
+    return EXIT_SKIPPED if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, parse_args, AT_THE_END))
+    sys.exit(run_script(main, parse_args, cli.AT_THE_END))

@@ -76,10 +76,14 @@ def make_folder(path):
 
 @contextmanager
 def atomic_text(path):
-    """Open a text file for writing through `atomic_path`. File names that are not UTF-8 keep their bytes."""
-    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
+    """Open a text file for writing through `atomic_path`."""
+    with atomic_path(path) as temporary, open_text(temporary, "w") as file:
         yield file
+
+
+def open_text(path, mode="r"):
+    """Open a text file. File names in it that are not UTF-8 keep their bytes, and line breaks are not translated."""
+    return open(path, mode, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def write_json(data, path):

@@ -1,10 +1,11 @@
-"""get_invalid_images.py: the listed images, and the script that removes files of any name."""
+"""get_invalid_images.py: the listed images, and removing files of any name, by the list and by the script."""
 
 import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from support.cli import EXIT_SKIPPED
 
@@ -29,7 +30,7 @@ FOLDER = "-gray $x\n"  # `$(dirname …)` would lose the line break
 
 def run(image_dir, output, *flags):
     """Return the exit code of `main` and the listed {path: reason}."""
-    arguments = ["--image_dir", str(image_dir), "--output", str(output), "--num_workers", "0", *flags]
+    arguments = [f"--image_dir={image_dir}", f"--output={output}", "--num_workers=0", *flags]
     code = get_invalid_images.main(get_invalid_images.parse_args(arguments))
     with open(output / "invalid_images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.reader(file))
@@ -38,7 +39,7 @@ def run(image_dir, output, *flags):
 
 
 def run_script(output, **options):
-    return subprocess.run(["bash", str(output / "remove_invalid.sh")], capture_output=True, **options)
+    return subprocess.run(["bash", str(output / "remove_invalid.sh")], capture_output=True, text=True, **options)
 
 
 def noisy_gray(levels):
@@ -105,52 +106,70 @@ def test_tolerance_limits_the_spread_of_each_pixels_channels(tmp_path, spread, f
 
 
 @pytest.mark.parametrize("move", [False, True])
-@pytest.mark.parametrize("remove", [False, True])
-def test_listed_files_of_any_name_are_deleted_or_moved_by_script_and_flag(tmp_path, capsys, move, remove):
-    images, target, elsewhere = tmp_path / "$(touch pwned) 'images'", tmp_path / "-moved $ones", tmp_path / "elsewhere"
+@pytest.mark.parametrize("way", ["--remove", "--remove_listed", "remove_invalid.sh"])
+def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, capsys, move, way):
+    """The script works from any folder, although --image_dir was a relative path."""
+    images, target = Path("-$(touch pwned) 'images'"), tmp_path / "-moved $ones"
+    monkeypatch.chdir(tmp_path)
     for name in NASTY_NAMES:
         content = save_image(images / FOLDER / name, GRAY).read_bytes()
         save_image(images / "color" / name, COLOR)
-    code, listed = run(images, tmp_path, *["--move_to", str(target)] * move, *["--remove"] * remove)
+    flags = [f"--move_to={target}"] if move else []
+    code, listed = run(images, tmp_path, *flags, *(["--remove"] if way == "--remove" else []))
     assert code == 0 and sorted(listed) == sorted(str(images / FOLDER / name) for name in NASTY_NAMES)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith(f"{'moved' if move else 'deleted'} by this run: {len(listed)}") == remove
-    elsewhere.mkdir()
-    for _ in range(0 if remove else 2):  # running the script again does nothing
-        done = run_script(tmp_path, cwd=elsewhere)
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert list((images / FOLDER).iterdir()) == list(elsewhere.iterdir()) == []
-    assert sorted(path.name for path in (images / "color").iterdir()) == sorted(NASTY_NAMES)
+    done = "moved" if move else "deleted"
+    if way == "--remove":
+        assert capsys.readouterr().out.endswith(f"; {done} by this run: {len(listed)}\n")
+    elif way == "--remove_listed":
+        for count in (len(listed), 0):  # the second time, all are missing
+            assert run(images, tmp_path, *flags, "--remove_listed=invalid_images.csv")[0] == 0
+            assert capsys.readouterr().out.endswith(f"invalid_images.csv: {count} of {len(listed)} images {done}\n")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        script = run_script(tmp_path, cwd="elsewhere")
+        assert (script.returncode, script.stderr) == (0, "") and not os.listdir("elsewhere")
+        assert script.stdout == f"{tmp_path}/invalid_images.csv: {len(listed)} of {len(listed)} images {done}\n"
+    assert not os.listdir(images / FOLDER) and sorted(os.listdir(images / "color")) == sorted(NASTY_NAMES)
     moved = {path.name: path.read_bytes() for path in (target / FOLDER).glob("*")}
     assert moved == (dict.fromkeys(NASTY_NAMES, content) if move else {})
 
 
 def test_script_on_windows_has_forward_slashes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
-    get_invalid_images.write_script({"C:\\in\\a.png": "C:\\moved/a.png"}, tmp_path / "script")
-    assert "move 'C:/in/a.png' 'C:/moved/a.png'\n" in (tmp_path / "script").read_text()
+    args = SimpleNamespace(image_dir="C:\\in", move_to="D:\\moved")
+    get_invalid_images.write_script(args, "list.csv", tmp_path / "script")
+    assert " --image_dir=C:/in --move_to=D:/moved " in (tmp_path / "script").read_text()
 
 
-@pytest.mark.parametrize("remove", [False, True])
-def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys, remove):
+def test_script_with_a_linked_image_dir_removes_the_right_file(tmp_path):
+    """cur/link/.. is the folder above the one that the link leads to, not cur."""
+    for folder in ("cur", "real/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "cur" / "link").symlink_to("../real/deep")
+    for folder in ("cur", "real"):
+        (tmp_path / folder / "x.jpg").touch()
+    run(f"{tmp_path}/cur/link/..", tmp_path)
+    assert run_script(tmp_path).returncode == 0
+    assert (tmp_path / "cur" / "x.jpg").exists() and not (tmp_path / "real" / "x.jpg").exists()
+
+
+@pytest.mark.parametrize("flag", ["--remove", "--remove_listed={}/invalid_images.csv"])
+def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys, flag):
     images, target = tmp_path / "images", tmp_path / "moved"
     for name in ("a.png", "b.png"):
         save_image(images / name, GRAY)
     before = save_image(target / "a.png", COLOR).read_bytes()
-    code, _ = run(images, tmp_path, "--move_to", str(target), *(["--remove"] if remove else []))
-    if remove:
-        assert code == EXIT_SKIPPED and "a.png: not removed: there is already" in capsys.readouterr().err
-    else:
-        done = run_script(tmp_path)
-        assert done.returncode == 1 and b"a.png: not moved" in done.stderr
+    run(images, tmp_path)
+    code, _ = run(images, tmp_path, f"--move_to={target}", flag.format(tmp_path))
+    assert code == EXIT_SKIPPED
+    assert capsys.readouterr().err == f"{images}/a.png: not removed: there is already {target}/a.png\n"
     assert (target / "a.png").read_bytes() == before and (images / "a.png").exists()
     assert (target / "b.png").exists() and not (images / "b.png").exists()
 
 
 def test_image_dir_that_is_a_single_file_is_moved(tmp_path):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
-    run(path, tmp_path, "--move_to", str(tmp_path / "moved"))
-    assert run_script(tmp_path).returncode == 0
+    run(path, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")
     assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
 
 
@@ -184,26 +203,23 @@ def test_image_that_cannot_be_read_but_may_be_intact_is_not_listed(tmp_path, cap
     assert sorted(images.iterdir()) == unsupported
 
 
-def test_script_without_invalid_images_does_nothing(tmp_path):
-    save_image(tmp_path / "images" / "color.png", COLOR)
-    assert run(tmp_path / "images", tmp_path) == (0, {})
-    assert run_script(tmp_path).returncode == 0
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--image_dir", "missing"), "missing: no such file or folder"),
-        (("--image_dir", "empty"), "empty: no images here"),
-        (("--image_dir", "images", "--move_to", "images/bad"), "--move_to images/bad: is inside --image_dir"),
-        (("--image_dir", "images", "--output", "images/a.png"), "images/a.png: cannot be written to: file exists"),
+        (("images", "--move_to", "images/bad"), "--move_to images/bad: is inside --image_dir"),
+        (("images", "--output", "images/a.png"), "images/a.png: cannot be written to: file exists"),
+        (("images", "--remove_listed", "missing.csv"), "missing.csv: cannot be read: no such file or directory"),
+        (("images", "--remove_listed", "images/a.png"), "images/a.png: not a list of this script"),
+        (("other", "--remove_listed", "invalid_images.csv"), "lists images/a.png, which is not in --image_dir other"),
     ],
 )
-def test_usage_error_prints_one_line(tmp_path, monkeypatch, error_message, flags, message):
+def test_usage_error_prints_one_line_and_removes_nothing(tmp_path, monkeypatch, error_message, flags, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    save_image(tmp_path / "images" / "a.png", COLOR)
-    assert message in error_message(get_invalid_images.main, get_invalid_images.parse_args(list(flags)))
+    save_image(tmp_path / "images" / "a.png", GRAY)
+    run("images", tmp_path)
+    arguments = get_invalid_images.parse_args(["--image_dir", *flags])
+    assert message in error_message(get_invalid_images.main, arguments)
+    assert (tmp_path / "images" / "a.png").exists()
 
 
 @pytest.mark.slow
@@ -213,8 +229,9 @@ def test_command_of_the_readme_removes_images_and_stops_on_errors(tmp_path):
     command = f"'{sys.executable}' '{ROOT / 'get_invalid_images.py'}' --image_dir images && bash remove_invalid.sh"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and not (tmp_path / "images" / "gray.png").exists()
-    last = "listed in ./invalid_images.csv; deleted by bash ./remove_invalid.sh, or by the same command with --remove"
-    assert done.stdout.splitlines()[-1] == last
+    by = "bash ./remove_invalid.sh, or by the same command with --remove_listed ./invalid_images.csv"
+    assert f"listed in ./invalid_images.csv; deleted by {by}\n" in done.stdout
+    assert done.stdout.endswith("invalid_images.csv: 1 of 1 images deleted\n")
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("images: no images here")

@@ -369,19 +369,6 @@ def test_nearly_black_images_and_further_frames_are_reported(tmp_path, colorize_
     assert len(lines) == 2 and "frames.gif: only the first" in lines[0] and "twelve.tif: nearly black" in lines[1]
 
 
-def test_remove_script_with_a_linked_image_dir_names_the_right_files(tmp_path):
-    """cur/link/.. is the folder above the one that the link leads to, not cur."""
-    (tmp_path / "cur").mkdir()
-    (tmp_path / "real" / "deep").mkdir(parents=True)
-    (tmp_path / "cur" / "link").symlink_to("../real/deep")
-    for folder in ("cur", "real"):
-        (tmp_path / folder / "x.jpg").write_bytes(b"")
-    flags = ["--image_dir", str(tmp_path / "cur" / "link" / ".."), "--output", str(tmp_path), "--num_workers", "0"]
-    get_invalid_images.main(get_invalid_images.parse_args(flags))
-    subprocess.run(["bash", tmp_path / "remove_invalid.sh"], check=True)
-    assert (tmp_path / "cur" / "x.jpg").exists() and not (tmp_path / "real" / "x.jpg").exists()
-
-
 def test_name_that_is_not_utf_8_is_escaped_in_the_last_line(tmp_path, square_crops, capsys, handlers):
     output = os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.npy")
     flags = ["--image_dir", str(square_crops), "--num_workers", "0", "--output", output]
