@@ -20,26 +20,17 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
-from support import cli
+from support import cli, images
 from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
 from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
 from support.folders import absolute, append_record, make_record, read_records
 from support.gpu import check_gpu
-from support.images import (
-    LARGEST_SIDE,
-    WRITE_FORMATS,
-    InvalidImageError,
-    crop_resized,
-    decode,
-    has_more_frames,
-    open_image,
-    save,
-)
 from support.sheets import Sheets, fit
 
 import numpy as np
@@ -113,57 +104,76 @@ def obstacle(target, path, record):
 # Read (threads), colorize (the device), write (threads)
 
 
-def open_images(paths, args):
+@dataclass(eq=False)
+class Item:
+    """An image on its way through the steps below. Each of them adds what it computes, or the error."""
+
+    path: str
+    name: str  # of the result, relative to the folder of results
+    image: Image.Image = None  # the image, or its crop, in RGB
+    inputs: np.ndarray = None  # of the network, uint8 [h, w, 3]
+    result: Image.Image = None
+    thumbnails: tuple = ()  # for the contact sheet: gray, colorized, original
+    error: images.InvalidImageError = None
+
+    @property
+    def pixels(self):
+        return self.image.width * self.image.height if self.image else 0
+
+
+def open_images(todo, args):
     """Open one image after another. Yield its number of pixels and the function that loads it."""
-    for path in paths:
+    for path, name in todo.items():
         file = ExitStack()
         try:
-            opened = file.enter_context(open_image(path, args.load_size if args.crop_size else None))
-        except InvalidImageError as error:
-            yield 0, partial(tuple, (error, None))
+            opened = file.enter_context(images.open_image(path, args.load_size if args.crop_size else None))
+        except images.InvalidImageError as error:
+            yield 0, partial(Item, path, name, error=error)
         else:
-            yield opened.width * opened.height, partial(load, path, opened, file, args)
+            yield opened.width * opened.height, partial(load, Item(path, name), opened, file, args)
 
 
-def load(path, opened, file, args):
-    """Return an opened image, a Pillow image, and the network's input; or the error that makes it be skipped, None."""
+def load(item, opened, file, args):
+    """Decode an opened image, and make the network's input from it."""
     try:
         with file:
-            if not args.crop_size and max(opened.size) > LARGEST_SIDE.get(args.format, math.inf):
+            if not args.crop_size and max(opened.size) > images.LARGEST_SIDE.get(args.format, math.inf):
                 raise ValueError(f"{opened.width}x{opened.height} is too large for {args.format}")
-            if has_more_frames(opened):
-                note(f"{path}: only the first of its frames or pages is colorized")
-            image = decode(opened)
-    except InvalidImageError as error:
-        return error, None
+            if images.has_more_frames(opened):
+                note(f"{item.path}: only the first of its frames or pages is colorized")
+            item.image = images.to_rgb(opened, item.path)
+    except images.InvalidImageError as error:
+        item.error = error
+        return item
     if args.crop_size:
-        info = image.info
-        image = Image.fromarray(crop_resized(image, args.load_size, args.crop_size))
-        image.info = info
-    inputs = network_input(image, args.crop_size or args.load_size)
-    if inputs.max() < NEARLY_BLACK:
-        note(f"{path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
-    return image, inputs
+        info = item.image.info
+        item.image = Image.fromarray(images.crop_resized(item.image, args.load_size, args.crop_size))
+        item.image.info = info
+    item.inputs = network_input(item.image, args.crop_size or args.load_size)
+    if item.inputs.max() < NEARLY_BLACK:
+        note(f"{item.path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
+    return item
 
 
-def colorize(loaded, colorizer, temperature, batch_size):
-    """Yield each image and its result, in order; errors as they are."""
-    for batch in batches(loaded, batch_size):
-        images, inputs = zip(*batch)
-        if inputs[0] is None:
+def colorize(items, colorizer, temperature, batch_size):
+    """Yield the items with their results, in order."""
+    for batch in batches(items, batch_size):
+        if batch[0].error:
             yield from batch
-        else:
-            predicted = colorizer.predict_ab(np.stack(inputs), temperature)
-            yield from ((image, colored(image, ab)) for image, ab in zip(images, predicted))
+            continue
+        predicted = colorizer.predict_ab(np.stack([item.inputs for item in batch]), temperature)
+        for item, ab in zip(batch, predicted):
+            item.result = colored(item.image, ab)
+            yield item
 
 
-def batches(loaded, batch_size):
-    """Yield lists of consecutive images whose network inputs have one shape, at most `batch_size` long."""
-    for _, group in groupby(loaded, key=lambda x: np.shape(x[1])):
+def batches(items, batch_size):
+    """Yield lists of consecutive items whose network inputs have one shape, at most `batch_size` long."""
+    for _, group in groupby(items, key=lambda item: np.shape(item.inputs)):
         batch, pixels = [], 0
-        for image, inputs in group:
-            batch.append((image, inputs))
-            pixels += 0 if inputs is None else image.width * image.height
+        for item in group:
+            batch.append(item)
+            pixels += item.pixels
             if len(batch) == batch_size or pixels > PIXELS_AHEAD:
                 yield batch
                 batch, pixels = [], 0
@@ -171,15 +181,26 @@ def batches(loaded, batch_size):
             yield batch
 
 
-def write(image, result, target, args):
-    """Write a result; return it to the contact sheet as thumbnails: gray, colorized, original. Errors as they are."""
-    if result is None:
-        return image
-    save(result, target, args.format)
+def describe(items, made_by, folders):
+    """Yield the items, and write how results are made into the folders before the first one."""
+    described = False
+    for item in items:
+        if item.result and not described:
+            for folder in folders:
+                write_json(made_by, folder / COLORING)
+            described = True
+        yield item
+
+
+def write(item, folder, args):
+    """Write a result, and make its thumbnails for the contact sheet."""
+    if item.error:
+        return item
+    images.save(item.result, folder / item.name, args.format)
     if args.compare:
-        original = fit(image)
-        return original.convert("L").convert("RGB"), fit(result), original
-    return ()
+        original = fit(item.image)
+        item.thumbnails = (original.convert("L").convert("RGB"), fit(item.result), original)
+    return item
 
 
 def in_threads(pool, jobs, at_once=False):
@@ -245,7 +266,7 @@ def parse_args(argv=None):
     add, add_bool = group.add_argument, partial(cli.add_bool_flag, group)
     add("--result_path", default="./result", help="folder of the results, with the same subfolders as the images")
     add("--output", metavar="FILE", help="the result of a single image, instead of --result_path")
-    add("--format", choices=WRITE_FORMATS, help="format of the results (default: that of --output, otherwise png)")
+    add("--format", choices=images.WRITE_FORMATS, help="format of the results (default: as --output, or png)")
     add_bool("--compare", False, "also write contact sheets (gray, colorized, original) to <result_path>_compare")
     add_bool("--skip_existing", False, "skip images whose result in --result_path is up to date, to resume a run")
     args = parser.parse_args(argv)
@@ -260,10 +281,10 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    suffix = Path(args.output).suffix.lower().lstrip(".") if args.output else None
+    formats, suffix = images.WRITE_FORMATS, Path(args.output or "").suffix.lower().lstrip(".")
     args.format = args.format or suffix or "png"
-    if args.output and (suffix not in WRITE_FORMATS or WRITE_FORMATS[suffix] != WRITE_FORMATS.get(args.format)):
-        raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(WRITE_FORMATS)}")
+    if args.output and (suffix not in formats or formats[suffix] != formats[args.format]):
+        raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(formats)}")
 
 
 def main(args):
@@ -297,31 +318,23 @@ def main(args):
     made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
     made_by.update(method, **provenance())
 
-    # Read, colorize and write simultaneously; coloring.json precedes the first result
+    # Read, colorize and write simultaneously
     done, sheets = 0, Sheets(compare, COLUMNS)
-    undescribed = [result] * (not args.output) + [compare] * args.compare
-
-    def writing(colorized):
-        for (image, colored_image), name in zip(colorized, todo.values()):
-            while colored_image and undescribed:
-                write_json(made_by, undescribed.pop() / COLORING)
-            pixels = colored_image.width * colored_image.height if colored_image else 0
-            yield pixels, partial(write, image, colored_image, result / name, args)
-
+    described = [*([] if args.output else [result]), *([compare] if args.compare else [])]
     with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
         loaded = in_threads(readers, open_images(todo, args))
-        colorized = colorize(loaded, colorizer, args.temperature, args.batch_size)
-        written = in_threads(writers, writing(colorized), at_once=True)
-        for outcome, (path, name) in zip(cli.progress(written, len(todo)), todo.items()):
-            if isinstance(outcome, InvalidImageError):
-                note(f"skipped {outcome}")
-                skipped.append(path)
+        colorized = describe(colorize(loaded, colorizer, args.temperature, args.batch_size), made_by, described)
+        writing = ((item.pixels, partial(write, item, result, args)) for item in colorized)
+        for item in cli.progress(in_threads(writers, writing, at_once=True), len(todo)):
+            if item.error:
+                note(f"skipped {item.error}")
+                skipped.append(item.path)
                 continue
             done += 1
             if not args.output:
-                append_record(make_record(path, settings, result, name), result / RECORDS)
+                append_record(make_record(item.path, settings, result, item.name), result / RECORDS)
             if args.compare:
-                sheets.add(printable(os.path.splitext(name)[0]), outcome)
+                sheets.add(printable(os.path.splitext(item.name)[0]), item.thumbnails)
     if args.compare:
         sheets.flush()
         print(f"{printable(compare)}: {counted(sheets.written, 'contact sheet')} ({', '.join(COLUMNS)})")

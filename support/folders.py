@@ -7,9 +7,9 @@ from contextlib import suppress
 from support.cli import UserError, counted, note, note_some
 
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm"),
-    *(".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx"),
-)
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm",
+    ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx",
+)  # fmt: skip
 HIDDEN = (".", "@eaDir", "#recycle")  # beginnings of skipped names; two are thumbnails and trash on a NAS
 
 # -------------------------------------------------------------------------------------------------

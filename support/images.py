@@ -62,13 +62,33 @@ def read_rgb(path):
 
 
 def open_rgb(path, least_side=None):
-    """Read an image like `read_rgb`, as a Pillow image.
+    """Read an image like `read_rgb`, as a Pillow image; its `info` holds the metadata that a result keeps.
 
     With `least_side`, the JPEG decoder may shrink the image by 2, 4 or 8 as long as both sides keep at least that many
     pixels, which is faster than decoding all of them.
     """
     with open_image(path, least_side) as image:
         return to_rgb(image, path)
+
+
+def read_image(image):
+    """Read an image from any source, as `open_rgb` does.
+
+    Args:
+        image (str | Path | Image | ndarray): A file, a Pillow image, or uint8 [H, W, 3].
+
+    Returns:
+        Image: An RGB image.
+
+    Raises:
+        InvalidImageError: If the file cannot be read.
+        ValueError: If an array has another shape or type.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        image = Image.fromarray(image)
+    return to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
 
 
 def image_size(path):
@@ -122,8 +142,15 @@ def _why_unidentified(path):
 # -------------------------------------------------------------------------------------------------
 # Orientation and samples
 
-TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-TURNS = dict(enumerate(map(Image.Transpose.__getitem__, TURNS), 2))  # by EXIF orientation, 2 to 8
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 TIFF_SAMPLES = {  # types that Pillow decodes correctly, by photometric interpretation
     0: {"uint1", "uint2", "uint4", "uint8", "uint16"},  # gray, 0 is white
     1: {"uint1", "uint2", "uint4", "uint8", "uint16", "float32"},  # gray, 0 is black
@@ -154,7 +181,7 @@ def _from_exif(image, tag, ifd=None):
 
 
 def to_rgb(image, name="image"):
-    """Convert an opened Pillow image to sRGB, upright, with transparency over white.
+    """Return a new image: an opened Pillow image in sRGB, upright, with transparency over white (see `open_rgb`).
 
     An unusable color profile is reported with `name`; the image is then taken for sRGB.
     """
@@ -162,8 +189,11 @@ def to_rgb(image, name="image"):
         _check_tiff(image.tag_v2)
     image.load()
     rgb = _convert_colors(image, _convert_samples(image), name)
-    turn = TURNS.get(_from_exif(image, ExifTags.Base.Orientation))
-    return rgb if turn is None else rgb.transpose(turn)
+    orientation = _from_exif(image, ExifTags.Base.Orientation)
+    if orientation in TURNS:
+        rgb = rgb.transpose(TURNS[orientation])
+    rgb.info = metadata(image)
+    return rgb
 
 
 def _check_tiff(tags):
@@ -200,14 +230,16 @@ def _convert_samples(image):
 # Color spaces
 
 
-SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-# With a fixed date (bytes 24 to 35), so that equal images give equal files
-SRGB_PROFILE = SRGB_PROFILE[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + SRGB_PROFILE[36:]
+@lru_cache(maxsize=1)
+def srgb_profile():
+    """Return the ICC profile of sRGB, with a fixed date, so that equal images give equal files."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + profile[36:]
 
 
 def _adobe_rgb_profile():
     """Return sRGB's profile with the primaries and the exponent of Adobe RGB (1998)."""
-    profile = bytearray(SRGB_PROFILE)
+    profile = bytearray(srgb_profile())
     for tag, values in {
         b"rXYZ": (0.60974, 0.31111, 0.01947),
         b"gXYZ": (0.20528, 0.62567, 0.06087),
@@ -239,11 +271,11 @@ def _convert_colors(image, rgb, name):
         return rgb
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # building one takes longer than decoding a small image
 def _srgb_transform(profile, mode):
     """Return the transform from an ICC profile to sRGB; None if that changes no channel by more than 2 levels."""
     settings = (mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, 0x2000)  # black-point compensation
-    transform = ImageCms.buildTransform(BytesIO(profile), BytesIO(SRGB_PROFILE), *settings)
+    transform = ImageCms.buildTransform(BytesIO(profile), BytesIO(srgb_profile()), *settings)
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     swatches = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)).convert(mode)
     change = np.int16(ImageCms.applyTransform(swatches, transform)) - np.int16(swatches.convert("RGB"))
@@ -263,7 +295,7 @@ def crop_resized(image, load_size, crop_size, across=0.5, down=0.5):
 
 
 # -------------------------------------------------------------------------------------------------
-# Files and arrays with their metadata
+# Writing
 
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
 WRITE_FORMATS = {  # by suffix: Pillow's settings
@@ -275,46 +307,15 @@ WRITE_FORMATS = {  # by suffix: Pillow's settings
 LARGEST_SIDE = {"jpg": 65_500, "jpeg": 65_500, "webp": 16_383}  # in pixels, of the formats that have a limit
 MAX_EXIF = 65_000  # bytes; a JPEG has no room for more
 # Other entries describe how the file was laid out, or its thumbnail.
-KEPT_EXIF = "ImageDescription Make Model Software DateTime Artist HostComputer Copyright Rating "
-KEPT_EXIF += "XPTitle XPComment XPAuthor XPKeywords XPSubject"
-KEPT_EXIF = {ExifTags.Base[name] for name in KEPT_EXIF.split()}
-
-
-def read_image(image):
-    """Read an image upright and in sRGB; its `info` holds the metadata that a result keeps.
-
-    Args:
-        image (str | Path | Image | ndarray): A file, a Pillow image, or uint8 [H, W, 3].
-
-    Returns:
-        Image: An RGB image.
-
-    Raises:
-        InvalidImageError: If the file cannot be read.
-        ValueError: If an array has another shape or type.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        rgb = to_rgb(image).copy()  # the caller's image keeps its `info`
-        rgb.info = metadata(image)
-        return rgb
-    with open_image(image) as opened:
-        return decode(opened)
-
-
-def decode(opened):
-    """Return an image that `open_image` opened as `read_image` does."""
-    rgb = to_rgb(opened, opened.filename)
-    rgb.info = metadata(opened)
-    return rgb
+KEPT_EXIF = {ExifTags.Base[name] for name in (
+    "ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer", "Copyright", "Rating",
+    "XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject",
+)}  # fmt: skip
 
 
 def metadata(image):
     """Return the EXIF, resolution and profile of an upright result in sRGB, as keywords of Pillow's `save`."""
-    kept = {"icc_profile": SRGB_PROFILE}
+    kept = {"icc_profile": srgb_profile()}
     dpi = image.info.get("dpi")
     try:
         if dpi and all(1 <= x <= 65_535 for x in dpi):
@@ -345,7 +346,7 @@ def kept_exif(exif, dpi):
 
 
 def save(image, path, format=None):
-    """Write a colorized image with the metadata in its `info`.
+    """Write an image with the metadata in its `info`.
 
     Args:
         image (Image): The image.

@@ -83,8 +83,8 @@ def test_batch_size_does_not_change_results(colorize_files, image_folder):
 
 def test_batch_of_large_images_ends_early():
     image = SimpleNamespace(width=5000, height=4000)  # 20 megapixels
-    loaded = [(image, np.zeros([8, 8, 3], np.uint8))] * 5
-    assert [len(batch) for batch in test.batches(loaded, 8)] == [2, 2, 1]
+    items = [test.Item("a.png", "a.png", image, np.zeros([8, 8, 3], np.uint8))] * 5
+    assert [len(batch) for batch in test.batches(items, 8)] == [2, 2, 1]
 
 
 def test_network_input_keeps_the_aspect_ratio_in_multiples_of_8():

@@ -4,13 +4,13 @@ import struct
 
 from support.cli import EXIT_SKIPPED
 from support.images import (
-    SRGB_PROFILE,
     InvalidImageError,
     image_size,
     open_image,
     open_rgb,
     read_rgb,
     save,
+    srgb_profile,
     upright_size,
 )
 
@@ -122,7 +122,7 @@ def test_colors_outside_srgb_are_clipped(in_space):
 
 def test_srgb_profile_changes_no_pixel(in_space, colors):
     path = in_space(colors, "sRGB")
-    Image.open(path).save(own := path.with_name("own.png"), icc_profile=SRGB_PROFILE)
+    Image.open(path).save(own := path.with_name("own.png"), icc_profile=srgb_profile())
     for file in (path, own):
         assert np.array_equal(read_rgb(file), np.asarray(Image.open(file)))
 
@@ -194,7 +194,7 @@ def test_result_keeps_the_metadata_that_still_applies(colorize_files, sideways, 
     assert code == 0
     image = Image.open(result / f"sideways.{format}")
     assert image.size == (50, 75)
-    assert image.info["icc_profile"] == SRGB_PROFILE
+    assert image.info["icc_profile"] == srgb_profile()
     found = image.getexif()
     assert ExifTags.Base.Orientation not in found
     assert found[ExifTags.Base.Model] == "Camera" and found[ExifTags.Base.Copyright] == "somebody"
