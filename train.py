@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from support import checkpoints, cli, convolutions, cpu, gpu, processes
+from support import checkpoints, cli, convolutions, cpu, gpu, processes, runs
 from support.cli import UserError, note, number, whole
 from support.logs import Log, Meter
 from support.neighbors import Lookup
@@ -300,7 +300,7 @@ def set_up(args, opened):
     gpu.check_gpu()
     check_args(args, dist.get_world_size())
     advice = None if args.continue_train or args.overwrite else ADVICE
-    for lock in checkpoints.claim(args.model_path, args.log_path, advice):
+    for lock in runs.claim(args.model_path, args.log_path, advice):
         opened.enter_context(lock)
     paddle.seed(args.seed)
     if gpu.on_gpu():
@@ -328,7 +328,7 @@ def begin_or_resume(run, args, steps_per_epoch):
     """Remove an earlier run (--overwrite) or continue it (--continue_train). Return the first and the last step."""
     progress, path = run.progress, run.folder / f"epoch_{args.which_epoch}_state.pdopt"
     if args.overwrite:
-        checkpoints.remove_run(args.model_path, args.log_path)
+        runs.remove_run(args.model_path, args.log_path)
     if args.continue_train:
         changes = run.resume(args.which_epoch)
         if refused := ", ".join(changes[name] for name in OBJECTIVE if name in changes):
@@ -410,7 +410,7 @@ def main(args):
         flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
         flags.update(images=len(loader.dataset), prior=utils.load_prior(args.prior).numpy())
         progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf}
-        run = checkpoints.Run(args.model_path, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
+        run = runs.Run(args.model_path, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
         first_step, last_step = begin_or_resume(run, args, len(sampler))
         schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
 

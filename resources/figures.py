@@ -124,7 +124,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--image_dir", required=True, help="folder whose first image is drawn, or one file")
     add("--results", nargs="+", default=[], metavar="DIR", help="folders with the output of the metrics")
-    add("--load_model", metavar="NAME", default="small", help="small, official or a checkpoint's path (default: small)")
+    add("--load_model", metavar="NAME", default="small", help="small, official or a checkpoint's path")
     add("--prior", help="file with 313 probabilities (default: the bundled prior)")
     add("--save_path", default="./figures", help="folder for the figures")
     return parser.parse_args(argv)

@@ -116,6 +116,23 @@ def run_training(tmp_path, square_crops):
 
 
 @pytest.fixture
+def damaged(tmp_path, square_crops):
+    """Write twelve readable images and five unreadable ones. Return their folder."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    whole = {path.stem: path.read_bytes() for path in square_crops.iterdir()}
+    for name, content in whole.items():
+        for i in range(3):
+            (folder / f"{name}{i}.png").write_bytes(content)
+    (folder / "truncated.png").write_bytes(whole["coffee"][:3000])
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "zero.png").touch()
+    (folder / "bomb.png").write_bytes(png_bomb())
+    (folder / "vanished.png").symlink_to("nowhere")
+    return folder
+
+
+@pytest.fixture
 def error_message():
     """Call a function that must stop with one clear line. Return the line."""
 

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from support.checkpoints import load_checkpoint
+
 TESTS = Path(__file__).resolve().parent
 SMALL = TESTS / "train_small.py"
 LIMIT = 600  # seconds; an idle machine needs a few
@@ -88,6 +90,28 @@ def read_log(folder):
     path = folder / "log" / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def values(folder):
+    """Return the log without its times; a step that was repeated appears twice."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_log(folder)]
+
+
+def steps(lines):
+    """Return the lines of the log that are not of a validation."""
+    return [line for line in lines if "loss" in line]
+
+
+def weights(folder, name="latest"):
+    return load_checkpoint(folder / "model" / f"epoch_{name}_model.pdparams")
+
+
+def state(folder, name="latest"):
+    return load_checkpoint(folder / "model" / f"epoch_{name}_state.pdopt")
+
+
+def saved_names(folder):
+    return {path.name.split("_")[1] for path in (folder / "model").glob("*.pdparams")}
 
 
 def steps_done(folder):

@@ -5,12 +5,23 @@ import os
 from support.images import InvalidImageError, crop_resized, open_rgb, read_rgb
 
 import numpy as np
+import paddle
 import pytest
-from conftest import png_bomb, save_image
+from conftest import png_bomb, random_rgb, save_image
 from PIL import Image
-from skimage import data
+from skimage import color, data
 
-from dataset import ColorizationDataset, list_images
+from dataset import (
+    ColorizationDataset,
+    EpochSampler,
+    lab_to_rgb,
+    list_images,
+    rgb_to_lab,
+    rgb_to_lightness,
+    soft_encode,
+    to_uint8,
+)
+from utils import load_ab_bins
 
 COFFEE = data.coffee()[::4, ::4]  # uint8 [100, 150, 3]
 
@@ -126,3 +137,150 @@ def test_random_crops_are_mirrored_half_of_the_time(image_folder):
 def test_crop_is_gray_if_no_image_can_be_read(tmp_path):
     crop, unreadable = ColorizationDataset([str(tmp_path / "missing.jpg")], 64, 48)[0]
     assert unreadable > 1 and (crop == crop[0, 0, 0]).all()
+
+
+# Lab
+
+
+def channels_first(image):
+    return np.ascontiguousarray(image.reshape(-1, 1, 1, 3).transpose(0, 3, 1, 2))
+
+
+def channels_last(tensor):
+    return tensor.numpy().transpose(0, 2, 3, 1).reshape(-1, 3)
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """Return all combinations of 52 levels per channel, including 0 and 255: uint8 [140608, 3]."""
+    levels = np.arange(0, 256, 5)
+    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3).astype(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_rgb_to_lab_agrees_with_scikit_image(grid, dtype):
+    colors = grid if dtype == "uint8" else grid / 255.0
+    lab = channels_last(rgb_to_lab(paddle.to_tensor(channels_first(colors).astype(dtype))))
+    assert np.abs(lab - color.rgb2lab(colors[None])[0]).max() < 0.01
+
+
+def test_lab_to_rgb_agrees_with_scikit_image_within_the_gamut(grid):
+    lab = color.rgb2lab(grid[None])[0]
+    rgb = channels_last(lab_to_rgb(paddle.to_tensor(channels_first(lab).astype(np.float32))))
+    assert np.abs(rgb - color.lab2rgb(lab[None])[0]).max() < 1 / 512
+
+
+def test_lab_to_rgb_clips_out_of_gamut_colors():
+    lab = paddle.to_tensor(np.array([[100, 110, 110], [0, -110, 110], [50, 110, -110]], np.float32)[:, :, None, None])
+    rgb = lab_to_rgb(lab).numpy()
+    assert np.isfinite(rgb).all() and rgb.min() >= 0 and rgb.max() <= 1
+
+
+def test_every_8_bit_color_is_restored_from_lab():
+    green_blue = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij")).astype(np.uint8)
+    for red in range(0, 256, 8):
+        planes = [np.stack([np.full_like(green_blue[0], r), *green_blue]) for r in range(red, red + 8)]
+        rgb = paddle.to_tensor(np.stack(planes))
+        assert bool((to_uint8(lab_to_rgb(rgb_to_lab(rgb))) == rgb).all())
+
+
+def test_rgb_to_lightness_equals_first_channel_of_lab():
+    rgb = paddle.to_tensor(np.ascontiguousarray(data.coffee()[None, ::4, ::4].transpose(0, 3, 1, 2)))
+    assert np.array_equal(rgb_to_lightness(rgb).numpy()[:, 0], rgb_to_lab(rgb).numpy()[:, 0])
+
+
+# Soft-encoding
+
+
+@pytest.fixture(scope="module")
+def ab_bins():
+    return load_ab_bins()
+
+
+def brute_force(ab, bins, neighbors, sigma):
+    """Return squared distances to all bins [M, Q], the nearest bins and their weights [M, neighbors] of ab [M, 2]."""
+    squared = ((ab[:, None].astype(np.float64) - bins.astype(np.float64)) ** 2).sum(axis=2)
+    nearest = np.argsort(squared, axis=1, kind="stable")[:, :neighbors]
+    d2 = np.take_along_axis(squared, nearest, axis=1)
+    weights = np.exp(-(d2 - d2[:, :1]) / (2 * sigma**2))
+    return squared, nearest, weights / weights.sum(axis=1, keepdims=True)
+
+
+def encode(ab, ab_bins, **settings):
+    """Return indices and weights [M, neighbors] of ab [M, 2], encoded as a map of one row."""
+    indices, weights = soft_encode(paddle.to_tensor(ab.T[None, :, None].astype(np.float32)), ab_bins, **settings)
+    return indices.numpy()[0, :, 0].T, weights.numpy()[0, :, 0].T
+
+
+def colors(kind, bins):
+    random = np.random.default_rng(0)
+    if kind == "in gamut":
+        return rgb_to_lab(paddle.to_tensor(random_rgb(20_000))).numpy()[:, 1:, 0, 0]
+    if kind == "bin centers":
+        return bins
+    if kind == "the hull's edge and beyond":
+        angle = random.uniform(0, 2 * np.pi, 20_000)
+        return (random.uniform(80, 127, 20_000) * np.stack([np.cos(angle), np.sin(angle)])).T
+    return random.uniform(-128, 128, (20_000, 2))
+
+
+@pytest.mark.parametrize("neighbors", [1, 5, 10])
+@pytest.mark.parametrize("kind", ["in gamut", "bin centers", "the hull's edge and beyond", "anywhere"])
+def test_neighbors_and_weights_agree_with_brute_force(kind, neighbors, ab_bins):
+    ab = colors(kind, ab_bins.numpy()).astype(np.float32)
+    indices, weights = encode(ab, ab_bins, neighbors=neighbors)
+    squared, expected, expected_weights = brute_force(ab, ab_bins.numpy(), neighbors, 5.0)
+    # Of two bins at one distance either is right: compare distances, and demand that no bin comes twice.
+    found = np.take_along_axis(squared, indices, axis=1)
+    np.testing.assert_allclose(found, np.take_along_axis(squared, expected, axis=1), rtol=1e-5, atol=2e-3)
+    assert all(len(set(row)) == neighbors for row in indices)
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+
+
+def test_weights_agree_with_brute_force_for_any_sigma(ab_bins):
+    ab = colors("in gamut", None)[:100]
+    for sigma in (1.0, 20.0):
+        np.testing.assert_allclose(
+            encode(ab, ab_bins, sigma=sigma)[1], brute_force(ab, ab_bins.numpy(), 5, sigma)[2], atol=1e-5
+        )
+
+
+def test_encoded_batch_has_the_documented_shapes_and_types(ab_bins):
+    indices, weights = soft_encode(paddle.zeros([3, 2, 7, 4]), ab_bins)
+    assert indices.shape == weights.shape == [3, 5, 7, 4]
+    assert (indices.dtype, weights.dtype) == (paddle.int64, paddle.float32)
+
+
+def test_each_position_is_encoded_independently(ab_bins):
+    ab = np.random.default_rng(1).uniform(-90, 90, (2, 2, 3, 5)).astype(np.float32)
+    indices, _ = soft_encode(paddle.to_tensor(ab), ab_bins, neighbors=1)
+    for n, y, x in np.ndindex(2, 3, 5):
+        distances = np.hypot(*(ab_bins.numpy() - ab[n, :, y, x]).T)
+        assert distances[int(indices[n, 0, y, x])] == pytest.approx(distances.min(), abs=1e-3)
+
+
+# Sampler
+
+
+def test_dataset_keeps_paths_of_any_bytes(tmp_path):
+    paths = [str(tmp_path / "é\udcff\n.png"), "b.png", ""]
+    dataset = ColorizationDataset(paths, 40, 32)
+    assert [dataset.path(i) for i in range(len(dataset))] == paths
+
+
+def test_image_order_does_not_depend_on_the_number_of_processes():
+    """Each image appears once per epoch, except for those that do not fill a batch."""
+
+    def batches(rank, count, skip=0, epoch=0):
+        sampler = EpochSampler(range(37), 12 // count, num_replicas=count, rank=rank)
+        sampler.begin(1, epoch, skip)
+        assert len(sampler) == 3
+        return list(sampler)
+
+    whole = batches(0, 1)
+    assert len({i for batch in whole for i in batch}) == 36
+    for count in (2, 3, 4):
+        shares = [batches(rank, count) for rank in range(count)]
+        assert [sum((share[i] for share in shares), []) for i in range(3)] == whole
+    assert batches(0, 1, skip=2) == whole[2:] and batches(0, 1, skip=3) == []
+    assert batches(0, 1, epoch=1) != whole

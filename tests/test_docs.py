@@ -1,7 +1,11 @@
 """README, README_cn and docs/: links lead somewhere, flags exist, and the Chinese page is in step with the English."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -52,3 +56,29 @@ def test_commands_in_documents_have_existing_flags(capsys):
             known[module] = set(re.findall(r"--\w+", capsys.readouterr().out))
         assert known[module].issuperset(flags), f"{page.name}: {module}.py {' '.join(flags)}"
     assert {"train", "test", "metrics_auc", "metrics_acc", "resources/ablation"} <= set(known)
+
+
+CELL = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in sys.argv[1:]:
+    shell.run_cell(cell).raise_error()
+"""
+
+
+@pytest.mark.slow
+def test_all_cells_of_the_notebook_page_run(tmp_path):
+    """The cells that clone and install are skipped, and training takes fewer steps."""
+    pytest.importorskip("IPython")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in ("support", "resources"):
+            (tmp_path / path.name).symlink_to(path)
+    cells = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "notebook.md").read_text("utf-8"), re.DOTALL)
+    cells = [cell.replace("demo.py", "demo.py --steps 5") for cell in cells if not re.match("!(git|pip)", cell)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "IPYTHONDIR": str(tmp_path)}
+    command = [sys.executable, "-c", CELL, *cells]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert len(cells) == 5 and done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "result").glob("*.png"))) >= 5 and '"step": 5' in done.stdout

@@ -6,13 +6,9 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
-from support import cli
-from support.cli import run_script
 from support.files import atomic_path, make_folder
 from support.folders import relative_path
 from support.images import InvalidImageError, read_rgb
@@ -23,16 +19,7 @@ from conftest import ROOT
 from PIL import Image
 from processes import started, wait_for
 
-import get_invalid_images
-import metrics_acc
-import metrics_auc
-import test
-import train
 from dataset import list_images, named_images
-from resources import convert_weights, estimate_prior
-
-SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "resources").glob("*.py")]
-SCRIPTS = [path for path in SCRIPTS if "def parse_args" in path.read_text(encoding="utf-8")]
 
 
 def found(folder, pattern="*.png"):
@@ -40,101 +27,7 @@ def found(folder, pattern="*.png"):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob(pattern))
 
 
-# Flags
-
-
-TRAIN = [(train, "--image_dir x", flags) for flags in (
-    *("--max_steps 0", "--max_steps -1", "--beta1 1.5", "--beta2 nan", "--seed -1", "--sigma 1e-30", "--sigma nan"),
-    *("--lr 0", "--lr nan", "--lr inf", "--gamma nan", "--load_size 20000", "--lr_steps 5 -5", "--prior="),
-)]  # fmt: skip
-PRIOR = [(estimate_prior, "--image_dir x", flags) for flags in (
-    *("--sigma nan", "--sigma 0", "--sigma -3", "--batch_size 0", "--num_workers -1"),
-)]  # fmt: skip
-COLOR = [(test, "x.jpg", flags) for flags in (
-    *("--temperature 0", "--batch_size 0"),
-    *("--temperature 1e-39", "--temperature nan", "--load_size 20000", "--num_workers 0", "--result_path="),
-)]  # fmt: skip
-OTHERS = [
-    (train, "--image_dir x", "--gamma 2"),
-    (train, "--image_dir x", "--NN 400"),
-    (train, "--image_dir x", "--loss_step 0"),
-    (get_invalid_images, "--image_dir x", "--move_to="),
-    (get_invalid_images, "--image_dir x", "--tolerance 256"),
-    (metrics_auc, "--imgs_dir x", "--crop_size 0"),
-    (metrics_acc, "--results_dir x", "--weights="),
-    (convert_weights, "x", "--head_temperature nan"),
-]
-
-
-@pytest.mark.parametrize(("script", "needed", "flags"), [*TRAIN, *PRIOR, *COLOR, *OTHERS])
-def test_flag_out_of_range_exits_with_2_and_one_line_that_names_it(capsys, script, needed, flags):
-    with pytest.raises(SystemExit) as stop:
-        script.parse_args([*needed.split(), *flags.split()])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert re.split("[ =]", flags)[0] in line and re.search("must be (at least|from)|is empty", line)
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_flags_that_are_numbers_have_a_range(path):
-    """A bare int or float would accept -1 and NaN."""
-    assert not re.search(r"type=(int|float)\b", path.read_text(encoding="utf-8"))
-
-
-def test_flag_that_is_neither_true_nor_false_is_named(capsys):
-    with pytest.raises(SystemExit):
-        test.parse_args(["x.jpg", "--compare", "maybe"])
-    assert "neither true nor false: 'maybe'" in capsys.readouterr().err
-
-
 # Ends of scripts
-
-
-@pytest.fixture
-def handlers():
-    """Restores the usual handlers, because Ctrl-C is ignored when a shell runs the tests in the background."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in cli.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def end_of(handlers, capsys):
-    """Run a main function as a script does. Return the exit code and the one line on standard error."""
-
-    def run(main, after_stop=""):
-        code = run_script(lambda _: main(), lambda: None, after_stop)
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        return code, line
-
-    return run
-
-
-@pytest.mark.parametrize(("number", "code", "why"), [("INT", 130, "by Ctrl-C"), ("TERM", 143, "by SIGTERM")])
-def test_stopped_script_reports_the_reason(end_of, number, code, why):
-    def main():
-        os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
-
-    assert end_of(main, "continue so") == (code, f"stopped {why}; continue so")
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [(MemoryError(), "not enough memory"), (OSError(24, "Too many open files", "a.png"), "a.png: too many open files")],
-)
-def test_lack_of_memory_or_a_file_error_ends_the_script_with_one_line(end_of, error, line):
-    def main():
-        raise error
-
-    code, printed = end_of(main)
-    assert code == 1 and printed.startswith(line)
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_ends_through_run_script(path):
-    ending = r'__name__ == "__main__":\n    sys\.exit\((?:cli\.)?run_script\(main, parse_args'
-    assert re.search(ending, path.read_text("utf-8"))
 
 
 @pytest.mark.slow
@@ -156,14 +49,6 @@ def test_stopped_colorization_leaves_only_complete_results(tmp_path, image_folde
     assert not list(result.glob(".*"))
     for path in result.glob("*.png"):
         Image.open(path).load()
-
-
-def test_closed_pipe_ends_the_script_silently():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import run_script\n"
-    code += "sys.exit(run_script(lambda _: print('x' * 10**6), lambda: None))"
-    done = subprocess.run(f"{sys.executable} -W ignore -c \"$CODE\" | head -c 1", shell=True, capture_output=True,
-                          env={**os.environ, "CODE": code})  # fmt: skip
-    assert done.stdout == b"x" and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
 def test_only_temporary_files_older_than_a_day_are_removed(tmp_path):
@@ -367,10 +252,3 @@ def test_nearly_black_images_and_further_frames_are_reported(tmp_path, colorize_
     assert colorize_files("in")[0] == 0
     lines = sorted(capsys.readouterr().err.splitlines())
     assert len(lines) == 2 and "frames.gif: only the first" in lines[0] and "twelve.tif: nearly black" in lines[1]
-
-
-def test_name_that_is_not_utf_8_is_escaped_in_the_last_line(tmp_path, square_crops, capsys, handlers):
-    output = os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.npy")
-    flags = ["--image_dir", str(square_crops), "--num_workers", "0", "--output", output]
-    assert run_script(estimate_prior.main, lambda: estimate_prior.parse_args(flags)) == 0
-    assert "p\\xff.npy: from 4 color images" in capsys.readouterr().out

@@ -1,9 +1,5 @@
 """The network's shape, parameter count and layout."""
 
-import copy
-
-from support.convolutions import convolve_in_parts, part_sizes
-
 import numpy as np
 import paddle
 import pytest
@@ -67,31 +63,3 @@ def test_initial_weights_are_he_normal():
         values = layer.weight.numpy()
         assert values.std() == pytest.approx(expected, rel=0.1 if values.size < 1000 else 0.02)
         assert abs(values.mean()) < 0.1 * expected and not layer.bias.numpy().any()
-
-
-def outcome(network, parts, images):
-    """Return logits, gradients and batch norm statistics after a forward and a backward pass."""
-    network = copy.deepcopy(network)
-    network.train()
-    if parts:
-        convolve_in_parts(network, parts)
-    x = paddle.to_tensor(np.random.default_rng(1).uniform(-50, 50, (images, 1, 32, 48)).astype(np.float32))
-    logits = network(x)
-    target = paddle.to_tensor(np.random.default_rng(2).standard_normal(logits.shape).astype(np.float32))
-    ((logits - target) ** 2).mean().backward()
-    gradients = {f"gradient of {name}": p.grad for name, p in network.named_parameters() if not p.stop_gradient}
-    return {"logits": logits, **gradients, **network.state_dict()}
-
-
-@pytest.mark.parametrize("parts, images", [(1, 2), (2, 5), (3, 2)])
-def test_convolutions_in_chunks_train_like_plain_layers(network, parts, images):
-    plain, in_parts = outcome(network, 0, images), outcome(network, parts, images)
-    assert plain.keys() == in_parts.keys() and len(plain) > 100
-    for name, expected in plain.items():
-        scale = float(expected.abs().max())
-        difference = float((in_parts[name] - expected).abs().max())
-        assert difference <= 2e-4 * scale, f"{name}: {difference} of {scale}"
-
-
-def test_chunks_contain_all_images():
-    assert [part_sizes(images, 3) for images in (1, 2, 3, 8)] == [[1], [1, 1], [1, 1, 1], [3, 3, 2]]

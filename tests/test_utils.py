@@ -1,19 +1,18 @@
 """Compare weights, loss, annealed mean and AuC with dense NumPy in float64; test small helpers."""
 
 import io
+import subprocess
+import sys
 
-from support.cli import Parser, UserError, add_bool_flag, printable
+from support.cli import UserError
 
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT, upsample_by_scipy
+from PIL import Image
 
-import get_invalid_images
-import metrics_acc
-import metrics_auc
-import test
-import train
-from resources import convert_weights, demo, estimate_prior
+from dataset import targets
 from utils import (
     annealed_mean,
     auc,
@@ -25,6 +24,7 @@ from utils import (
     position_weight,
     rebalancing_weights,
     soft_cross_entropy,
+    upsample_ab,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -151,18 +151,6 @@ def test_cross_entropy_gradient_is_softmax_minus_target():
     np.testing.assert_allclose(logits.grad.numpy(), probabilities - dense, atol=1e-6)
 
 
-def test_cross_entropy_gradient_agrees_with_finite_differences():
-    indices, weights, dense = sparse_targets(1, 2, 2)
-    values = RANDOM.standard_normal((1, 313, 2, 2)).astype(np.float32)
-    logits = paddle.to_tensor(values, stop_gradient=False)
-    soft_cross_entropy(logits, indices, weights).sum().backward()
-    for bin_index in (0, 100, int(indices[0, 0, 1, 1])):
-        nudged = np.stack([values.astype(np.float64)] * 2)
-        nudged[:, 0, bin_index, 1, 1] += [1e-4, -1e-4]
-        above, below = (dense_cross_entropy(x, dense)[0].sum() for x in nudged)
-        assert float(logits.grad[0, bin_index, 1, 1]) == pytest.approx((above - below) / 2e-4, abs=1e-5)
-
-
 def test_entropy_agrees_with_dense_target():
     _, weights, dense = sparse_targets(1, 3, 3)
     expected = -(dense * np.log(np.maximum(dense, 1e-300))).sum(axis=1)
@@ -170,21 +158,6 @@ def test_entropy_agrees_with_dense_target():
 
 
 # Annealed mean
-
-
-def test_annealed_mean_of_a_certain_prediction_is_its_bin():
-    bins = load_ab_bins()
-    logits = np.full((1, 313, 1, 313), -50, np.float32)
-    logits[0, np.arange(313), 0, np.arange(313)] = 50
-    np.testing.assert_allclose(
-        annealed_mean(paddle.to_tensor(logits), bins).numpy()[0, :, 0].T, bins.numpy(), atol=1e-4
-    )
-
-
-def test_annealed_mean_at_high_temperature_is_the_mean_of_the_bins():
-    bins = load_ab_bins()
-    ab = annealed_mean(paddle.randn([1, 313, 2, 2]), bins, temperature=1e6).numpy()
-    np.testing.assert_allclose(ab[0, :, 1, 1], bins.numpy().mean(axis=0), atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.38, 1])
@@ -215,36 +188,58 @@ def test_histograms_agree_with_counting_and_add_up_with_weights():
 # Helpers
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ([], True),
-        (["--rebalance"], True),
-        (["--rebalance", "True"], True),
-        (["--rebalance", "False"], False),
-        (["--rebalance", "false"], False),
-        (["--no-rebalance"], False),
-    ],
-)
-def test_boolean_flag_accepts_true_false_and_no(given, expected):
-    parser = Parser()
-    add_bool_flag(parser, "--rebalance", True, "help")
-    assert parser.parse_args(given).rebalance is expected
+# Upsampling
+
+RED, BLUE = (190, 60, 60), (60, 60, 190)
 
 
-SCRIPTS = [train, test, metrics_auc, metrics_acc, get_invalid_images, estimate_prior, convert_weights, demo]
+def true_ab(image, size):
+    """Return a perfect network's prediction for the image resized to `size`: [2, h/4, w/4]."""
+    return targets(
+        paddle.to_tensor(np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None])
+    )[1][0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda x: x.__name__)
-def test_help_shows_each_default_once(script, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    flags = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
-    assert len(flags) > 1 and all(line.count("default") <= 1 and "None" not in line for line in flags)
+@pytest.mark.parametrize("height, width", [(24, 40), (89, 149), (241, 400), (7, 11), (1, 1)])
+def test_upsampling_agrees_with_scipy(height, width):
+    ab = np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32)
+    found = upsample_ab(paddle.to_tensor(ab), height, width).numpy()
+    assert found.shape == (2, height, width)
+    assert np.abs(found - upsample_by_scipy(ab, height, width)).max() < 1e-3
 
 
-def test_names_with_any_bytes_are_printed_on_one_line():
-    assert printable("a\nb") == "a\\nb"
-    assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
-    assert printable("é 猫") == "é 猫"
+def test_upsampling_in_strips_or_batches_gives_the_same_ab():
+    ab = paddle.to_tensor(np.random.default_rng(0).uniform(-100, 100, (3, 2, 6, 10)).astype(np.float32))
+    whole = upsample_ab(ab, 89, 149).numpy()
+    assert np.allclose(whole[1], upsample_ab(ab[1], 89, 149).numpy(), atol=1e-4)
+    strips = [upsample_ab(ab, 89, 149, top, 20).numpy() for top in range(0, 89, 20)]
+    assert np.allclose(np.concatenate(strips, axis=2), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 2_000_000), (2_000_000, 1)])
+def test_very_long_image_needs_little_memory(shape):
+    """A dense matrix [pixels, positions] would take 1.5 GB."""
+    code = (
+        "import resource, sys, support, paddle; from utils import upsample_ab; ab = paddle.zeros([2, 192, 192]);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; upsample_ab(ab, *map(int, sys.argv[1:]));"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    command = [sys.executable, "-c", code, *map(str, shape)]
+    megabytes = float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert megabytes < 500
+
+
+@pytest.mark.parametrize("scale", [1, 3.7, 10])
+def test_color_edge_stays_within_one_input_pixel(scale):
+    width, height = round(128 * scale), round(32 * scale)  # the network's input is 128x32
+    displacements = []
+    for edge in range(61, 65):  # in network pixels: at each place between two positions of its output, at 60 and 64
+        pixels = np.full((height, width, 3), RED, np.uint8)
+        pixels[:, (column := round(edge * scale)) :] = BLUE
+        b = upsample_ab(true_ab(Image.fromarray(pixels), (128, 32)), height, width)[1, height // 2].numpy()
+        middle = (b[0] + b[-1]) / 2
+        after = np.argmax(b < middle)
+        crossing = after - (middle - b[after]) / (b[after - 1] - b[after]) + 0.5  # counted as `column` is
+        displacements.append((crossing - column) / scale)
+    assert np.abs(displacements[1:3]).max() <= 1
+    assert abs(np.mean(displacements)) <= 0.1  # an edge anywhere moves by up to 1.5, as targets are every 4th pixel

@@ -1,51 +1,89 @@
-"""A run that was stopped in any way continues as if it had not been stopped."""
+"""A training run that was stopped in any way continues as if it had not been stopped."""
 
-import contextlib
-import fcntl
 import math
 import os
-import pty
 import random
+import resource
 import shutil
-import signal
 import subprocess
-import sys
-import termios
-import threading
 import time
 
+from support import checkpoints, runs
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.processes import StopRequest
 
 import numpy as np
 import paddle
 import pytest
-from conftest import same_values, visualdl_reader
+from conftest import same_values
 from processes import (
     LIMIT,
-    SMALL,
-    has_ended,
     read_log,
     run_training_to_end,
+    saved_names,
     start_training,
+    state,
+    steps,
     steps_done,
-    stopped_at_random,
-    train_flags,
+    values,
     wait_for,
+    weights,
 )
+from small_network import SmallNetwork
 
 import train
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
+pytestmark = [pytest.mark.usefixtures("small_network"), pytest.mark.skipif(os.name == "nt", reason="signals")]
 
 
-@pytest.fixture(autouse=True)
-def _small(small_network):
-    pass
+def test_checkpoints_are_written_every_save_freq_epochs_and_at_the_end(run_training, tmp_path):
+    run_training("--num_epochs", 5, "--save_freq", 2, "--max_steps", 100)
+    assert saved_names(tmp_path / "run") == {"1", "3", "4", "latest"}
 
 
-def state(folder):
-    return load_checkpoint(folder / "model" / "epoch_latest_state.pdopt")
+def test_keep_flag_removes_the_oldest_checkpoints(run_training, tmp_path, square_crops):
+    run_training("--num_epochs", 5, "--keep", 2, "--max_steps", 100, "--val_dir", square_crops)
+    assert saved_names(tmp_path / "run") == {"3", "4", "latest", "best"}
+
+
+def test_save_latest_flag_saves_during_the_epoch(run_training, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(runs.Run, "save", lambda run, *names: saved.append((*names, run.progress["step"])))
+    run_training("--batch_size", 1, "--max_steps", 3, "--save_latest", 2)
+    assert saved == [("latest", 2), ("latest", 3)]
+
+
+def test_checkpoint_is_a_state_dict_with_load_size_epoch_and_step(run_training, tmp_path, square_crops):
+    run_training("--num_epochs", 2, "--max_steps", 9, "--val_dir", square_crops)
+    for name, epoch, step in (("0", 1, 1), ("1", 2, 2), ("latest", 2, 2)):
+        path = tmp_path / "run" / "model" / f"epoch_{name}_model.pdparams"
+        state = paddle.load(str(path))
+        assert state.keys() == {*SmallNetwork().state_dict(), *train.ENTRIES}
+        assert [int(state[entry]) for entry in train.ENTRIES] == [40, epoch, step]
+        assert all(state[entry].dtype == np.int64 for entry in train.ENTRIES)
+        checkpoints.load_weights(SmallNetwork(), path)
+    assert {*train.ENTRIES} < paddle.load(str(path.with_name("epoch_best_model.pdparams"))).keys()
+
+
+def test_resumed_run_equals_one_that_was_not_stopped(run_training, tmp_path, square_crops):
+    flags = ["--batch_size", 1, "--val_dir", square_crops, "--num_epochs", 3]
+    whole = run_training(*flags, "--max_steps", 11, folder="whole")
+    run_training(*flags, "--max_steps", 6, folder="parts")
+    parts = run_training(*flags, "--max_steps", 11, "--continue_train", folder="parts")
+    assert same_values(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    timeless = [
+        {k: v for k, v in line.items() if k in ("step", "cross_entropy", "kl", "val_kl", "lr")} for line in steps(whole)
+    ]
+    assert timeless == [{k: line[k] for k in timeless[0]} for line in steps(parts)]
+
+
+def test_run_resumes_from_a_numbered_epoch(run_training, tmp_path):
+    run_training("--num_epochs", 3, "--max_steps", 100, folder="a")
+    run_training("--num_epochs", 2, "--max_steps", 100, folder="b")
+    run_training("--num_epochs", 3, "--max_steps", 100, "--continue_train", "True", "--which_epoch", 1, folder="b")
+    assert same_values(weights(tmp_path / "a", "2"), weights(tmp_path / "b", "2"))
+
+
+# Killed runs
 
 
 @pytest.fixture
@@ -58,18 +96,6 @@ def change_progress(tmp_path):
         save_checkpoint(saved, tmp_path / "run" / "model" / "epoch_latest_state.pdopt")
 
     return change
-
-
-def saved_names(tmp_path):
-    return {path.name.split("_")[1] for path in (tmp_path / "run" / "model").glob("*.pdparams")}
-
-
-def values(folder):
-    """Return the log without its times; a step that was repeated appears twice."""
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_log(folder)]
-
-
-# Killed
 
 
 def killed_at_random(folder, images, steps, kills, *more):
@@ -129,146 +155,6 @@ def test_run_killed_after_any_write_of_a_checkpoint_can_be_resumed(run_training,
             assert same_values(state(tmp_path / "whole"), state(tmp_path / folder))
 
 
-@pytest.mark.slow
-def test_workers_end_with_a_killed_run(tmp_path, square_crops):
-    with start_training(tmp_path, square_crops, "--num_workers", 2, "--batch_size", 1) as process:
-        wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
-        process.send_signal(signal.SIGSTOP)  # so that it starts no new workers
-        family = process.family()
-        process.kill()
-        wait_for(lambda: all(has_ended(pid) for pid in family))
-
-
-# Signals
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_signal_saves_and_sets_the_exit_code(tmp_path, square_crops, number, code):
-    """A terminal or a launcher sends it to the whole group of processes, workers included."""
-    more = ["--batch_size", 1, "--num_workers", 2]
-    with start_training(tmp_path, square_crops, *more) as process:
-        wait_for(lambda: steps_done(tmp_path) > 5, process)
-        os.killpg(process.pid, number)
-        assert process.wait(LIMIT) == code
-    message = (tmp_path / "err").read_text()
-    assert "Traceback" not in message and "--continue_train" in message
-    done = steps_done(tmp_path)
-    assert state(tmp_path)["progress"]["step"] == done
-    whole = tmp_path / "whole"
-    code, _ = run_training_to_end(tmp_path, square_crops, *more, "--continue_train", "--max_steps", done + 3)
-    assert code == 0 and run_training_to_end(whole, square_crops, *more, "--max_steps", done + 3)[0] == 0
-    assert same_values(state(tmp_path), state(whole)) and values(tmp_path) == values(whole)
-
-
-@pytest.mark.slow
-def test_signal_at_any_moment_loses_no_step(tmp_path, square_crops):
-    """The workers of the next epoch may just be starting."""
-    for code, expected, printed in stopped_at_random(tmp_path, square_crops, signals=12):
-        assert code == expected, printed
-        assert "Traceback" not in printed and "resume with" in printed
-        assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
-
-
-@pytest.mark.slow
-def test_closed_terminal_loses_no_step(tmp_path, square_crops):
-    """The other end of the run's own terminal is closed: the kernel sends SIGHUP, and writing fails from then on."""
-    ours, theirs = pty.openpty()
-
-    def take_terminal():
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-
-    command = [
-        sys.executable,
-        str(SMALL),
-        *train_flags(tmp_path, square_crops, "--batch_size", 1, "--save_latest", 10**6),
-    ]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal)
-    os.close(theirs)
-    reader = threading.Thread(target=lambda: read_all(ours), daemon=True)
-    reader.start()
-    try:
-        wait_for(lambda: steps_done(tmp_path) > 5, process)
-        os.close(ours)
-        assert process.wait(LIMIT) == 129
-    finally:
-        process.kill()
-        process.wait()
-    assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
-
-
-def read_all(descriptor):
-    with contextlib.suppress(OSError):
-        while os.read(descriptor, 1000):
-            pass
-
-
-@pytest.mark.slow
-def test_nohup_keeps_a_run_alive_after_sighup(tmp_path, square_crops):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run inherits it
-    try:
-        with start_training(tmp_path, square_crops, "--batch_size", 1) as process:
-            wait_for(lambda: steps_done(tmp_path) > 2, process)
-            process.send_signal(signal.SIGHUP)
-            before = steps_done(tmp_path)
-            wait_for(lambda: steps_done(tmp_path) > before + 3, process)
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.mark.slow
-def test_worker_killed_by_the_same_signal_does_not_prevent_a_save(tmp_path, square_crops):
-    with start_training(tmp_path, square_crops, "--num_workers", 2, "--batch_size", 1) as process:
-        wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
-        process.send_signal(signal.SIGSTOP)  # so that it starts no new workers
-        for pid in process.family() - {process.pid}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(LIMIT) == 143
-    assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
-
-
-def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.after_step() == signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
-    run_training, square_crops, tmp_path, monkeypatch
-):
-    original = train.objective
-
-    def signalled(*x):
-        if not paddle.is_grad_enabled():
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*x)
-
-    flags = ["--val_dir", square_crops, "--num_epochs", 1, "--max_steps", 5]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "objective", signalled)
-        with pytest.raises(AssertionError):  # the fixture checks the exit code
-            run_training(*flags)
-    assert state(tmp_path / "run")["progress"]["batch"] == 1  # of 1: the epoch has not ended
-    assert not any("val_kl" in line for line in read_log(tmp_path / "run"))
-    lines = run_training(*flags, "--continue_train")
-    assert [line["step"] for line in lines if "val_kl" in line] == [1]
-    assert (tmp_path / "run" / "model" / "epoch_0_model.pdparams").exists()
-
-
-# Training states
-
-
 def test_validation_that_a_kill_prevented_is_done_when_resumed(run_training, change_progress, square_crops):
     """The run saved at the last step of an epoch and was killed during the validation."""
     flags = ["--batch_size", 1, "--num_epochs", 1]
@@ -292,10 +178,10 @@ def test_unknown_progress_is_ignored(run_training, change_progress, tmp_path):
     run_training("--num_epochs", 2, "--max_steps", 9)
     change_progress(keep=1, folder="/nowhere", save=None)
     run_training("--num_epochs", 3, "--max_steps", 9, "--continue_train")
-    assert saved_names(tmp_path) == {"0", "1", "2", "latest"}
+    assert saved_names(tmp_path / "run") == {"0", "1", "2", "latest"}
 
 
-# Folders
+# Earlier runs
 
 
 def test_earlier_run_is_replaced_only_with_overwrite(run_training, error_message, tmp_path):
@@ -361,36 +247,7 @@ def test_folder_of_a_running_training_is_refused_until_it_ends(tmp_path, square_
         assert code == 0, err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "workers", "save_latest", "advice"),
-    [
-        (signal.SIGKILL, 2, 10**6, "nothing was saved"),
-        (signal.SIGBUS, 1, 1, "--continue_train resumes from the last save"),
-    ],
-)
-def test_killed_worker_stops_the_run_with_advice(tmp_path, square_crops, number, workers, save_latest, advice):
-    """The kernel kills one with SIGKILL when memory runs out, with SIGBUS when /dev/shm is full.
-
-    This happens before the last batches of an epoch. Later a lost worker does no harm, as the next epoch has new ones.
-    """
-    for i in range(500):  # an epoch of half a minute
-        shutil.copytree(square_crops, tmp_path / "images" / str(i))
-    run = [tmp_path, tmp_path / "images", "--batch_size", 1, "--num_workers", workers, "--save_latest", save_latest]
-    with start_training(*run) as process:
-        wait_for(lambda: steps_done(tmp_path) > 2, process)
-        for pid in process.family() - {process.pid}:
-            os.kill(pid, number)
-        assert process.wait(LIMIT) == 1
-    message = (tmp_path / "err").read_text()
-    assert "images was killed or failed" in message and message.rstrip().endswith(f"try fewer --num_workers; {advice}")
-    assert "Traceback (most recent" not in message and "exit unexpectedly" not in message  # Paddle's own message
-    resume = ["--continue_train"] if save_latest == 1 else []  # the original command is not refused
-    code, err = run_training_to_end(*run, *resume, "--max_steps", steps_done(tmp_path) + 5)
-    assert code == 0, err
-
-
-# Other flags and files
+# Changed flags and files
 
 
 def test_changed_objective_is_refused_when_resuming(run_training, error_message, tmp_path):
@@ -450,39 +307,11 @@ def test_unusable_training_states_print_one_line(run_training, error_message, tm
         assert "no such checkpoint" in error_message(run_training, "--continue_train", *flags)
 
 
-def test_damaged_lines_of_the_log_are_removed_on_resuming(run_training, tmp_path):
-    run_training("--batch_size", 1, "--max_steps", 2)
-    with open(tmp_path / "run" / "log" / "train.jsonl", "a") as file:
-        file.write('\0\0\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
-    lines = run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
-    assert [line["step"] for line in lines] == [1, 2, 3] and "cross_entropy" in lines[2]
-
-
-def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_path, square_crops, capsys):
-    """Pictures are shown since the last start only."""
-    shown = (("scalar", "training/loss"), ("scalar", "validation/kl"), ("image", train.PICTURE))
-    model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
-
-    def steps_shown(to, *more):
-        run_training("--batch_size", 2, "--val_dir", square_crops, "--num_epochs", 9, "--max_steps", to, *more)
-        board = visualdl_reader(logs)
-        return [[x.id for x in board.get_data(*kind)] if kind[1] in board.get_tags()[kind[0]] else [] for kind in shown]
-
-    assert steps_shown(2) == [[1, 2], [2], [2]]
-    shutil.copytree(model, tmp_path / "saved")
-    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4], [4]]
-    shutil.rmtree(model)  # as if killed after step 4, of which 2 were saved
-    shutil.copytree(tmp_path / "saved", model)
-    assert steps_shown(3, "--continue_train")[:2] == [[1, 2, 3], [2, 3]]
-    assert steps_shown(2) == [[1, 2], [2], [2]]  # a new run
-    assert "exists" not in capsys.readouterr().out
-
-
 def test_keep_flag_leaves_later_checkpoints_when_an_earlier_epoch_is_resumed(run_training, tmp_path):
     run_training("--num_epochs", 4, "--max_steps", 100)
     more = ["--num_epochs", 3, "--max_steps", 100, "--continue_train", "--which_epoch", 1]
     run_training(*more, "--keep", 1)
-    assert saved_names(tmp_path) == {"2", "3", "latest"}
+    assert saved_names(tmp_path / "run") == {"2", "3", "latest"}
 
 
 @pytest.mark.parametrize("folder", ["run", "other"])
@@ -495,3 +324,57 @@ def test_fine_tuning_starts_from_weights_alone(run_training, tmp_path, folder):
     after = state(tmp_path / folder)
     assert after["progress"]["step"] == 1
     assert np.array_equal(after["network"]["head.weight"], before["head.weight"])
+
+
+# Failed saves
+
+
+def test_failed_save_keeps_the_last_checkpoint(run_training, error_message, tmp_path):
+    run_training("--batch_size", 1, "--max_steps", 2)
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    before = path.read_bytes()
+    original, limit = resource.getrlimit(resource.RLIMIT_FSIZE), path.stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, original[1]))  # Python ignores SIGXFSZ: writing fails
+    try:
+        message = error_message(run_training, "--batch_size", 1, "--max_steps", 3, "--continue_train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, original)
+    assert "epoch_latest_state.pdopt: cannot be written: file too large" in message
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 3  # with the lock
+    run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("full", ["model", "log"])
+def test_full_disk_stops_the_run_with_one_line(tmp_path, square_crops, full):
+    (disk := tmp_path / full).mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        more = ["--batch_size", 1, "--save_latest", 5]
+        with start_training(tmp_path, square_crops, *more) as process:
+            wait_for(lambda: (tmp_path / "model" / "epoch_latest_model.pdparams").exists(), process)
+            with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(10_000))
+            assert process.wait(LIMIT) == 1
+        lines = (tmp_path / "err").read_text().splitlines()
+        assert "cannot be written: no space left on device" in lines[-1] and "Traceback" not in "".join(lines)
+        (disk / "filler").unlink()
+        step = load_checkpoint(tmp_path / "model" / "epoch_latest_state.pdopt")["progress"]["step"]
+        assert step % 5 == 0
+        code, _ = run_training_to_end(tmp_path, square_crops, *more, "--continue_train", "--max_steps", step + 5)
+        assert code == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_training, error_message, tmp_path):
+    """The first step at a very high learning rate has a finite loss, but leaves weights that overflow."""
+    run_training("--batch_size", 1, "--max_steps", 2)
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    before = path.read_bytes()
+    overflow = ["--max_steps", 3, "--lr", 1e38, "--beta2", 0]
+    assert "the weights are not finite" in error_message(run_training, "--batch_size", 1, "--continue_train", *overflow)
+    assert path.read_bytes() == before

@@ -1,0 +1,161 @@
+"""Flags, messages and exit codes of the scripts."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+from support import cli
+from support.cli import Parser, add_bool_flag, number, printable, run_script, whole
+
+import pytest
+from conftest import ROOT
+
+from resources import estimate_prior
+
+SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "resources").glob("*.py")]
+SCRIPTS = [path for path in SCRIPTS if "def parse_args" in path.read_text(encoding="utf-8")]
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], True),
+        (["--rebalance"], True),
+        (["--rebalance", "True"], True),
+        (["--rebalance", "False"], False),
+        (["--rebalance", "false"], False),
+        (["--no-rebalance"], False),
+    ],
+)
+def test_boolean_flag_accepts_true_false_and_no(given, expected):
+    parser = Parser()
+    add_bool_flag(parser, "--rebalance", True, "help")
+    assert parser.parse_args(given).rebalance is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("--share 2", "argument --share: 2 must be from 0 to 1"),
+        ("--share nan", "argument --share: nan must be from 0 to 1"),
+        ("--share x", "argument --share: invalid float value: 'x'"),
+        ("--count 0", "argument --count: 0 must be at least 1"),
+        ("--count 1.5", "argument --count: invalid int value: '1.5'"),
+        ("--file=", "--file '': is empty (an unset variable?)"),
+        ("--draw maybe", "argument --draw: neither true nor false: 'maybe'"),
+    ],
+)
+def test_flag_out_of_range_exits_with_2_and_one_line_that_names_it(capsys, given, problem):
+    parser = Parser(prog="x.py")
+    parser.add_argument("--share", type=number(0, 1))
+    parser.add_argument("--count", type=whole())
+    parser.add_argument("--file")
+    add_bool_flag(parser, "--draw", False, "help")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([given] if given.endswith("=") else given.split())
+    assert stop.value.code == 2 and capsys.readouterr().err == f"x.py: {problem} (--help lists the flags)\n"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_flags_that_are_numbers_have_a_range(path):
+    """A bare int or float would accept -1 and NaN."""
+    assert not re.search(r"type=(int|float)\b", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_shows_each_default_once(path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    script = pytest.importorskip(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    flags = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
+    assert flags and all(line.count("(default") <= 1 and "None" not in line for line in flags)
+
+
+def test_names_with_any_bytes_are_printed_on_one_line():
+    assert printable("a\nb") == "a\\nb"
+    assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\\xe9"
+    assert printable("é 猫") == "é 猫"
+
+
+# Ends of scripts
+
+
+@pytest.fixture
+def handlers():
+    """Restores the usual handlers, because Ctrl-C is ignored when a shell runs the tests in the background."""
+    before = {x: signal.signal(x, signal.SIG_DFL) for x in cli.SIGNALS}
+    yield
+    for signal_number, handler in before.items():
+        signal.signal(signal_number, handler)
+
+
+@pytest.fixture
+def end_of(handlers, capsys):
+    """Run a main function as a script does. Return the exit code and the one line on standard error."""
+
+    def run(main, after_stop=""):
+        code = run_script(lambda _: main(), lambda: None, after_stop)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return code, line
+
+    return run
+
+
+@pytest.mark.parametrize(("number", "code", "why"), [("INT", 130, "by Ctrl-C"), ("TERM", 143, "by SIGTERM")])
+def test_stopped_script_reports_the_reason(end_of, number, code, why):
+    def main():
+        os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
+
+    assert end_of(main, "continue so") == (code, f"stopped {why}; continue so")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(MemoryError(), "not enough memory"), (OSError(24, "Too many open files", "a.png"), "a.png: too many open files")],
+)
+def test_lack_of_memory_or_a_file_error_ends_the_script_with_one_line(end_of, error, line):
+    def main():
+        raise error
+
+    code, printed = end_of(main)
+    assert code == 1 and printed.startswith(line)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_ends_through_run_script(path):
+    ending = r'__name__ == "__main__":\n    sys\.exit\((?:cli\.)?run_script\(main, parse_args'
+    assert re.search(ending, path.read_text("utf-8"))
+
+
+def test_closed_pipe_ends_the_script_silently():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import run_script\n"
+    code += "sys.exit(run_script(lambda _: print('x' * 10**6), lambda: None))"
+    done = subprocess.run(f"{sys.executable} -W ignore -c \"$CODE\" | head -c 1", shell=True, capture_output=True,
+                          env={**os.environ, "CODE": code})  # fmt: skip
+    assert done.stdout == b"x" and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+def test_name_that_is_not_utf_8_is_escaped_in_the_last_line(tmp_path, square_crops, capsys, handlers):
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.npy")
+    flags = ["--image_dir", str(square_crops), "--num_workers", "0", "--output", output]
+    assert run_script(estimate_prior.main, lambda: estimate_prior.parse_args(flags)) == 0
+    assert "p\\xff.npy: from 4 color images" in capsys.readouterr().out
+
+
+class NotebookStream:
+    """Like a notebook's standard output, has neither `reconfigure` nor `fileno`."""
+
+    write = flush = lambda self, *_: None
+
+
+def test_script_runs_in_a_notebook_and_leaves_its_interrupts_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", NotebookStream())
+    before = signal.getsignal(signal.SIGINT)
+    assert run_script(lambda _: 0, lambda: None) == 0
+    assert signal.getsignal(signal.SIGINT) is before

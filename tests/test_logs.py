@@ -1,0 +1,125 @@
+"""The log of a run: lines, VisualDL, and the values that they show."""
+
+import io
+import math
+import shutil
+import time
+from types import SimpleNamespace
+
+from support import logs
+from support.sheets import tile
+
+import numpy as np
+import paddle
+import pytest
+from conftest import visualdl_reader
+from PIL import Image
+from processes import steps
+
+import train
+
+pytestmark = pytest.mark.usefixtures("small_network")
+
+
+def test_visualdl_shows_all_logged_values_and_a_picture(run_training, square_crops, tmp_path):
+    lines = run_training("--val_dir", square_crops, "--load_size", 64)
+    board = visualdl_reader(tmp_path / "run" / "log")
+    names = {name for line in lines for name in line} - {"step", "epoch"}
+    tags = {f"validation/{name[4:]}" if name.startswith("val_") else f"training/{name}": name for name in names}
+    assert {*board.get_tags()["scalar"]} == {*tags} and len(tags) == 9
+    for tag, name in tags.items():
+        logged = {line["step"]: line[name] for line in lines if name in line}
+        assert {x.id: x.value for x in board.get_data("scalar", tag)} == pytest.approx(logged)
+    pictures = board.get_data("image", train.PICTURE)
+    picture = np.asarray(Image.open(io.BytesIO(pictures[-1].image.encoded_image_string)))
+    assert picture.shape == (2 * 68, 2 * (3 * 64 + 4), 3)
+    for i, path in enumerate(sorted(square_crops.iterdir())):  # the ground truth, two images per row
+        top, left = i // 2 * 68, i % 2 * (3 * 64 + 4) + 2 * 64
+        assert np.array_equal(picture[top : top + 64, left : left + 64], np.asarray(Image.open(path)))
+
+
+def test_picture_of_one_or_three_validation_images_is_filled_up():
+    square = np.zeros((32, 96, 3), np.uint8)
+    assert tile([square]).shape == (34, 98, 3)
+    three = tile([square] * 3)
+    assert three.shape == (68, 196, 3) and (three[34:, 98:] == 255).all()
+
+
+def test_lines_of_the_log_average_over_loss_step_steps(run_training):
+    each = steps(run_training("--max_steps", 4, "--batch_size", 1, "--lr", 1e-3, "--lr_steps", 1, 3, folder="a"))
+    pairs = steps(run_training("--max_steps", 4, "--batch_size", 1, "--loss_step", 2, "--lr", 1e-3, "--lr_steps", 1, 3))
+    assert [x["step"] for x in pairs] == [1, 2, 4]  # the first, too
+    assert pairs[2]["cross_entropy"] == pytest.approx(
+        (each[2]["cross_entropy"] + each[3]["cross_entropy"]) / 2, rel=1e-5
+    )
+    rates = [1e-3 / math.sqrt(10), 1e-3 / math.sqrt(10), 1e-4, 1e-4]  # of the step after each line
+    assert [line["lr"] for line in each] == pytest.approx(rates)
+    assert pairs[0].keys() == {"step", "epoch", "loss", "cross_entropy", "kl", "images_per_second", "waiting", "lr"}
+    assert 0 <= pairs[0]["waiting"] <= 1 and pairs[0]["images_per_second"] > 0
+
+
+def test_first_and_last_step_of_each_start_are_logged(run_training):
+    flags = ["--batch_size", 1, "--num_epochs", 9, "--loss_step", 50]
+    assert [line["step"] for line in steps(run_training("--max_steps", 3, *flags))] == [1, 3]
+    assert [line["step"] for line in steps(run_training("--max_steps", 7, *flags, "--continue_train"))] == [1, 3, 4, 7]
+
+
+def test_logged_speed_excludes_the_time_of_validation(run_training, square_crops, monkeypatch):
+    """The clock advances by 1 s in a training step and by 100 s in a validation step."""
+    clock, objective = [0], train.objective
+
+    def timed(*x):
+        clock[0] += 1 if paddle.is_grad_enabled() else 100
+        return objective(*x)
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: clock[0], time_ns=time.time_ns))
+    monkeypatch.setattr(train, "objective", timed)
+    flags = ["--batch_size", 2, "--max_steps", 4, "--num_epochs", 2, "--loss_step", 4, "--val_dir", square_crops]
+    assert [line["images_per_second"] for line in steps(run_training(*flags))] == [2, 2]
+
+
+def test_damaged_lines_of_the_log_are_removed_on_resuming(run_training, tmp_path):
+    run_training("--batch_size", 1, "--max_steps", 2)
+    with open(tmp_path / "run" / "log" / "train.jsonl", "a") as file:
+        file.write('\0\0\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    lines = run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
+    assert [line["step"] for line in lines] == [1, 2, 3] and "cross_entropy" in lines[2]
+
+
+def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_path, square_crops, capsys):
+    """Pictures are shown since the last start only."""
+    shown = (("scalar", "training/loss"), ("scalar", "validation/kl"), ("image", train.PICTURE))
+    model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
+
+    def steps_shown(to, *more):
+        run_training("--batch_size", 2, "--val_dir", square_crops, "--num_epochs", 9, "--max_steps", to, *more)
+        board = visualdl_reader(logs)
+        return [[x.id for x in board.get_data(*kind)] if kind[1] in board.get_tags()[kind[0]] else [] for kind in shown]
+
+    assert steps_shown(2) == [[1, 2], [2], [2]]
+    shutil.copytree(model, tmp_path / "saved")
+    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4], [4]]
+    shutil.rmtree(model)  # as if killed after step 4, of which 2 were saved
+    shutil.copytree(tmp_path / "saved", model)
+    assert steps_shown(3, "--continue_train")[:2] == [[1, 2, 3], [2, 3]]
+    assert steps_shown(2) == [[1, 2], [2], [2]]  # a new run
+    assert "exists" not in capsys.readouterr().out
+
+
+# Unreadable files
+
+
+def test_unreadable_images_are_skipped_replaced_and_counted(run_training, damaged, capfd):
+    flags = ["--batch_size", 17, "--num_epochs", 1, "--max_broken", 0.9, "--num_workers", 2]
+    assert len(run_training(*flags, image_dir=damaged)) == 1
+    err = capfd.readouterr().err
+    reasons = ("truncated.png: ", "text.jpg: not an image", "zero.png: empty file", "bomb.png: 50000x50000 is over")
+    assert all(reason in err for reason in (*reasons, "vanished.png: no such file"))
+    skipped = err.count("skipped ")
+    assert f"epoch 0: {skipped} of {17 + skipped} images could not be read" in err
+    assert "Traceback" not in err
+
+
+def test_too_many_unreadable_images_stop_the_run(run_training, error_message, damaged):
+    message = error_message(run_training, "--batch_size", 17, image_dir=damaged)
+    assert "cannot be read: more than --max_broken 0.1" in message

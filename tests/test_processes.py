@@ -1,0 +1,293 @@
+"""Several processes (`paddle.distributed.launch` with gloo on the CPU) train as one does, and signals stop a run."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from contextlib import nullcontext
+
+from support import processes
+from support.checkpoints import load_checkpoint
+from support.cli import UserError
+from support.processes import StopRequest, check_synchronized
+
+import numpy as np
+import paddle
+import pytest
+from conftest import same_values
+from processes import (
+    LIMIT,
+    SMALL,
+    has_ended,
+    launcher_flags,
+    read_log,
+    run_training_to_end,
+    start_training,
+    state,
+    steps_done,
+    stopped_at_random,
+    train_flags,
+    values,
+    wait_for,
+    weights,
+)
+from small_network import SmallNetwork
+
+import train
+
+pytestmark = [pytest.mark.usefixtures("small_network"), pytest.mark.skipif(os.name == "nt", reason="gloo")]
+
+
+def ranks(process):
+    """Return the ids of the processes that train, by rank."""
+    found = {}
+    for pid in process.family() - {process.pid}:
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/stat") as stat:
+                rank = re.search(rb"PADDLE_TRAINER_ID=(\d+)", environ.read())
+                parent = int(stat.read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if rank and parent == process.pid:
+            found[int(rank[1])] = pid
+    return found
+
+
+def compare(one, two, rtol=1e-4):
+    """Compare the logs and weights of two runs."""
+    lines = [read_log(folder) for folder in (one, two)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for a, b in zip(*lines):
+        for name in a.keys() - {"images_per_second", "waiting"}:
+            assert a[name] == pytest.approx(b[name], rel=rtol), name
+    for name, value in weights(one).items():
+        np.testing.assert_allclose(weights(two)[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_batch(tmp_path, image_folder, square_crops):
+    """Losses, weights, and a validation of three images. Batch norm is frozen: its statistics are per process."""
+    for i, path in enumerate(sorted(image_folder.iterdir())[:3]):
+        (tmp_path / "three").mkdir(exist_ok=True)
+        (tmp_path / "three" / f"{i}.png").write_bytes(path.read_bytes())
+    (tmp_path / "five").mkdir()
+    for path in [*sorted(square_crops.iterdir()), tmp_path / "three" / "0.png"]:
+        (tmp_path / "five" / path.name).write_bytes(path.read_bytes())
+    more = ["--val_dir", tmp_path / "three", "--freeze_bn", "--lr", 1e-3, "--num_epochs", 5, "--save_freq", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_training_to_end(one, tmp_path / "five", *more)[0] == 0
+    code, _ = run_training_to_end(two, tmp_path / "five", *more, launcher=launcher_flags(2, two))
+    assert code == 0
+    compare(one, two)
+    assert sum("val_kl" in line for line in read_log(two)) == 5
+    names = [sorted(path.name for path in (folder / "model").iterdir()) for folder in (one, two)]
+    assert names[0] == names[1]
+    assert len(list((two / "log").glob("vdlrecords*"))) == 1  # only rank 0 writes
+    assert (two / "out").read_text().count("val_kl") == 5
+    # A run can be resumed with another number of processes, and the images stay the same.
+    for folder, launcher in ((one, launcher_flags(2, one)), (two, ())):
+        more[more.index("--num_epochs") + 1] = 7
+        assert run_training_to_end(folder, tmp_path / "five", *more, "--continue_train", launcher=launcher)[0] == 0
+    compare(one, two)
+
+
+@pytest.mark.slow
+def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, square_crops):
+    """Each process has half of the images; the learning rate is almost 0."""
+    more = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_training_to_end(one, square_crops, *more)[0] == 0
+    assert run_training_to_end(two, square_crops, *more, launcher=launcher_flags(2, two))[0] == 0
+    # The first batch norm's mean is linear in the images.
+    np.testing.assert_allclose(weights(one)["down.0.2._mean"], weights(two)["down.0.2._mean"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_launcher_saves_the_run(tmp_path, square_crops, number):
+    with start_training(tmp_path, square_crops, "--num_workers", 1, launcher=launcher_flags(2, tmp_path)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 5, process)
+        trainers = ranks(process)
+        assert len(trainers) == 2
+        process.send_signal(number)
+        process.wait(LIMIT)
+        wait_for(lambda: all(has_ended(pid) for pid in trainers.values()))
+    state = load_checkpoint(tmp_path / "model" / "epoch_latest_state.pdopt")
+    assert state["progress"]["step"] == steps_done(tmp_path)
+
+
+@pytest.mark.slow
+def test_lost_process_ends_the_others(tmp_path, square_crops):
+    with start_training(tmp_path, square_crops, "--num_workers", 1, launcher=launcher_flags(2, tmp_path)) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2, process)
+        trainers = ranks(process)
+        family = process.family()
+        os.kill(trainers[1], signal.SIGKILL)
+        assert process.wait(LIMIT) != 0
+        wait_for(lambda: all(has_ended(pid) for pid in family))
+    # Rank 0 may be named as well, if it ended before the launcher looked.
+    message = (tmp_path / "out").read_text() + (tmp_path / "err").read_text()
+    assert re.search(r"rank=\[(0, )?1\] was aborted", message)
+
+
+def test_processes_agree_about_once_per_second(monkeypatch):
+    """Steps may take any time."""
+    clock, questions = [0.0], []
+    monkeypatch.setattr(processes.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes, "all_reduce", lambda values, _: questions.append(clock[0]) or values)
+    with processes.StopRequest() as stop:
+        for _ in range(2000):
+            clock[0] += 0.01 if clock[0] < 10 else 3
+            assert stop.after_step() == 0
+    early = sorted({x for x in questions if x < 10})
+    assert 9 <= len(early) <= 12
+    late = sorted({x for x in questions if x > 500})
+    assert np.diff(late).max() == 3  # after each step
+
+
+@pytest.mark.parametrize("other", [1.0, 1.2])
+def test_unsynchronized_batch_norm_stops_the_run(monkeypatch, other):
+    """`other` is the ratio of the statistics of a second process to this one's."""
+
+    def maximum(values, _):
+        return np.maximum(values, values * other)
+
+    monkeypatch.setattr("support.processes.all_reduce", maximum)
+    network = SmallNetwork()
+    network(25 * paddle.randn([2, 1, 32, 32]))
+    with nullcontext() if other == 1 else pytest.raises(UserError, match="not synchronized"):
+        check_synchronized(network)
+
+
+# Signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_signal_saves_and_sets_the_exit_code(tmp_path, square_crops, number, code):
+    """A terminal or a launcher sends it to the whole group of processes, workers included."""
+    more = ["--batch_size", 1, "--num_workers", 2]
+    with start_training(tmp_path, square_crops, *more) as process:
+        wait_for(lambda: steps_done(tmp_path) > 5, process)
+        os.killpg(process.pid, number)
+        assert process.wait(LIMIT) == code
+    message = (tmp_path / "err").read_text()
+    assert "Traceback" not in message and "--continue_train" in message
+    done = steps_done(tmp_path)
+    assert state(tmp_path)["progress"]["step"] == done
+    whole = tmp_path / "whole"
+    code, _ = run_training_to_end(tmp_path, square_crops, *more, "--continue_train", "--max_steps", done + 3)
+    assert code == 0 and run_training_to_end(whole, square_crops, *more, "--max_steps", done + 3)[0] == 0
+    assert same_values(state(tmp_path), state(whole)) and values(tmp_path) == values(whole)
+
+
+@pytest.mark.slow
+def test_signal_at_any_moment_loses_no_step(tmp_path, square_crops):
+    """The workers of the next epoch may just be starting."""
+    for code, expected, printed in stopped_at_random(tmp_path, square_crops, signals=12):
+        assert code == expected, printed
+        assert "Traceback" not in printed and "resume with" in printed
+        assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
+
+
+@pytest.mark.slow
+def test_closed_terminal_loses_no_step(tmp_path, square_crops):
+    """The other end of the run's own terminal is closed: the kernel sends SIGHUP, and writing fails from then on."""
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    command = [
+        sys.executable,
+        str(SMALL),
+        *train_flags(tmp_path, square_crops, "--batch_size", 1, "--save_latest", 10**6),
+    ]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal)
+    os.close(theirs)
+    reader = threading.Thread(target=lambda: read_all(ours), daemon=True)
+    reader.start()
+    try:
+        wait_for(lambda: steps_done(tmp_path) > 5, process)
+        os.close(ours)
+        assert process.wait(LIMIT) == 129
+    finally:
+        process.kill()
+        process.wait()
+    assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
+
+
+def read_all(descriptor):
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 1000):
+            pass
+
+
+@pytest.mark.slow
+def test_nohup_keeps_a_run_alive_after_sighup(tmp_path, square_crops):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run inherits it
+    try:
+        with start_training(tmp_path, square_crops, "--batch_size", 1) as process:
+            wait_for(lambda: steps_done(tmp_path) > 2, process)
+            process.send_signal(signal.SIGHUP)
+            before = steps_done(tmp_path)
+            wait_for(lambda: steps_done(tmp_path) > before + 3, process)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.slow
+def test_worker_killed_by_the_same_signal_does_not_prevent_a_save(tmp_path, square_crops):
+    with start_training(tmp_path, square_crops, "--num_workers", 2, "--batch_size", 1) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
+        process.send_signal(signal.SIGSTOP)  # so that it starts no new workers
+        for pid in process.family() - {process.pid}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(LIMIT) == 143
+    assert state(tmp_path)["progress"]["step"] == steps_done(tmp_path)
+
+
+def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.after_step() == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
+    run_training, square_crops, tmp_path, monkeypatch
+):
+    original = train.objective
+
+    def signalled(*x):
+        if not paddle.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*x)
+
+    flags = ["--val_dir", square_crops, "--num_epochs", 1, "--max_steps", 5]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "objective", signalled)
+        with pytest.raises(AssertionError):  # the fixture checks the exit code
+            run_training(*flags)
+    assert state(tmp_path / "run")["progress"]["batch"] == 1  # of 1: the epoch has not ended
+    assert not any("val_kl" in line for line in read_log(tmp_path / "run"))
+    lines = run_training(*flags, "--continue_train")
+    assert [line["step"] for line in lines if "val_kl" in line] == [1]
+    assert (tmp_path / "run" / "model" / "epoch_0_model.pdparams").exists()

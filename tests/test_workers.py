@@ -1,0 +1,99 @@
+"""Processes and threads that read images."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+
+from support.workers import default_workers, from_workers, parallel_map
+
+import numpy as np
+import paddle
+import pytest
+from processes import LIMIT, has_ended, run_training_to_end, start_training, steps_done, wait_for
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_run(tmp_path, square_crops):
+    with start_training(tmp_path, square_crops, "--num_workers", 2, "--batch_size", 1) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
+        process.send_signal(signal.SIGSTOP)  # so that it starts no new workers
+        family = process.family()
+        process.kill()
+        wait_for(lambda: all(has_ended(pid) for pid in family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "workers", "save_latest", "advice"),
+    [
+        (signal.SIGKILL, 2, 10**6, "nothing was saved"),
+        (signal.SIGBUS, 1, 1, "--continue_train resumes from the last save"),
+    ],
+)
+def test_killed_worker_stops_the_run_with_advice(tmp_path, square_crops, number, workers, save_latest, advice):
+    """The kernel kills one with SIGKILL when memory runs out, with SIGBUS when /dev/shm is full.
+
+    This happens before the last batches of an epoch. Later a lost worker does no harm, as the next epoch has new ones.
+    """
+    for i in range(500):  # an epoch of half a minute
+        shutil.copytree(square_crops, tmp_path / "images" / str(i))
+    run = [tmp_path, tmp_path / "images", "--batch_size", 1, "--num_workers", workers, "--save_latest", save_latest]
+    with start_training(*run) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2, process)
+        for pid in process.family() - {process.pid}:
+            os.kill(pid, number)
+        assert process.wait(LIMIT) == 1
+    message = (tmp_path / "err").read_text()
+    assert "images was killed or failed" in message and message.rstrip().endswith(f"try fewer --num_workers; {advice}")
+    assert "Traceback (most recent" not in message and "exit unexpectedly" not in message  # Paddle's own message
+    resume = ["--continue_train"] if save_latest == 1 else []  # the original command is not refused
+    code, err = run_training_to_end(*run, *resume, "--max_steps", steps_done(tmp_path) + 5)
+    assert code == 0, err
+
+
+@pytest.mark.slow
+def test_run_stops_when_all_images_vanish(tmp_path, square_crops):
+    images = shutil.copytree(square_crops, tmp_path / "images")
+    with start_training(tmp_path, images, "--num_workers", 1) as process:
+        wait_for(lambda: steps_done(tmp_path) > 2, process)
+        shutil.rmtree(images)
+        assert process.wait(LIMIT) == 1
+    assert "cannot be read: more than --max_broken" in (tmp_path / "err").read_text().splitlines()[-1]
+
+
+class FailingDataset(paddle.io.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise ZeroDivisionError
+        return np.full(2, index, np.uint8), np.int64(index)
+
+
+def test_error_in_a_dataset_without_workers_is_raised():
+    """Paddle's loader would wait forever."""
+    batches = from_workers(paddle.io.DataLoader(FailingDataset(), batch_size=2, num_workers=0))
+    read = [[x.tolist() for x in next(batches)] for _ in range(2)]
+    assert read == [[[[0, 0], [1, 1]], [0, 1]], [[[2, 2], [3, 3]], [2, 3]]]
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
+
+
+def thread_and_process(_):
+    return threading.current_thread().name, os.getpid()
+
+
+def test_parallel_map_uses_threads_where_processes_do_not_fork(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    results = list(parallel_map(thread_and_process, [1, 2, 3], 2, None))
+    assert {pid for _, pid in results} == {os.getpid()} and all("Thread" in name for name, _ in results)
+    assert default_workers() == 0
+
+
+def test_parallel_map_uses_processes_where_they_fork():
+    assert os.getpid() not in {pid for _, pid in parallel_map(thread_and_process, [1, 2, 3], 2, None)}
