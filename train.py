@@ -36,17 +36,8 @@ import paddle.distributed as dist
 from paddle.io import Subset
 from tqdm import tqdm
 
+import dataset
 import utils
-from dataset import (
-    ColorizationDataset,
-    EpochSampler,
-    lab_to_rgb,
-    list_images,
-    rgb_to_lab,
-    soft_encode,
-    targets,
-    to_uint8,
-)
 from model import CIC
 from pretrained import find_weights
 
@@ -109,9 +100,9 @@ def objective(network, rgb, constants, args, autocast):
             [N, Q, H/4, W/4].
     """
     with paddle.no_grad():
-        lightness, ab = targets(rgb)  #                                        [N, 1, H, W], [N, 2, H/4, W/4]
+        lightness, ab = dataset.targets(rgb)  #                                [N, 1, H, W], [N, 2, H/4, W/4]
         # Z, given by its few non-zero entries: their bins and probabilities.
-        indices, probabilities = soft_encode(ab, constants.ab_bins, args.NN, args.sigma, constants.lookup)
+        indices, probabilities = dataset.soft_encode(ab, constants.ab_bins, args.NN, args.sigma, constants.lookup)
         entropy = utils.entropy(probabilities).mean(axis=[1, 2])  #                              [N]
         v = utils.position_weight(indices, ab, constants.bin_weights)  #                         [N, H/4, W/4]
     with paddle.amp.auto_cast(**autocast):
@@ -145,12 +136,12 @@ def make_optimizer(network, args):
 
 def training_data(args):
     """Return the loader of the training set and its sampler."""
-    paths = processes.first_decides(list_images, args.image_dir)
-    dataset = ColorizationDataset(paths, args.load_size, args.crop_size, augment=True, seed=args.seed)
-    if len(dataset) < args.batch_size:
-        raise UserError(f"{args.image_dir}: {len(dataset)} images do not fill one --batch_size {args.batch_size}")
-    sampler = EpochSampler(dataset, args.batch_size // dist.get_world_size())
-    return make_loader(dataset, args.num_workers, batch_sampler=sampler), sampler
+    paths = processes.first_decides(dataset.list_images, args.image_dir)
+    images = dataset.ColorizationDataset(paths, args.load_size, args.crop_size, augment=True, seed=args.seed)
+    if len(images) < args.batch_size:
+        raise UserError(f"{args.image_dir}: {len(images)} images do not fill one --batch_size {args.batch_size}")
+    sampler = dataset.EpochSampler(images, args.batch_size // dist.get_world_size())
+    return make_loader(images, args.num_workers, batch_sampler=sampler), sampler
 
 
 def validation_data(args):
@@ -158,8 +149,9 @@ def validation_data(args):
     if not args.val_dir:
         return None
     side = args.load_size // 8 * 8
-    dataset = ColorizationDataset(processes.first_decides(list_images, args.val_dir), args.load_size, side)
-    share = Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
+    paths = processes.first_decides(dataset.list_images, args.val_dir)
+    images = dataset.ColorizationDataset(paths, args.load_size, side)
+    share = Subset(images, range(dist.get_rank(), len(images), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
     return make_loader(share, args.num_workers, batch_size=batch_size)
 
@@ -190,7 +182,7 @@ def validate(run, loader, constants, args, autocast, stop, log):
         images += len(rgb)
         gray += int((values[:, 0] == 0).sum())
         sums += values.sum(axis=0).numpy()
-        lab = rgb_to_lab(rgb)
+        lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(utils.annealed_mean(logits, constants.ab_bins), *rgb.shape[2:])
         histogram += utils.error_histogram(*(x.numpy().swapaxes(0, 1) for x in (colored, lab[:, 1:])))
         if len(panel) < PANEL_IMAGES:
@@ -215,8 +207,9 @@ def validate(run, loader, constants, args, autocast, stop, log):
 
 def side_by_side(lab, ab, rgb):
     """Compose gray | colorized | ground truth: Lab, ab [N, 2, H, W], uint8 [N, 3, H, W] -> uint8 [N, H, 3W, 3]."""
-    gray, colored = (lab_to_rgb(paddle.concat([lab[:, :1], x], axis=1)) for x in (paddle.zeros_like(ab), ab))
-    return paddle.concat([to_uint8(gray), to_uint8(colored), rgb], axis=3).transpose([0, 2, 3, 1]).numpy()
+    lightness, gray = lab[:, :1], paddle.zeros_like(ab)
+    drawn = [dataset.to_uint8(dataset.lab_to_rgb(paddle.concat([lightness, x], axis=1))) for x in (gray, ab)]
+    return paddle.concat([*drawn, rgb], axis=3).transpose([0, 2, 3, 1]).numpy()
 
 
 # -------------------------------------------------------------------------------------------------

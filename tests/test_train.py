@@ -61,7 +61,7 @@ def test_first_loss_equals_a_computation_in_float64(run_training, square_crops, 
     loader, sampler = train.training_data(args)
     sampler.begin(0, 0, 0)
     rgb, _ = next(iter(loader))
-    lightness, ab = train.targets(rgb)
+    lightness, ab = train.dataset.targets(rgb)
     network = SmallNetwork()
     network.set_state_dict(weights(tmp_path / "run"))
     logits = network(lightness - 50).numpy().astype(np.float64)
@@ -185,9 +185,9 @@ def test_validation_auc_equals_that_of_the_checkpoint(run_training, square_crops
     network = SmallNetwork()
     network.set_state_dict(weights(tmp_path / "run"))
     network.eval()
-    images = [train.ColorizationDataset([str(p)], 64, 64)[0][0] for p in sorted(square_crops.iterdir())]
+    images = [train.dataset.ColorizationDataset([str(p)], 64, 64)[0][0] for p in sorted(square_crops.iterdir())]
     rgb = paddle.to_tensor(np.stack(images))
-    lab = train.rgb_to_lab(rgb)
+    lab = train.dataset.rgb_to_lab(rgb)
     with paddle.no_grad():
         colored = annealed_mean(network(lab[:, :1] - 50), load_ab_bins())
     colored = np.stack([upsample_by_scipy(ab, 64, 64) for ab in colored.numpy()], axis=1)
