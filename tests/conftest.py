@@ -13,7 +13,7 @@ from support.cpu import use_all_cores
 import numpy as np
 import paddle
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from scipy.ndimage import map_coordinates
 from skimage import data
 from small_network import SmallNetwork, standardize
@@ -188,6 +188,21 @@ def save_images(folder, images):
     for name, pixels in images.items():
         save_image(folder / f"{name}.png", pixels)
     return folder
+
+
+def exif(orientation=6):
+    """Return metadata like those of a camera."""
+    metadata = Image.Exif()
+    metadata[ExifTags.Base.Orientation] = orientation
+    metadata[ExifTags.Base.Model] = "Camera"
+    metadata[ExifTags.Base.Copyright] = "somebody"
+    metadata[ExifTags.IFD.Exif] = {
+        ExifTags.Base.DateTimeOriginal: "2001:02:03 04:05:06",
+        ExifTags.Base.ColorSpace: 65535,
+        ExifTags.Base.ExifImageWidth: 75,
+    }
+    metadata[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (48.0, 8.0, 6.5)}
+    return metadata
 
 
 def png_bomb():

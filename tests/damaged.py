@@ -1,20 +1,8 @@
-"""Make images of many formats and modes from those that scikit-image bundles, and damage most of them.
+"""Make images of many formats and modes from those that scikit-image bundles, and damage most of them."""
 
-As a script it runs `test.py`, `get_invalid_images.py` and `metrics_auc.py` on them:
-
-    python tests/damaged.py [--count 400] [--seed 0]
-    400 images, 141 of them readable: all colorized, no intact image listed for removal, no traceback
-"""
-
-import argparse
 import io
-import os
 import random
-import subprocess
-import sys
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import tifffile
@@ -24,9 +12,6 @@ from skimage import data
 Image.init()
 with suppress(ImportError):
     __import__("pillow_heif").register_heif_opener()
-
-ROOT = Path(__file__).resolve().parents[1]
-EXIT_SKIPPED = 3
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "ppm": "PPM"}
 FORMATS |= {suffix: format for suffix, format in (("jp2", "JPEG2000"), ("avif", "AVIF"), ("heic", "HEIF"))
@@ -142,64 +127,3 @@ def readable(folder):
             continue
         names.add(path.name)
     return names
-
-
-def find_problems(folder, count, seed, run):
-    """Make images, let the scripts process them, and return a line for each problem, and the names of readable images.
-
-    `run(script, *flags)` runs a script of the project and returns its exit code and everything that it printed.
-    """
-    images, result, problems = folder / "in", folder / "result", []
-    make(images, count, seed)
-    intact = readable(images)
-
-    def check(script, *flags):
-        code, printed = run(script, *map(str, flags))
-        if code != EXIT_SKIPPED or "Traceback" in printed:
-            problems.append(f"{script}: exit code {code}\n{printed}")
-        return printed
-
-    printed = check("test.py", images, "--load_size", 32, "--result_path", result)
-    colorized = {path.stem for path in result.glob("*.png")}
-    problems += [f"{name}: readable, but not colorized" for name in intact if Path(name).stem not in colorized]
-    skipped = sum(line.startswith("skipped ") for line in printed.splitlines())
-    if skipped != count - len(colorized):
-        problems.append(f"test.py: {skipped} images reported as skipped instead of {count - len(colorized)}")
-    check("metrics_auc.py", "--imgs_dir", images, "--results_dir", result, "--save_path", folder, "--num_workers", 0)
-    printed = check("get_invalid_images.py", "--image_dir", images, "--output", folder, "--num_workers", 0)
-    listed = (folder / "invalid_images.csv").read_text()
-    unreadable, not_checked = listed.count("unreadable"), printed.count(": not checked: ")
-    if unreadable + not_checked != skipped or not_checked >= skipped / 2:
-        problems.append(f"get_invalid_images.py: {unreadable} unreadable and {not_checked} not checked of {skipped}")
-    for path in sorted(images.iterdir()):
-        if (path.name in intact or "unharmed" in path.name) and f"{path.name},unreadable" in listed:
-            problems.append(f"{path.name}: intact, but listed as unreadable")
-    return problems, intact
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    def run(script, *flags):
-        command = [
-            sys.executable,
-            str(ROOT / script),
-            *flags,
-            *(["--load_model", "small"] if script == "test.py" else []),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
-        return done.returncode, done.stdout + done.stderr
-
-    with tempfile.TemporaryDirectory() as folder:
-        problems, intact = find_problems(Path(folder), args.count, args.seed, run)
-    print("\n".join(problems))
-    end = "all colorized, no intact image listed for removal, no traceback"
-    print(f"{args.count} images, {len(intact)} of them readable: {f'{len(problems)} problems' if problems else end}")
-    return bool(problems)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

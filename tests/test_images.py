@@ -1,0 +1,505 @@
+"""Reading image files of cameras, scanners and phones, their orientation and colors, and writing results."""
+
+import os
+import socket
+import struct
+
+from support.images import (
+    InvalidImageError,
+    crop_resized,
+    image_size,
+    open_image,
+    open_rgb,
+    read_image,
+    read_rgb,
+    save,
+    srgb_profile,
+    upright_size,
+)
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import exif, png_bomb, save_image
+from damaged import FORMATS, make, readable
+from PIL import ExifTags, Image, PngImagePlugin, features
+from skimage import data
+
+COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
+
+# Samples
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "webp", "jp2"])
+def test_lossless_format_keeps_every_pixel(tmp_path, suffix):
+    options = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(suffix, {})
+    assert np.array_equal(read_rgb(save_image(tmp_path / f"a.{suffix}", COFFEE, **options)), COFFEE)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_16_bit_gray_keeps_its_range(tmp_path, suffix):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    rgb = read_rgb(save_image(tmp_path / f"a.{suffix}", levels))
+    assert np.array_equal(rgb, np.stack([np.arange(256).reshape(16, 16)] * 3, axis=2))
+
+
+def test_palette_becomes_its_colors(tmp_path):
+    image = Image.fromarray(COFFEE).quantize(64)
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(read_rgb(tmp_path / "a.png"), np.asarray(image.convert("RGB")))
+
+
+def test_alpha_is_blended_over_white(tmp_path):
+    rgba = np.dstack([COFFEE, np.full(COFFEE.shape[:2], 255, np.uint8)])
+    rgba[:20, :, 3], rgba[20:30, :, 3] = 0, 51
+    rgb = read_rgb(save_image(tmp_path / "a.png", rgba))
+    assert (rgb[:20] == 255).all() and np.array_equal(rgb[30:], COFFEE[30:])
+    assert np.abs(rgb[20:30].astype(float) - (0.2 * COFFEE[20:30] + 0.8 * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("alpha", [0, 128])
+def test_bmp_whose_alpha_is_0_everywhere_is_opaque(tmp_path, alpha):
+    pixels = np.dstack((COFFEE[::-1, :, ::-1], np.full(COFFEE.shape[:2], alpha, np.uint8))).tobytes()
+    height, width = COFFEE.shape[:2]
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(pixels), 2835, 2835, 0, 0)
+    header += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + header + pixels)
+    expected = COFFEE if alpha == 0 else (COFFEE.astype(float) + 255) / 2
+    assert np.abs(read_rgb(tmp_path / "a.bmp") - expected).max() <= 1
+
+
+def gray_tiff(path, levels, photometric, bits):
+    """Write whole numbers [H, W] as TIFF samples of 1 to 16 bits; tifffile lacks the smaller ones."""
+    height, width = levels.shape
+    bit_planes = levels[:, :, None] >> np.arange(bits)[::-1] & 1
+    strip = np.packbits(bit_planes.reshape(height, -1).astype(np.uint8), axis=1).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height, 279: len(strip)}
+    tags[273] = start = 10 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack(">2H2I", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    assert start == len(entries) + 14
+    path.write_bytes(b"MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + entries + bytes(4) + strip)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_gray_tiff_of_any_depth_is_read_or_refused(tmp_path, bits, photometric):
+    levels = np.arange(30).reshape(3, 10) * (2**bits - 1) // 29
+    gray_tiff(tmp_path / "a.tif", levels, photometric, bits)
+    expected = np.round(255 * levels / (2**bits - 1))
+    if (bits, photometric) == (16, 0):  # Pillow opens these only with the other byte order
+        with pytest.raises(InvalidImageError, match="TIFF of a kind that cannot be read"):
+            read_rgb(tmp_path / "a.tif")
+    else:
+        found = read_rgb(tmp_path / "a.tif")[..., 0]
+        assert np.array_equal(found, expected if photometric else 255 - expected)
+
+
+def test_12_bit_tiff_is_refused_by_its_format(tmp_path):
+    gray_tiff(tmp_path / "a.tif", np.arange(30).reshape(3, 10), 1, 12)
+    with pytest.raises(InvalidImageError, match="TIFF") as error:
+        read_rgb(tmp_path / "a.tif")
+    assert not error.value.damaged
+
+
+TIFFS = {  # samples and options of tifffile
+    "min-is-white 16": (np.uint16(65535 - 257 * np.uint16(COFFEE[..., 1])), {"photometric": "miniswhite"}),
+    "float": (np.float32(COFFEE[..., 1] / 255), {"photometric": "minisblack"}),
+    "rgb 8": (COFFEE, {}),
+    "rgb 16": (np.uint16(COFFEE) * 257, {"photometric": "rgb"}),
+    "planes 8": (COFFEE.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}),
+    "planes 16": (np.uint16(COFFEE.transpose(2, 0, 1)) * 257, {
+        "photometric": "rgb", "planarconfig": "separate", "compression": "zlib"}),
+    "cmyk 8": (np.dstack((255 - COFFEE, 0 * COFFEE[..., 0])), {"photometric": "separated"}),
+    "cmyk 16": (np.uint16(np.dstack((255 - COFFEE, 0 * COFFEE[..., 0]))) * 257, {"photometric": "separated"}),
+}  # fmt: skip
+
+
+REFUSED_TIFFS = {
+    "raw planes": (np.uint16(COFFEE.transpose(2, 0, 1)) * 257, {"photometric": "rgb", "planarconfig": "separate"}),
+    "int8": (np.int8(COFFEE[..., 1] // 2), {}),
+    "int16": (np.int16(COFFEE[..., 1]) * 128, {}),
+    "uint32": (np.uint32(COFFEE[..., 1]) << 24, {}),
+    "int32": (np.int32(COFFEE[..., 1]), {}),
+    "float min-is-white": (np.float32(COFFEE[..., 1] / 255), {"photometric": "miniswhite"}),
+    "float to 255": (np.float32(COFFEE[..., 1]), {}),
+    "thumbnail": (COFFEE, {"subfiletype": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_supported_tiff_is_read(tmp_path, kind):
+    samples, options = TIFFS[kind]
+    tifffile.imwrite(tmp_path / "a.tif", samples, **options)
+    expected = COFFEE if len(samples.shape) == 3 else np.repeat(COFFEE[..., 1:2], 3, axis=2)
+    assert np.abs(read_rgb(tmp_path / "a.tif").astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", REFUSED_TIFFS)
+def test_tiff_that_would_be_misread_is_refused_by_its_format(tmp_path, kind):
+    samples, options = REFUSED_TIFFS[kind]
+    tifffile.imwrite(tmp_path / "a.tif", samples, **options)
+    with pytest.raises(InvalidImageError, match="TIFF with|thumbnail|outside") as error:
+        read_rgb(tmp_path / "a.tif")
+    assert not error.value.damaged and "\n" not in str(error.value)
+
+
+def test_png_with_a_large_text_and_a_large_profile_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * 2_000_000, zip=True)
+    profile = icc_profile("P3")
+    profile = struct.pack(">I", 2_000_000) + profile[4:].ljust(1_999_996, b"\0")
+    Image.fromarray(COFFEE).save(tmp_path / "a.png", pnginfo=text, icc_profile=profile)
+    assert np.abs(read_rgb(tmp_path / "a.png") - COFFEE.astype(int)).mean() > 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "lzw.tif"])
+def test_image_of_any_orientation_is_read_upright(tmp_path, suffix, orientation):
+    """Recent versions of Pillow turn TIFFs themselves."""
+    stored = data.coffee()[:64:2, ::8]  # 75 x 32
+    turned = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2)}
+    turned |= {6: np.rot90(stored, -1), 7: turned[5][::-1, ::-1], 8: np.rot90(stored)}
+    options = {"tif": {}, "png": {}, "lzw.tif": {"compression": "tiff_lzw"}}.get(suffix, {"quality": 98})
+    metadata = Image.Exif()
+    metadata[ExifTags.Base.Orientation] = orientation
+    path = save_image(tmp_path / f"a.{suffix}", stored, exif=metadata, **options)
+    found = read_rgb(path)
+    with open_image(path) as image:
+        image.load()
+        assert image_size(path) == upright_size(image) == found.shape[1::-1]
+    assert np.abs(found - turned.get(orientation, stored).astype(float)).mean() < 4
+
+
+@pytest.mark.parametrize("suffix", ["avif", "heic"])
+def test_image_of_a_phone_is_read_upright(tmp_path, suffix):
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif")
+    elif not features.check("avif"):
+        pytest.skip("Pillow reads AVIF from 11.3 on")
+    stored = data.coffee()[::4, ::4]
+    orientation = 6 if suffix == "avif" else 1  # pillow_heif itself rotates images
+    path = save_image(tmp_path / f"a.{suffix}", stored, quality=95, exif=exif(orientation))
+    upright = np.rot90(stored, -1) if orientation == 6 else stored
+    assert image_size(path) == upright.shape[1::-1]
+    assert np.abs(read_rgb(path) - upright.astype(int)).mean() < 4
+
+
+# Unreadable files
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "empty file"), (b"hello", "not an image"), (b"\x89PNG\r\n", "not an image"), (None, "no such file")],
+)
+def test_error_of_an_unreadable_file_has_its_path_and_the_reason(tmp_path, content, reason):
+    path = tmp_path / "a.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidImageError, match=reason) as error:
+        read_rgb(path)
+    assert str(error.value).startswith(f"{path}: ") and error.value.damaged == (content is not None)
+
+
+def test_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_bomb())
+    with pytest.raises(InvalidImageError, match="50000x50000 is over") as error:
+        read_rgb(tmp_path / "a.png")
+    assert not error.value.damaged
+
+
+def test_damaged_images_are_read_or_refused_and_intact_ones_are_not_called_damaged(tmp_path):
+    make(tmp_path / "in", 300)
+    intact, refused, damaged = readable(tmp_path / "in"), set(), set()
+    for path in (tmp_path / "in").iterdir():
+        try:
+            read_rgb(path)
+        except InvalidImageError as error:
+            refused.add(path.name)
+            if error.damaged:
+                damaged.add(path.name)
+    assert not refused & intact and not any("unharmed" in name for name in damaged)
+    assert {name.rsplit(".")[-1] for name in intact} == set(FORMATS)
+    assert len(intact) < 150 and len(damaged) > len(refused) / 2
+
+
+def test_pipes_and_sockets_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.path.relpath(tmp_path / "y.jpg"))
+        for name in ("x.jpg", "y.jpg"):
+            with pytest.raises(InvalidImageError, match="not a regular") as error:
+                read_rgb(tmp_path / name)
+            assert not error.value.damaged
+
+
+def test_truncated_jpeg_counts_as_damaged(tmp_path, image_folder):
+    Image.open(image_folder / "coffee.png").save(path := tmp_path / "a.jpg")
+    content = path.read_bytes()
+    for cut in (2, 3, 60, 1000):
+        path.write_bytes(content[:-cut])
+        with pytest.raises(InvalidImageError, match="truncated") as error:
+            read_rgb(path)
+        assert error.value.damaged
+
+
+@pytest.mark.parametrize("format", ["EPS", "ICO", "ICNS", "PDF"])
+def test_other_formats_of_pillow_are_not_opened(tmp_path, format):
+    Image.fromarray(COFFEE).save(tmp_path / "a.jpg", format)
+    with pytest.raises(InvalidImageError, match=f"{format} of a kind|not an image"):
+        read_rgb(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC, which needs the package pillow-heif"),
+        (b"\0\0\0\x18ftypmif1", "HEIC, which needs the package pillow-heif"),
+        (b"\0\0\0\x1cftypavif", "AVIF, which needs Pillow 11.3"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL, which needs the package pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, which needs the package pillow-jxl-plugin"),
+    ],
+)
+def test_unsupported_format_is_named_whatever_the_suffix(tmp_path, monkeypatch, head, reason):
+    """Without the optional packages; the file may be intact."""
+    monkeypatch.setattr("support.images.READ_FORMATS", {"JPEG", "PNG"})
+    (tmp_path / "a.jpg").write_bytes(head + bytes(12))
+    with pytest.raises(InvalidImageError, match=reason) as error:
+        read_rgb(tmp_path / "a.jpg")
+    assert not error.value.damaged
+
+
+# Color profiles
+
+
+D50 = (0.9642, 1.0, 0.8249)
+
+
+PRIMARIES = {  # x, y of red, green, blue; white is D65
+    "sRGB": ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
+    "P3": ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
+    "Adobe RGB": ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
+}
+
+
+ADOBE_GAMMA = 563 / 256
+
+
+BRADFORD = np.array(((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.0389, -0.0685, 1.0296)))
+
+
+def to_xyz(space):
+    """Return the matrix from linear RGB of a space to XYZ, white D65."""
+    columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in PRIMARIES[space]]).T
+    x, y = 0.3127, 0.3290
+    return columns * np.linalg.solve(columns, (x / y, 1, (1 - x - y) / y))
+
+
+def from_linear(linear, space):
+    linear = np.clip(linear, 0, 1)
+    if space == "Adobe RGB":
+        return linear ** (1 / ADOBE_GAMMA)
+    return np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+
+
+def icc_profile(space):
+    """Return a minimal profile (ICC.1:2001): three colorants and a curve. For "Gray", only a curve of gamma 1.8."""
+    if space == "sRGB" or space == "P3":
+        samples = np.linspace(0, 1, 1024)
+        samples = np.where(samples > 0.04045, ((samples + 0.055) / 1.055) ** 2.4, samples / 12.92)
+        curve = b"curv" + struct.pack(">4xI1024H", 1024, *np.round(samples * 65535).astype(int))
+    else:
+        curve = b"curv" + struct.pack(">4xIH", 1, round(256 * (1.8 if space == "Gray" else ADOBE_GAMMA)))
+
+    def xyz(values):
+        return b"XYZ " + struct.pack(">4x3i", *(round(float(v) * 65536) for v in values))
+
+    text = b"desc" + struct.pack(">4xI", len(space) + 1) + space.encode() + bytes(1 + 4 + 4 + 2 + 1 + 67)
+    tags = {b"desc": text, b"cprt": b"text" + bytes(4) + b"none\0", b"wtpt": xyz(D50)}
+    if space == "Gray":
+        tags[b"kTRC"] = curve
+    else:
+        matrix = to_xyz(space)
+        to_cone = np.diag((BRADFORD @ D50) / (BRADFORD @ matrix.sum(axis=1)))
+        adapted = np.linalg.inv(BRADFORD) @ to_cone @ BRADFORD @ matrix
+        for name, column in zip((b"r", b"g", b"b"), adapted.T):
+            tags[name + b"XYZ"], tags[name + b"TRC"] = xyz(column), curve
+    table, body = struct.pack(">I", len(tags)), b""
+    start = 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    kind = b"GRAY" if space == "Gray" else b"RGB "
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02100000, b"mntr", kind, b"XYZ ")
+    head += struct.pack(">6H4s", 2000, 1, 1, 0, 0, 0, b"acsp") + bytes(28) + xyz(D50)[8:]
+    return head.ljust(128, b"\0") + table + body
+
+
+@pytest.fixture
+def in_space(tmp_path):
+    """Write linear sRGB colors [H, W, 3] as an 8-bit file of another space, with its profile."""
+
+    def write(linear, space, name="{}.png", **options):
+        path = tmp_path / name.format(space)
+        return save_image(path, encoded(linear, space), icc_profile=icc_profile(space), **options)
+
+    return write
+
+
+def encoded(linear, space):
+    """Convert linear sRGB colors to another space: uint8."""
+    linear = linear @ (np.linalg.inv(to_xyz(space)) @ to_xyz("sRGB")).T
+    return np.round(255 * from_linear(linear, space)).astype(np.uint8)
+
+
+@pytest.fixture
+def colors():
+    """Return linear sRGB colors, whose channels are not near 0, where 8 bits are coarse: [40, 40, 3]."""
+    return np.random.default_rng(0).uniform(0.03, 1, (40, 40, 3))
+
+
+@pytest.mark.parametrize("space", ["P3", "Adobe RGB"])
+def test_image_with_a_color_profile_is_converted_to_srgb(in_space, colors, space):
+    true = 255 * from_linear(colors, "sRGB")
+    found = read_rgb(in_space(colors, space)).astype(float)
+    assert np.abs(found - true).max() < 3  # two roundings to 8 bits, one of them in coarser steps
+    assert np.abs(found - true).mean() < 0.6
+    naive = np.asarray(Image.open(in_space(colors, space))).astype(float)
+    assert np.abs(naive - true).mean() > 5
+
+
+def test_colors_outside_srgb_are_clipped(in_space):
+    pure_green = np.linalg.inv(to_xyz("sRGB")) @ to_xyz("P3") @ (0, 1, 0)
+    assert (np.abs(read_rgb(in_space(np.tile(pure_green, (4, 4, 1)), "P3")).astype(int) - (0, 255, 0)) <= 1).all()
+
+
+def test_srgb_profile_changes_no_pixel(in_space, colors):
+    path = in_space(colors, "sRGB")
+    Image.open(path).save(own := path.with_name("own.png"), icc_profile=srgb_profile())
+    for file in (path, own):
+        assert np.array_equal(read_rgb(file), np.asarray(Image.open(file)))
+
+
+def test_gray_image_with_a_gray_profile_is_converted(tmp_path):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    true = np.round(255 * from_linear((ramp / 255) ** 1.8, "sRGB"))
+    for name, levels in (("gray.png", ramp), ("gray16.tif", ramp.astype(np.uint16) * 257)):
+        found = read_rgb(save_image(tmp_path / name, levels, icc_profile=icc_profile("Gray")))
+        assert np.ptp(found, axis=2).max() == 0
+        assert np.abs(found[..., 0] - true)[:, 16:].max() <= 1
+
+
+@pytest.mark.parametrize("profile", [b"x", bytes(500), icc_profile("P3")[:300], icc_profile("Gray")])
+def test_unusable_color_profile_warns_and_keeps_image(tmp_path, image_folder, capsys, profile):
+    path = tmp_path / "photo.png"
+    coffee = Image.open(image_folder / "coffee.png")
+    coffee.save(path, icc_profile=profile)
+    assert np.array_equal(read_rgb(path), np.asarray(coffee))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: unusable color profile")
+
+
+def test_profile_of_a_shrunk_and_rotated_jpeg_is_used(in_space, colors):
+    large = colors.repeat(16, axis=0).repeat(16, axis=1)
+    path = in_space(large, "P3", "{}.jpg", quality=98, subsampling=0, exif=exif(6))
+    true = np.rot90(255 * from_linear(colors, "sRGB"), -1)
+    found = np.asarray(open_rgb(path, least_side=80).resize((40, 40), Image.Resampling.BOX)).astype(float)
+    assert np.abs(found - true).mean() < 3
+
+
+@pytest.mark.parametrize(("index", "adobe"), [("R03", True), ("R98", False)])
+def test_adobe_rgb_that_only_exif_declares_is_converted(tmp_path, colors, index, adobe):
+    stored, metadata = encoded(colors, "Adobe RGB"), Image.Exif()
+    metadata[ExifTags.IFD.Exif] = {ExifTags.Base.ColorSpace: 65535, ExifTags.IFD.Interop: {1: index}}
+    path = save_image(tmp_path / "a.png", stored, exif=metadata)
+    true = 255 * from_linear(colors, "sRGB") if adobe else stored
+    assert np.abs(read_rgb(path) - true.astype(float)).mean() < 0.6
+    assert np.abs(stored - 255 * from_linear(colors, "sRGB")).mean() > 5
+
+
+# Square crops
+
+
+def test_crop_resized_equals_resizing_the_shorter_side_and_cropping():
+    image = Image.fromarray(data.coffee())  # 600 x 400
+    whole = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR)).astype(int)
+    for across, left in ((0, 0), (0.5, 24), (1, 48)):
+        crop = crop_resized(image, 64, 48, across=across, down=0.5).astype(int)
+        assert crop.shape == (48, 48, 3)
+        # One step differs from two by rounding, and at the border, where the filter has no neighbors.
+        assert np.abs(crop - whole[8:56, left : left + 48])[1:-1, 1:-1].max() <= 1
+
+
+def test_downscaling_by_the_jpeg_decoder_changes_little(tmp_path):
+    path = save_image(tmp_path / "a.jpg", data.astronaut(), quality=95)  # 512 x 512
+    shrunk = open_rgb(path, least_side=200)
+    assert shrunk.size == (256, 256)
+    difference = crop_resized(shrunk, 200, 176).astype(int) - crop_resized(open_rgb(path), 200, 176)
+    assert np.abs(difference).mean() < 2
+
+
+# Writing
+
+
+@pytest.fixture
+def sideways(tmp_path):
+    """Write a sideways JPEG of 75 x 50 pixels, with 300 dots per inch. Return its path."""
+    return save_image(tmp_path / "sideways.jpg", COFFEE, exif=exif(), dpi=(300, 300), quality=95)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("format", ["png", "jpg", "webp"])
+def test_written_image_keeps_the_metadata_that_still_applies(sideways, tmp_path, format, opened):
+    save(read_image(Image.open(sideways) if opened else sideways), tmp_path / f"a.{format}")
+    image = Image.open(tmp_path / f"a.{format}")
+    assert image.size == (50, 75)
+    assert image.info["icc_profile"] == srgb_profile()
+    found = image.getexif()
+    assert ExifTags.Base.Orientation not in found
+    assert found[ExifTags.Base.Model] == "Camera" and found[ExifTags.Base.Copyright] == "somebody"
+    assert found[ExifTags.Base.XResolution] == found[ExifTags.Base.YResolution] == 300
+    assert format == "webp" or np.allclose(image.info["dpi"], 300, atol=0.01)
+    camera = found.get_ifd(ExifTags.IFD.Exif)
+    assert camera[ExifTags.Base.DateTimeOriginal] == "2001:02:03 04:05:06"
+    assert camera[ExifTags.Base.ColorSpace] == 1 and ExifTags.Base.ExifImageWidth not in camera
+    assert found.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (48.0, 8.0, 6.5)
+
+
+def test_written_image_of_a_scan_keeps_the_caption_without_the_file_layout(tmp_path):
+    scan = save_image(tmp_path / "scan.tif", COFFEE, description="a caption", dpi=(600, 600))
+    save(read_image(scan), tmp_path / "a.png")
+    found = Image.open(tmp_path / "a.png").getexif()
+    kept = {ExifTags.TAGS[tag] for tag in found}
+    assert kept == {"ImageDescription", "XResolution", "YResolution", "ResolutionUnit"}
+    assert found[ExifTags.Base.XResolution] == 600
+
+
+def test_images_with_damaged_metadata_are_read_and_written(tmp_path):
+    whole = exif().tobytes()
+    random = np.random.default_rng(0)
+    for i in range(20):
+        damaged = bytearray(whole)
+        for at in random.integers(6, len(whole), 8):
+            damaged[at] = random.integers(256)
+        path = save_image(tmp_path / f"{i}.jpg", COFFEE, exif=bytes(damaged), dpi=(i, i))
+        save(read_image(path), tmp_path / "a.jpg")
+    path = save_image(tmp_path / "long.png", COFFEE, exif=b"Exif\0\0" + bytes(100_000))
+    save(read_image(path), tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg"])
+def test_written_jpeg_has_full_color_resolution_and_quality_95(sideways, tmp_path, suffix):
+    save(read_image(sideways), tmp_path / f"a.{suffix}")
+    image = Image.open(tmp_path / f"a.{suffix}")
+    assert image.format == "JPEG" and {layer[1:3] for layer in image.layer} == {(1, 1)}  # 4:4:4
+    assert image.quantization[0][0] <= 2  # quality 95
+
+
+def test_unknown_suffix_is_refused(tmp_path, error_message):
+    message = error_message(save, Image.new("RGB", (8, 8)), tmp_path / "a.xyz")
+    assert message == f"{tmp_path / 'a.xyz'}: its suffix must be one of png, jpg, jpeg, webp"
+
+
+@pytest.mark.parametrize("array", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3))])
+def test_array_of_another_shape_or_type_is_refused(array):
+    with pytest.raises(ValueError, match=rf"uint8 \[H, W, 3\], not {array.dtype} \[8, 8"):
+        read_image(array)

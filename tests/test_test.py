@@ -1,0 +1,382 @@
+"""`test.py`: results, their sizes, formats and records."""
+
+import json
+import os
+import re
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+from support.checkpoints import load_checkpoint
+from support.cli import EXIT_SKIPPED
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, SmallNetwork, bundled_image, exif, save_image, upsample_by_scipy
+from PIL import ExifTags, Image
+from processes import started, wait_for
+from skimage import color, data
+
+import colorizer
+import test
+from dataset import lab_to_rgb, rgb_to_lab, to_uint8
+from utils import annealed_mean, load_ab_bins
+
+COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def largest_difference(one, other):
+    return np.abs(np.subtract(one, other, dtype=int)).max()
+
+
+def found(folder, pattern="*.png"):
+    """Return the sorted relative paths of a folder's files."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(pattern))
+
+
+@pytest.fixture
+def write_image(tmp_path):
+    """Write a small gradient from a gray level to white. Return its path."""
+
+    def write(name, level=100):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.linspace(level, 255, 16 * 24, dtype=np.uint8).reshape(16, 24)).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_images(write_image):
+    """Write such an image at each of these paths."""
+
+    def make(*names):
+        for name in names:
+            write_image(name)
+
+    return make
+
+
+def lowest_lightness(path):
+    return color.rgb2lab(pixels(path))[..., 0].min()
+
+
+def test_results_keep_the_subfolder_and_size_of_their_images(colorize_files, tmp_path, image_folder):
+    nested = tmp_path / "in"
+    for i, path in enumerate(sorted(image_folder.iterdir())):
+        (nested / f"class {i}").mkdir(parents=True)
+        os.link(path, nested / f"class {i}" / path.name)
+    code, result = colorize_files(nested)
+    assert code == 0
+    for path in nested.rglob("*.png"):
+        assert pixels(result / path.relative_to(nested)).shape == pixels(path).shape
+    assert len(list(result.rglob("*.png"))) == 4
+
+
+def test_result_keeps_the_lightness_of_its_image(colorize_files, image_folder):
+    _, result = colorize_files(image_folder, "--temperature", 1000)
+    for path in image_folder.iterdir():
+        before, after = (color.rgb2lab(pixels(p))[..., 0] for p in (path, result / path.name))
+        assert np.abs(before - after).mean() < 0.5  # colors out of gamut are clipped, which moves L a little
+
+
+def test_result_equals_step_by_step_computation(colorize_files, small_checkpoint, tmp_path):
+    """The image is large enough to be converted in two strips."""
+    image = bundled_image("coffee").resize((480, 320))
+    assert colorizer.STRIP_PIXELS < 480 * 320
+    image.save(tmp_path / "coffee.png")
+    _, result = colorize_files("coffee.png", "--load_size", 64)
+    small = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))
+    network = SmallNetwork()
+    network.set_state_dict(load_checkpoint(small_checkpoint))
+    network.eval()
+    with paddle.no_grad():
+        lightness = rgb_to_lab(paddle.to_tensor(small.transpose(2, 0, 1)[None]))[:, :1]
+        ab = annealed_mean(network(lightness - 50), load_ab_bins())
+    full = rgb_to_lab(paddle.to_tensor(np.asarray(image).transpose(2, 0, 1)[None]))
+    ab = paddle.to_tensor(upsample_by_scipy(ab[0].numpy(), *full.shape[2:])[None].astype(np.float32))
+    expected = to_uint8(lab_to_rgb(paddle.concat([full[:, :1], ab], axis=1)))[0].transpose([1, 2, 0]).numpy()
+    assert largest_difference(pixels(result / "coffee.png"), expected) <= 1
+
+
+def test_batch_size_does_not_change_results(colorize_files, image_folder):
+    _, single = colorize_files(image_folder, "--batch_size", 1, result="single")
+    _, batches = colorize_files(image_folder, "--batch_size", 3, "--num_workers", 1, result="batches")
+    for path in image_folder.iterdir():
+        assert largest_difference(pixels(single / path.name), pixels(batches / path.name)) <= 1
+
+
+def test_batch_of_large_images_ends_early():
+    image = SimpleNamespace(width=5000, height=4000)  # 20 megapixels
+    items = [test.Item("a.png", "a.png", image, np.zeros([8, 8, 3], np.uint8))] * 5
+    assert [len(batch) for batch in test.batches(items, 8)] == [2, 2, 1]
+
+
+def test_crop_size_flag_gives_center_crops(colorize_files, image_folder):
+    _, result = colorize_files(image_folder, "--load_size", 72, "--crop_size", 64)
+    for path in result.rglob("*.png"):
+        assert pixels(path).shape == (64, 64, 3)
+    whole = color.rgb2lab(np.asarray(Image.open(image_folder / "rocket.png").resize((108, 72), Image.BILINEAR)))
+    left = (whole.shape[1] - 64) // 2
+    crop = color.rgb2lab(pixels(result / "rocket.png"))[..., 0]
+    assert np.abs(crop - whole[4:68, left : left + 64, 0])[1:-1, 1:-1].mean() < 1
+
+
+def test_images_with_names_of_any_bytes_are_colorized_and_recorded(colorize_files, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", "猫.png".encode(), b"a\nb.png", b"-rf.png", b"a b.png"):
+        Image.new("RGB", (16, 16), "gray").save(os.fsdecode(os.path.join(os.fsencode(folder), name)))
+    code, result = colorize_files(folder)
+    assert code == 0
+    written = set(os.listdir(os.fsencode(result))) - {b"coloring.json", b"coloring.jsonl"}
+    assert written == set(os.listdir(os.fsencode(folder)))
+    assert colorize_files(folder, "--skip_existing")[0] == 0 and "all are up to date" in capsys.readouterr().out
+
+
+def test_compare_flag_writes_contact_sheets_next_to_the_results(colorize_files, image_folder):
+    _, result = colorize_files(image_folder, "--compare", result="result/")  # with a separator at its end
+    assert len(list(result.rglob("*.png"))) == 4
+    sheet = pixels(result.with_name("result_compare") / "sheet_001.png")
+    assert sheet.shape[1] > 3 * 320 and sheet.std() > 10
+
+
+def test_nearly_black_images_and_further_frames_are_reported(tmp_path, colorize_files, image_folder, capsys):
+    gray = Image.open(image_folder / "coffee.png").convert("L")
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.asarray(gray).astype(np.uint16) << 4).save(tmp_path / "in" / "twelve.tif")
+    gray.save(tmp_path / "in" / "frames.gif", save_all=True, append_images=[gray.rotate(90), gray.rotate(180)])
+    gray.save(tmp_path / "in" / "usual.png")
+    assert colorize_files("in")[0] == 0
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert len(lines) == 2 and "frames.gif: only the first" in lines[0] and "twelve.tif: nearly black" in lines[1]
+
+
+# Names of results
+
+
+def test_results_of_several_files_and_folders_keep_their_names(tmp_path, colorize_files, make_images):
+    make_images("one.png", "two.png", "beach/a.png", "hills/a.png")
+    code, result = colorize_files(("one.png", "two.png", "one.png", "beach"), "--image_dir", "hills", "--compare")
+    assert code == 0 and found(result) == ["beach/a.png", "hills/a.png", "one.png", "two.png"]
+    assert found(tmp_path / "result_compare") == ["sheet_001.png"]
+
+
+def test_output_flag_names_the_result_of_one_image(tmp_path, colorize_files, make_images, error_message):
+    make_images("a.png", "c.png")
+    assert colorize_files("a.png", "--output", "new/b.jpg")[0] == 0
+    assert found(tmp_path / "new", "*") == ["b.jpg"] and Image.open(tmp_path / "new" / "b.jpg").format == "JPEG"
+    assert "--output names one file" in error_message(colorize_files, ("a.png", "c.png"), "--output", "b.png")
+    assert "would overwrite it" in error_message(colorize_files, "a.png", "--output", "a.png")
+    for flags in (("b.xyz",), ("b.png", "--format", "jpg")):
+        assert "must end in" in error_message(colorize_files, "a.png", "--output", *flags)
+
+
+def test_result_path_that_contains_images_is_refused(tmp_path, colorize_files, make_images, error_message):
+    """Otherwise a second run would colorize them again, as x.png.png."""
+    make_images("same/x.png", "same/y/x.png")
+    for images, result in (("same", "same"), ("same/y", "same"), ("same", "same/y"), ("same/x.png", "same")):
+        assert "contains input images" in error_message(colorize_files, images, result=result)
+    assert found(tmp_path / "same") == ["x.png", "y/x.png"]
+
+
+def test_earlier_results_and_their_sheets_are_not_colorized(colorize_files, make_images, capsys):
+    make_images("in/x.png")
+    for name in ("out1", "out2"):
+        code, result = colorize_files("in", "--compare", result=f"in/{name}")
+        assert code == 0 and found(result) == ["x.png"]
+    assert "out1: skipped: contains results (coloring.json)" in capsys.readouterr().err
+
+
+def test_run_without_results_writes_nothing(tmp_path, colorize_files):
+    (tmp_path / "a.png").write_bytes(b"x")
+    code, result = colorize_files("a.png")
+    assert code == 3 and not found(result, "*")
+
+
+def test_name_too_long_for_a_result_is_reported(colorize_files, make_images, capsys):
+    make_images("in/a.png", *(f"in/{'x' * 251}.{suffix}" for suffix in ("gif", "ppm")))  # and x….ppm.png is too long
+    code, result = colorize_files("in")
+    assert code == 3 and len(found(result)) == 2 and "file name too long" in capsys.readouterr().err
+
+
+def test_several_files_with_colliding_names_all_get_results(colorize_files, write_image):
+    _, result = colorize_files(tuple(write_image(name) for name in ("x.tif.png", "x.png", "x.tif")))
+    assert sorted(path.name for path in result.glob("*.png")) == ["x.png", "x.tif.png", "x.tif.png.png"]
+
+
+def test_folder_in_place_of_a_result_skips_one_image(colorize_files, write_image, tmp_path, capsys):
+    for name in "ab":
+        write_image(f"in/{name}.jpg")
+    (tmp_path / "result" / "a.png").mkdir(parents=True)
+    code, result = colorize_files("in")
+    assert code == EXIT_SKIPPED and (result / "b.png").is_file()
+    assert capsys.readouterr().err.startswith(f"skipped in{os.sep}a.jpg: {result}/a.png is a folder")
+
+
+def test_patterns_that_the_shell_did_not_expand_are_expanded(colorize_files, write_image):
+    for name in ("in/a1.png", "in/a2.png", "in/b.png", "in/[x].png"):
+        write_image(name)
+    _, result = colorize_files(("in/a*.png", "in/[x].png"))
+    assert sorted(path.name for path in result.glob("*.png")) == ["[x].png", "a1.png", "a2.png"]
+
+
+# Records of where results came from
+
+
+def test_skip_existing_colorizes_missing_results_and_those_of_other_settings(colorize_files, write_image, capsys):
+    for name in "abc":
+        write_image(f"in/{name}.png")
+    _, result = colorize_files("in", "--max_samples", 2)
+    assert sorted(path.name for path in result.glob("*.png")) == ["a.png", "b.png"]
+
+    def times_after(*flags):
+        capsys.readouterr()
+        colorize_files("in", *flags, "--skip_existing")
+        return [(result / f"{name}.png").stat().st_mtime_ns for name in "abc"], capsys.readouterr().out
+
+    before = (result / "a.png").stat().st_mtime_ns
+    first, printed = times_after()
+    assert ": 1 image colorized" in printed and first[0] == before
+    colorize_files("in", "--temperature", 1, "--max_samples", 1)
+    second, printed = times_after("--temperature", 1)
+    assert ": 2 images colorized" in printed and all(a != b for a, b in zip(first, second))
+    assert json.loads((result / "coloring.json").read_text())["temperature"] == 1
+    assert "0 images colorized, all are up to date" in times_after("--temperature", 1)[1]
+
+
+@pytest.mark.parametrize("change", ["source", "result", "record", "format"])
+def test_skip_existing_colorizes_again_when_a_file_or_its_record_changed(colorize_files, write_image, capsys, change):
+    _, result = colorize_files(write_image("in/a.png"))
+    flags = ("--skip_existing",)
+    if change == "source":
+        write_image("in/a.png", 50)
+    elif change == "result":
+        os.utime(result / "a.png", ns=(0, 0))
+    elif change == "record":
+        records = result / "coloring.jsonl"
+        records.write_text(records.read_text()[:-9])  # a kill cut it short
+    else:
+        flags += ("--format", "jpg")
+    for done in (1, 0):
+        colorize_files("in", *flags)
+        assert f": {done} image" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_result_of_another_source_is_not_overwritten(colorize_files, write_image, capsys):
+    a, b = write_image("a/x.png", 20), write_image("b/x.png", 200)
+    _, result = colorize_files(a)
+    code, _ = colorize_files(b)
+    assert code == EXIT_SKIPPED and lowest_lightness(result / "x.png") < 20
+    printed = capsys.readouterr()
+    assert printed.err == f"skipped {b}: {result}/x.png is the result of {a}; choose another --result_path\n"
+    assert printed.out.splitlines()[-1].endswith("0 images colorized, 1 skipped")
+    assert colorize_files(b, "--skip_existing")[0] == 0 and lowest_lightness(result / "x.png") > 70
+    assert colorize_files(b)[0] == 0  # now it is the result of b
+
+
+def test_result_without_a_record_is_overwritten(colorize_files, write_image):
+    _, result = colorize_files(write_image("a/x.png", 20))
+    (result / "coloring.jsonl").unlink()
+    assert colorize_files(write_image("b/x.png", 200))[0] == 0 and lowest_lightness(result / "x.png") > 70
+
+
+# Formats of results
+
+
+@pytest.mark.parametrize(("flags", "size"), [((), (50, 75)), (("--load_size", 40, "--crop_size", 32), (32, 32))])
+def test_result_in_the_given_format_keeps_the_metadata_of_its_image(colorize_files, tmp_path, flags, size):
+    sideways = save_image(tmp_path / "sideways.png", COFFEE, exif=exif())
+    _, result = colorize_files(sideways, "--format", "jpg", *flags)
+    image = Image.open(result / "sideways.jpg")
+    assert image.format == "JPEG" and image.size == size and image.getexif()[ExifTags.Base.Model] == "Camera"
+
+
+def test_image_too_large_for_the_format_is_skipped(colorize_files, tmp_path, capsys):
+    Image.new("L", (17_000, 8)).save(tmp_path / "wide.png")
+    code, _ = colorize_files("wide.png", "--format", "webp", "--load_size", 8)
+    assert code == EXIT_SKIPPED and "17000x8 is too large for webp" in capsys.readouterr().err
+
+
+# Reading and writing
+
+
+def test_unreadable_images_are_skipped_and_the_others_colorized(colorize_files, write_image, capsys):
+    write_image("in/a.png"), write_image("in/c.png")
+    for name, content in (("b.png", b""), ("d.jpg", b"text")):
+        write_image("in/a.png").with_name(name).write_bytes(content)
+    code, result = colorize_files("in")
+    printed = capsys.readouterr()
+    assert code == EXIT_SKIPPED and found(result) == ["a.png", "c.png"]
+    assert printed.err == "skipped in/b.png: empty file\nskipped in/d.jpg: not an image\n"
+    assert ": 2 images colorized with " in printed.out and printed.out.endswith(", 2 skipped\n")
+
+
+def test_images_are_opened_once_and_written_in_the_order_of_their_names(colorize_files, write_image, monkeypatch):
+    for name, angle in zip("abcd", (0, 90, 0, 90)):
+        path = write_image(f"in/{name}.png")
+        Image.open(path).rotate(angle, expand=True).save(path)
+    opened, original = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda path, *args, **settings: opened.append(path) or original(path, *args, **settings)
+    )
+    _, result = colorize_files("in")
+    assert [os.path.basename(path) for path in opened] == ["a.png", "b.png", "c.png", "d.png"]
+    records = [json.loads(line) for line in (result / "coloring.jsonl").read_text().splitlines() if line]
+    assert [record["result"]["path"] for record in records] == ["a.png", "b.png", "c.png", "d.png"]
+
+
+def test_threads_read_ahead_by_a_limited_number_of_pixels():
+    started = []
+
+    def jobs():
+        for i in range(20):
+            started.append(i)
+            yield test.PIXELS_AHEAD // 4, partial(int, i)
+
+    with test.background_threads(2) as pool:
+        for i, result in enumerate(test.in_threads(pool, jobs())):
+            assert result == i and len(started) - i <= 5  # four, and the next, which waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_colorization_leaves_only_complete_results(tmp_path, image_folder, number, code):
+    (tmp_path / "many").mkdir()
+    for i in range(600):
+        (tmp_path / "many" / f"{i}.png").symlink_to(image_folder / "coffee.png")
+    result = tmp_path / "result"
+    flags = [tmp_path / "many", "--load_model", "small", "--load_size", 32, "--result_path", result]
+    with started(tmp_path / "run", *map(str, flags), script=ROOT / "test.py") as process:
+        wait_for(lambda: len(list(result.glob("*.png"))) > 9, process)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == code
+    lines = (tmp_path / "run" / "err").read_text().strip().splitlines()
+    assert re.fullmatch(r"stopped by .*; to resume: .* --skip_existing", lines[-1])
+    assert 0 < len(list(result.glob("*.png"))) < 600
+    assert "Traceback" not in "".join(lines) and (result / "coloring.json").exists()
+    assert not list(result.glob(".*"))
+    for path in result.glob("*.png"):
+        Image.open(path).load()
+
+
+# Usage errors
+
+
+def test_usage_errors_print_one_line(colorize_files, tmp_path, image_folder, error_message):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    coffee = image_folder / "coffee.png"
+    assert "missing: no such file" in error_message(colorize_files, tmp_path / "missing")
+    assert "empty: no images" in error_message(colorize_files, tmp_path / "empty")
+    assert "multiple of 8" in error_message(colorize_files, coffee, "--crop_size", 100)
+    assert "larger than --load_size" in error_message(colorize_files, coffee, "--crop_size", 512)
+    assert "cannot be written" in error_message(colorize_files, coffee, result="file/result")
+    os.link(coffee, tmp_path / "COFFEE.png")  # the same file by another name, as on a case-insensitive disk
+    assert "overwrite" in error_message(colorize_files, coffee, "--output", tmp_path / "COFFEE.png")
