@@ -206,32 +206,6 @@ class ColorizationDataset(paddle.io.Dataset):
         return (crop[:, ::-1] if mirror < 0.5 else crop).transpose(2, 0, 1)
 
 
-class ClassificationDataset(paddle.io.Dataset):
-    """Center crops for a classifier.
-
-    An item is (uint8 [3, crop_size, crop_size], whether the file could be read). Arguments as `ColorizationDataset`'s.
-    """
-
-    def __init__(self, paths, load_size, crop_size):
-        super().__init__()
-        self.paths, self.load_size, self.crop_size = paths, load_size, crop_size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        try:
-            image = open_rgb(self.paths[index], least_side=self.load_size)
-        except InvalidImageError as error:
-            note(f"skipped {error}")
-            return np.zeros((3, self.crop_size, self.crop_size), np.uint8), False
-        return self.square(image).transpose(2, 0, 1), True
-
-    def square(self, image):
-        """Return the part of an image that is used: uint8 [crop_size, crop_size, 3]."""
-        return crop_resized(image, self.load_size, self.crop_size)
-
-
 class EpochSampler(DistributedBatchSampler):
     """Random batches of the whole dataset, divided among the processes, from any batch of any epoch on.
 

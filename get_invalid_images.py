@@ -146,7 +146,7 @@ def main(args):
     paths = list_images(args.image_dir)
     make_folder(args.output)
     judged = parallel_map(partial(why_invalid, tolerance=args.tolerance), paths, args.num_workers, "reading")
-    reasons = {path: reason for path, reason in zip(paths, judged) if reason}
+    reasons = {paths[i]: reason for i, reason in judged if reason}
     counts = Counter(reason.partition(":")[0] for reason in reasons.values())
     for path, reason in reasons.items():
         if reason.startswith(NOT_CHECKED):

@@ -15,27 +15,28 @@ Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_pe
 (which images were recognized) to --save_path.
 """
 
-import csv
 import logging
 import os
 import re
 import sys
+from collections import defaultdict
 from functools import partial
-from itertools import compress
+from itertools import islice
 from pathlib import Path
 
 from support import cli
 from support.checkpoints import load_weights
 from support.cpu import use_all_cores
-from support.files import atomic_text, make_folder, provenance, read_json, sha256, write_json
+from support.files import make_folder, provenance, read_json, sha256, write_csv, write_json
 from support.folders import IMAGE_SUFFIXES, pair_images
-from support.workers import default_workers, read_batches
+from support.images import crop_resized, open_rgb
+from support.workers import default_workers, parallel_map
 
 import numpy as np
 import paddle
 from paddle.vision import models
 
-from dataset import COLORING, RECORDS, ClassificationDataset, lab_to_rgb, named_images, rgb_to_lightness
+from dataset import COLORING, RECORDS, lab_to_rgb, named_images, rgb_to_lightness
 from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
@@ -98,12 +99,12 @@ def label_by_file(name, labels, path):
 
 
 def find_labels(names, root, path=None):
-    """Return the classes of named images below `root`, from a file of labels or else from folders: int64 [N]."""
+    """Return the classes of named images below `root`, from a file of labels or else from folders: {name: number}."""
     numbers = {synset: i for i, synset in enumerate(load_synsets())}
-    find = partial(label_by_folder, root=root, numbers=numbers)
-    if path:
-        find = partial(label_by_file, labels=read_labels(path, numbers), path=path)
-    return np.array([find(name) for name in names])
+    if not path:
+        return {name: label_by_folder(name, root, numbers) for name in names}
+    labels = read_labels(path, numbers)
+    return {name: label_by_file(name, labels, path) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -158,43 +159,66 @@ def top_classes(network, rgb):
     return paddle.topk(logits, max(TOP), axis=1)[1]
 
 
-def as_float(rgb):
-    return rgb.astype("float32") / 255
-
-
 def as_gray(rgb):
     """Set an image's ab to 0: uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1]."""
     no_ab = paddle.zeros_like(rgb[:, :2], dtype="float32")
     return lab_to_rgb(paddle.concat([rgb_to_lightness(rgb), no_ab], axis=1))
 
 
-VERSIONS = {"colored": {"colored": as_float}, "true": {"true": as_float, "gray": as_gray}}  # by the file they are from
+def read_squares(pair, load_size, crop_size):
+    """Read the center crops of an original and its result, uint8 [crop_size, crop_size, 3]; None without a path."""
+    _, *paths = pair
+    return [path and crop_resized(open_rgb(path, least_side=load_size), load_size, crop_size) for path in paths]
+
+
+def to_versions(pairs):
+    """Return what is classified of a list of `read_squares`: {version: float32 [N, 3, H, W] in [0, 1]}."""
+    true, colored = zip(*pairs)
+    versions = {}
+    if colored[0] is not None:
+        versions["colored"] = paddle.to_tensor(np.stack(colored).transpose(0, 3, 1, 2)).astype("float32") / 255
+    if true[0] is not None:
+        rgb = paddle.to_tensor(np.stack(true).transpose(0, 3, 1, 2))
+        versions["true"] = rgb.astype("float32") / 255
+        versions["gray"] = as_gray(rgb)
+    return versions
 
 
 @paddle.no_grad()
-def classify(network, paths, labels, versions, args):
-    """Classify versions of images.
+def measure(network, pairs, load_size=256, crop_size=224, batch_size=32, num_workers=0):
+    """Classify results, originals and their gray versions.
 
     Args:
         network (Layer): The classifier.
-        paths (list[str]): The N images.
-        labels (ndarray): int64 [N]. Their classes.
-        versions (dict): Functions of uint8 [N, 3, H, W] by name.
-        args (Namespace): Sizes and settings of the loader.
+        pairs (list): Name, path of the original and path of the result of each image. All may lack the same one (None).
+        load_size (int): The shorter side is resized to this many pixels.
+        crop_size (int): Side of the center crop that is classified.
+        batch_size (int): Images per batch.
+        num_workers (int): Number of worker processes.
 
     Returns:
-        tuple[dict, ndarray]: Whether the class is among the first 1 and 5, bool [N, 2] by name, and which files can be
-        read, bool [N].
+        tuple[list, dict]: The names of the N images that can be read, and by version ("colored", "true", "gray") their
+        five most likely classes, int64 [N, 5], best first. Other images are reported on stderr.
+
+    Raises:
+        UserError: If no image can be read.
     """
-    dataset = ClassificationDataset(paths, args.load_size, args.crop_size)
-    hits, readable = {name: [] for name in versions}, []
-    for rgb, could_be_read in read_batches(dataset, args.batch_size, args.num_workers, ", ".join(versions)):
-        label = labels[len(readable) :][: len(rgb), None]
-        readable += could_be_read.numpy().tolist()
-        for name, version in versions.items():
-            right = top_classes(network, version(rgb)).numpy() == label  #                         [N, 5]
-            hits[name].append(np.stack([right[:, :top].any(axis=1) for top in TOP], axis=1))
-    return {name: np.concatenate(parts) for name, parts in hits.items()}, np.array(readable, bool)
+    names, classes = [], defaultdict(list)
+    read = partial(read_squares, load_size=load_size, crop_size=crop_size)
+    squares = parallel_map(read, pairs, num_workers, "classifying")
+    while batch := list(islice(squares, batch_size)):
+        names += [pairs[i][0] for i, _ in batch]
+        for version, rgb in to_versions([images for _, images in batch]).items():
+            classes[version].append(top_classes(network, rgb).numpy())
+    if not names:
+        raise cli.UserError(f"none of the {cli.counted(len(pairs), 'image')} can be read")
+    return names, {version: np.concatenate(parts) for version, parts in classes.items()}
+
+
+def find_hits(classes, labels):
+    """Return whether each image's class is among the first 1 and 5: int64 [N, 5], [N] -> bool [N, 2]."""
+    right = classes == labels[:, None]
+    return np.stack([right[:, :top].any(axis=1) for top in TOP], axis=1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -206,27 +230,23 @@ def accuracies(hits):
     return dict(zip(("top1", "top5"), hits.mean(axis=0).tolist()))
 
 
+def by_heading(hits):
+    """Return whether images are recognized, bool [N, 2] by version, as columns, bool [N] by heading."""
+    return {f"{version}_top{top}": right[:, i] for version, right in hits.items() for i, top in enumerate(TOP)}
+
+
 def write_per_class(hits, labels, synsets, path):
-    rows = []
-    for label in np.unique(labels):
-        chosen = labels == label
-        shares = np.concatenate([values[chosen].mean(axis=0) for values in hits.values()])
-        rows.append((synsets[label], chosen.sum(), *(f"{share:.4f}" for share in shares)))
-    write_csv(("class", "images"), hits, rows, path)
+    classes, images = np.unique(labels, return_counts=True)
+    columns = {"class": [synsets[label] for label in classes], "images": images}
+    for heading, right in by_heading(hits).items():
+        columns[heading] = [f"{right[labels == label].mean():.4f}" for label in classes]
+    write_csv(columns, path)
 
 
 def write_images(names, hits, labels, synsets, path):
     """Write for each image and version whether its class is among the first 1 and 5, as 1 and 0."""
-    right = np.concatenate([*hits.values()], axis=1).astype(int)
-    rows = [(name, synsets[label], *row) for name, label, row in zip(names, labels, right)]
-    write_csv(("image", "class"), hits, rows, path)
-
-
-def write_csv(columns, versions, rows, path):
-    with atomic_text(path) as file:
-        writer = csv.writer(file)
-        writer.writerow((*columns, *(f"{version}_top{top}" for version in versions for top in TOP)))
-        writer.writerows(rows)
+    recognized = {heading: right.astype(int) for heading, right in by_heading(hits).items()}
+    write_csv({"image": names, "class": [synsets[label] for label in labels], **recognized}, path)
 
 
 def print_table(hits):
@@ -261,17 +281,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def find_images(args):
-    """Return the images' names, their paths by version ("colored", "true"), and the left out as `pair_images`."""
+def find_pairs(args):
+    """Return the images as `measure` takes them, and the left out as `pair_images`."""
+    if args.image_dir and not args.controls_only:
+        return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
     if args.controls_only:
-        images = named_images(args.image_dir)
-        return list(images), {"true": list(images.values())}, {}
-    if not args.image_dir:
-        images = named_images(args.result_path)
-        return list(images), {"colored": list(images.values())}, {}
-    pairs, left_out = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
-    names, true, colored = map(list, zip(*pairs))
-    return names, {"colored": colored, "true": true}, left_out
+        return [(name, path, None) for name, path in named_images(args.image_dir).items()], {}
+    return [(name, None, path) for name, path in named_images(args.result_path).items()], {}
 
 
 def main(args):
@@ -281,23 +297,18 @@ def main(args):
     use_all_cores()
 
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
-    names, paths, left_out = find_images(args)
-    labels = find_labels(names, args.image_dir or args.result_path, args.labels)
+    pairs, left_out = find_pairs(args)
+    all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
     make_folder(args.save_path)
 
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
-    hits, readable = {}, np.ones(len(names), bool)
-    for version, files in paths.items():
-        more_hits, could_be_read = classify(network, files, labels, VERSIONS[version], args)
-        hits.update(more_hits)
-        readable &= could_be_read
-    if not readable.any():
-        raise cli.UserError(f"none of the {len(names)} images can be read")
-    if not readable.all():
-        left_out["unreadable"] = list(compress(names, ~readable))
-    hits, labels = {name: values[readable] for name, values in hits.items()}, labels[readable]
-    names = list(compress(names, readable))
+    settings = {x: getattr(args, x) for x in ("load_size", "crop_size", "batch_size", "num_workers")}
+    names, classes = measure(network, pairs, **settings)
+    if unreadable := sorted({*all_labels} - {*names}):
+        left_out["unreadable"] = unreadable
+    labels = np.array([all_labels[name] for name in names])
+    hits = {version: find_hits(found, labels) for version, found in classes.items()}
 
     # Write and print
     def folder(path):

@@ -12,7 +12,6 @@ of all images are pooled, weighted in three ways:
                      ImageNet's prior and 49.46% on 780 images with the bundled one, which gives a few rare bins most of
                      the weight
     macro            by the rarity of the ground-truth color in the test set: the mean over the ab bins that occur
-                     ("auc_rebalanced_own" in files)
 
 Also reported: chroma, the mean of hypot(a, b) over all pixels; colorfulness (Hasler and Süsstrunk 2003) and the PSNR of
 RGB values, both averaged over images (the PSNR without exact copies, for which it is infinite).
@@ -20,12 +19,10 @@ RGB values, both averaged over images (the PSNR without exact copies, for which 
 Images are paired by their path without its suffix. Results with the original's size are compared with the whole
 original; square crops, as `test.py --load_size 224 --crop_size 224` writes, with the same crop of the original.
 
-Prints these values for the results and for gray, and writes auc.json, auc.csv (per image), auc.npz (per-image sums for
-resources/ablation.py), auc.txt (the counts behind the curve) and auc.png (the curve) to --save_path. With --gray and
---random the names begin with gray_ and random_.
+Prints these values for the results and for gray, and writes auc.json, auc.csv (per image), auc.txt (the counts behind
+the curve) and auc.png (the curve) to --save_path. With --gray and --random the names begin with gray_ and random_.
 """
 
-import csv
 import math
 import os
 import sys
@@ -35,7 +32,7 @@ from pathlib import Path
 
 from support import cli
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
-from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_json
+from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_csv, write_json
 from support.folders import pair_images, relative_path
 from support.images import InvalidImageError, crop_resized, image_size, open_rgb
 from support.workers import parallel_map
@@ -47,14 +44,12 @@ from skimage.color import lab2rgb, rgb2xyz, xyz2lab
 from skimage.metrics import peak_signal_noise_ratio
 
 from dataset import COLORING, RECORDS, list_images, read_rgb
-from utils import MAX_THRESHOLD, RESOURCES, auc, first_threshold, load_ab_bins, load_prior, rebalancing_weights
+from utils import MAX_THRESHOLD, PRIOR, auc, error_histogram, load_ab_bins, load_prior, rebalancing_weights
 
-KINDS = {"raw": "raw", "rebalanced": "rebalanced", "rebalanced_own": "macro"}  # in keys: as printed
+KINDS = ("raw", "rebalanced", "macro")  # of the AuC
 VERSIONS = ("colored", "gray", "true")  # of each image
 GRAY = "gray (ab = 0)"
-BASELINES = {None: ("colored", "auc"), "gray": (GRAY, "gray_auc"), "random": ("random ab", "random_auc")}  # title, file
-ERRORS = MAX_THRESHOLD + 2  # classes of an error: first within 0 … 150, and beyond
-AREAS = auc(np.eye(ERRORS))  # contribution of one pixel to the AuC, by its error: [152]
+AREAS = auc(np.eye(MAX_THRESHOLD + 2))  # contribution of one pixel to the AuC, by its column in `error_histogram`
 
 # Tables make the conversions twice as fast as rgb2lab and lab2rgb. Gray's Y is the linear value of its three channels.
 LINEAR = rgb2xyz(np.arange(256)[:, None].repeat(3, axis=1) / 255)[:, 1].astype(np.float32)
@@ -88,11 +83,11 @@ def read_pair(true_path, colored_path, load_size=None, crop_size=None):
     return crop_resized(open_rgb(true_path, least_side=load_size), load_size, width), colored
 
 
-def compare(paths, grid, load_size=None, crop_size=None, random=False):
-    """Compare an original with its result: count its pixels by bin and error, and sum up the other measures.
+def compare(pair, grid, load_size=None, crop_size=None, random=False):
+    """Compare an original with its result: count its pixels by bin and error, and sum up the other quantities.
 
     Args:
-        paths (tuple): Paths of the original and of the result. Without the latter, gray takes its place.
+        pair (tuple): Name, path of the original, and path of the result. If it is None, gray takes its place.
         grid (ndarray): Result of `bins_on_grid`.
         load_size (int): Size of the original's shorter side before the crop.
         crop_size (int): Side of the compared square crops.
@@ -100,37 +95,43 @@ def compare(paths, grid, load_size=None, crop_size=None, random=False):
 
     Returns:
         tuple[ndarray, dict]: Number of pixels by bin and error, uint32 [2, 313, 152], for the result and for gray, and
-        sums by VERSIONS. Or an InvalidImageError, returned instead of raised so that the other pairs are compared.
+        the image's sums by name, those of VERSIONS in this order.
+
+    Raises:
+        InvalidImageError: If a file cannot be read or their sizes do not match.
     """
-    try:
-        true, colored = read_pair(paths[0], None if random else paths[1], load_size, crop_size)
-        if random:
-            colored = np.asarray(open_rgb(paths[1]).resize(true.shape[1::-1], Image.Resampling.BILINEAR))
-    except InvalidImageError as error:
-        return error
+    _, true_path, other_path = pair
+    true, colored = read_pair(true_path, None if random else other_path, load_size, crop_size)
     true_lab = to_lab(true)
     true_ab = true_lab[..., 1:]
     gray = np.broadcast_to(GRAY_LEVELS[np.rint(100 * true_lab[..., :1]).astype(int)], true.shape)
-    colored_ab = np.zeros_like(true_ab) if colored is None else to_lab(colored)[..., 1:]
-    if colored is None:
-        colored = gray
-    elif random:
+    if random:
+        other = open_rgb(other_path).resize(true.shape[1::-1], Image.Resampling.BILINEAR)
+        colored_ab = to_lab(np.asarray(other))[..., 1:]
         colored = with_ab(true_lab, colored_ab)
-    a, b = np.rint(true_ab / 10).astype(int).reshape(-1, 2).T + 11
-    chroma = length(true_ab)  # gray's error
-    size = ERRORS * (grid.max() + 1)
-    cells = [grid[a, b] * ERRORS + first_threshold(x).ravel() for x in (length(true_ab - colored_ab), chroma)]
-    counts = np.stack([np.bincount(x, minlength=size).reshape(-1, ERRORS) for x in cells])
+    elif colored is None:
+        colored_ab, colored = np.zeros_like(true_ab), gray
+    else:
+        colored_ab = to_lab(colored)[..., 1:]
+
+    a, b = np.moveaxis(np.rint(true_ab / 10).astype(int), -1, 0) + 11
+    bins, true_chroma = grid[a, b], length(true_ab)
+    errors = (length(true_ab - colored_ab), true_chroma)  # of the result and of gray
+    counts = np.stack([error_histogram(distance, bins, grid.max() + 1) for distance in errors])
     with np.errstate(divide="ignore"):  # an exact copy has an infinite PSNR
-        noise = np.array([*(peak_signal_noise_ratio(true, rgb, data_range=255) for rgb in (colored, gray)), np.inf])
+        ratios = [peak_signal_noise_ratio(true, rgb, data_range=255) for rgb in (colored, gray)]
+    psnr = np.array([*ratios, np.inf])
+    copies = np.isinf(psnr)
     return counts.astype(np.uint32), {
         "images": 1,
-        "pixels": len(a),
-        "areas": np.float32([*(counts @ AREAS), counts[0].sum(axis=1)]),  #                         [3, 313]
-        "chroma": (length(colored_ab).sum(), 0, chroma.sum()),
+        "pixels": bins.size,
+        "areas": np.float32(
+            [*(counts @ AREAS), counts[0].sum(axis=1)]
+        ),  #            [3, 313]; the original has no error
+        "chroma": (length(colored_ab).sum(), 0, true_chroma.sum()),
         "colorfulness": (colorfulness(colored), 0, colorfulness(true)),
-        "psnr": np.where(np.isinf(noise), 0, noise),
-        "copies": np.isinf(noise),
+        "psnr": np.where(copies, 0, psnr),
+        "copies": copies,
     }
 
 
@@ -167,19 +168,47 @@ def colorfulness(rgb):
 # All images
 
 
-def pool(images, times):
+def measure(pairs, num_workers=0, **settings):
+    """Compare originals with their results.
+
+    Args:
+        pairs (list): Name, path of the original, and path of the result (None for gray) of each image.
+        num_workers (int): Number of worker processes.
+        settings: `load_size`, `crop_size` and `random` of `compare`.
+
+    Returns:
+        tuple[list, dict, ndarray]: The names of the N images that can be compared, their sums by name, [N, ...], and
+        the number of all their pixels by bin and error, int64 [2, 313, 152], for the results and for gray. Other
+        images are reported on stderr.
+
+    Raises:
+        UserError: If no image can be compared.
+    """
+    keep_freed_memory()
+    job = partial(compare, grid=bins_on_grid(load_ab_bins().numpy()), **settings)
+    names, images, totals = [], [], 0
+    for i, (counts, sums) in parallel_map(job, pairs, num_workers, "comparing"):
+        totals = totals + counts.astype(np.int64)
+        names.append(pairs[i][0])
+        images.append(sums)
+    if not names:
+        raise cli.UserError(f"none of the {cli.counted(len(pairs), 'image')} can be compared")
+    return names, {key: np.array([sums[key] for sums in images]) for key in images[0]}, totals
+
+
+def pool(sums, times):
     """Sum over images, the i-th of which counts times[b, i] times: {name: [N, ...]}, [B, N] -> {name: [B, ...]}."""
-    return {name: np.tensordot(times, values, axes=1) for name, values in images.items() if name != "names"}
+    return {name: np.tensordot(times, values, axes=1) for name, values in sums.items()}
 
 
-def measures(sums, bin_weights):
-    """Compute all measures from sums over pooled images: {name: [B, ...]}, [313] -> {version: {measure: [B]}}."""
-    areas, counts = np.moveaxis(sums["areas"], 1, 0), sums["areas"][:, 2]
+def evaluate(sums, bin_weights):
+    """Compute every quantity from the sums of images: {name: [N, ...]}, [313] -> {version: {quantity: [N]}}."""
+    areas, pixels = np.moveaxis(sums["areas"], 1, 0), sums["areas"][:, VERSIONS.index("true")]
     with np.errstate(invalid="ignore"):  # the PSNR is NaN if all are exact copies
         found = {
-            "auc_raw": areas.sum(axis=2) / counts.sum(axis=1),
-            "auc_rebalanced": areas @ bin_weights / (counts @ bin_weights),
-            "auc_rebalanced_own": (areas / counts.clip(min=1)).sum(axis=2) / (counts > 0).sum(axis=1),
+            "auc_raw": areas.sum(axis=2) / pixels.sum(axis=1),
+            "auc_rebalanced": areas @ bin_weights / (pixels @ bin_weights),
+            "auc_macro": (areas / pixels.clip(min=1)).sum(axis=2) / (pixels > 0).sum(axis=1),
             "chroma": sums["chroma"].T / sums["pixels"],
             "colorfulness": sums["colorfulness"].T / sums["images"],
             "psnr": sums["psnr"].T / (sums["images"] - sums["copies"].T),
@@ -189,58 +218,76 @@ def measures(sums, bin_weights):
 
 def curves(counts, bin_weights):
     """Compute the share of pixels within t, by KINDS, from counts by bin and error: [313, 152] -> [3, 151]."""
-    own = 1 / counts.sum(axis=1).clip(min=1)
-    histograms = np.stack([np.ones_like(own), bin_weights, own]) @ counts  #                     [3, 152]
+    macro_weights = 1 / counts.sum(axis=1).clip(min=1)
+    histograms = np.stack([np.ones_like(bin_weights), bin_weights, macro_weights]) @ counts  #      [3, 152]
     return histograms.cumsum(axis=1)[:, :-1] / histograms.sum(axis=1, keepdims=True)
+
+
+def describe_prior(path):
+    return {"file": cli.printable(path), "sha256": sha256(path)}
+
+
+def inverse_prior(path):
+    """Return the weights of the rebalanced AuC, float64 [313], from the file of a prior."""
+    return rebalancing_weights(load_prior(path), lam=0).numpy().astype(np.float64)
 
 
 # -------------------------------------------------------------------------------------------------
 # Output files
 
 
-def write_csv(images, bin_weights, path):
-    columns = "auc_raw auc_rebalanced psnr gray_auc_raw gray_auc_rebalanced gray_psnr chroma colorfulness true_chroma"
-    columns = f"{columns} true_colorfulness".split()
-    found = {}
-    for version, values in measures(images, bin_weights).items():
-        found.update({f"{version}_{x}".replace("colored_", ""): v for x, v in values.items()})
-    with atomic_text(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "pixels", *columns))
-        for name, pixels, *values in zip(images["names"], images["pixels"], *(found[x] for x in columns)):
-            writer.writerow((name, pixels, *(f"{value:.6f}" for value in values)))
+def write_images(names, sums, bin_weights, path):
+    """Write the values of each image as CSV."""
+    values = evaluate(sums, bin_weights)
+    colored, gray, true = (values[version] for version in VERSIONS)
+    numbers = {
+        "auc_raw": colored["auc_raw"],
+        "auc_rebalanced": colored["auc_rebalanced"],
+        "psnr": colored["psnr"],
+        "gray_auc_raw": gray["auc_raw"],
+        "gray_auc_rebalanced": gray["auc_rebalanced"],
+        "gray_psnr": gray["psnr"],
+        "chroma": colored["chroma"],
+        "colorfulness": colored["colorfulness"],
+        "true_chroma": true["chroma"],
+        "true_colorfulness": true["colorfulness"],
+    }
+    texts = {heading: [f"{value:.6f}" for value in column] for heading, column in numbers.items()}
+    write_csv({"image": names, "pixels": sums["pixels"], **texts}, path)
 
 
 def write_counts(counts, colored, gray, path):
     """Write the 151 counts and the total of [313, 152], and the curves [3, 151] of the results and of gray."""
+    within = counts.sum(axis=0).cumsum()
     with atomic_text(path) as file:
-        kinds = ", ".join(KINDS.values())
-        file.write(f"# t, pixels with an ab error of at most t, share: {kinds}; the same for gray\n")
-        for t, (count, shares) in enumerate(zip(counts.sum(axis=0).cumsum(), np.concatenate([colored, gray]).T)):
-            file.write(f"{t:3d} {count:14d} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
-        file.write(f"total {counts.sum():12d}\n")
-
-
-def read_curves(folders):
-    """Read auc.txt of {name: folder}: curves [3, 151] by name, and those of gray."""
-    both = {name: np.genfromtxt(Path(folder, "auc.txt"), skip_footer=1)[:, 2:].T for name, folder in folders.items()}
-    *_, last = both.values()
-    return {**{name: six[:3] for name, six in both.items()}, GRAY: last[3:]}
+        file.write(f"# t, pixels with an ab error of at most t, share: {', '.join(KINDS)}; the same for gray\n")
+        for t, shares in enumerate(np.concatenate([colored, gray]).T):
+            file.write(f"{t:3d} {within[t]:14d} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
+        file.write(f"total {within[-1]:12d}\n")
 
 
 def plot(results, path):
     """Plot the curves of {name: [3, 151]}, one panel for each of KINDS; gray is dashed."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axes, kind, *shares in zip(figure.subplots(1, 3, sharey=True), KINDS.values(), *results.values()):
-        for name, curve in zip(results, shares):
+    for i, axes in enumerate(figure.subplots(1, 3, sharey=True)):
+        for name, shares in results.items():
             style = {"linestyle": "--", "color": "0.5"} if name == GRAY else {}
-            axes.plot(100 * curve, label=f"{name}: {auc(np.diff(curve, prepend=0, append=1)):.2%}", **style)
-        axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="ab error t", title=kind)
+            area = auc(np.diff(shares[i], prepend=0, append=1))
+            axes.plot(100 * shares[i], label=f"{name}: {area:.2%}", **style)
+        axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="ab error t", title=KINDS[i])
         axes.grid(alpha=0.3)
         axes.legend(title="AuC", loc="lower right")
     figure.axes[0].set_ylabel("share of (weighted) pixels within t (%)")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def print_values(title, colored, gray, true):
+    for name, values in ((title, colored), (GRAY, gray)):
+        print(f"{name:13s}  AuC " + "  ".join(f"{kind} {values[f'auc_{kind}']:.2%}" for kind in KINDS))
+    compared = "  ".join(f"{x} {colored[x]:.2f} (true {true[x]:.2f})" for x in ("chroma", "colorfulness"))
+    psnr, gray_psnr = (values["psnr"] or math.inf for values in (colored, gray))
+    print(f"{compared}  PSNR {psnr:.2f} dB (gray {gray_psnr:.2f})")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -261,12 +308,12 @@ def parse_args(argv=None):
     add("--random", const="random", **baseline, help="evaluate the ab of a random other original instead of results")
 
     add = parser.add_argument_group("metric").add_argument
-    add("--prior", help="file of 313 probabilities of the ab bins (default: the bundled prior)")
+    add("--prior", default=PRIOR, help="file of 313 probabilities of the ab bins")
     add("--seed", type=cli.SEED, default=0, help="seed of --random")
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--num_workers", type=cli.WORKERS, default=available_cores(), help="worker processes; 0: compare in this one")
-    add("--save_path", default="./metrics", help="folder for auc.json, .csv, .npz, .txt and .png")
+    add("--save_path", default="./metrics", help="folder for auc.json, .csv, .txt and .png")
     return parser.parse_args(argv)
 
 
@@ -285,74 +332,61 @@ def find_pairs(args):
     return [(relative_path(path, args.image_dir), path, other) for path, other in zip(originals, others)], {}
 
 
+def square_size(result_path):
+    """Return the load_size and crop_size of a folder's square crops from its coloring.json; None for whole images."""
+    coloring = read_json(Path(result_path) / COLORING) or {}
+    keys = ("load_size", "crop_size")
+    return {x: coloring[x] if coloring.get("crop_size") else None for x in keys}
+
+
 def main(args):
     cli.check_crop(args)
     if args.baseline and args.load_size and not args.crop_size:
         raise cli.UserError(f"--load_size has no effect on --{args.baseline} without --crop_size")
-    coloring = None if args.baseline else read_json(Path(args.result_path) / COLORING)
-    if coloring and coloring.get("crop_size") and not (args.load_size or args.crop_size):
-        args.load_size, args.crop_size = coloring["load_size"], coloring["crop_size"]
     use_all_cores()
-    prior_path = args.prior or RESOURCES / "prior_probs.npy"
-    bin_weights = rebalancing_weights(load_prior(prior_path), lam=0).numpy().astype(np.float64)
+    sizes = {"load_size": args.load_size, "crop_size": args.crop_size}
+    if not (args.baseline or args.load_size or args.crop_size):
+        sizes = square_size(args.result_path)
+    bin_weights = inverse_prior(args.prior)
     pairs, left_out = find_pairs(args)
     make_folder(args.save_path)
 
-    # Compare, pair by pair
-    keep_freed_memory()
-    grid = bins_on_grid(load_ab_bins().numpy())
-    sizes = {"load_size": args.load_size, "crop_size": args.crop_size}
-    job = partial(compare, grid=grid, random=args.baseline == "random", **sizes)
-    records, totals = [], 0  # counts of the results and of gray
-    results = parallel_map(job, [paths for _, *paths in pairs], args.num_workers, "comparing")
-    for (name, *_), result in zip(pairs, results):
-        if isinstance(result, InvalidImageError):
-            cli.note(f"skipped {result}")
-            left_out.setdefault("unreadable, or of another size", []).append(name)
-            continue
-        totals = totals + result[0].astype(np.int64)
-        records.append({"names": name, **result[1]})
-    if not records:
-        raise cli.UserError(f"{args.image_dir}: none of its {len(pairs)} images could be compared")
-    images = {key: np.array([record[key] for record in records]) for key in records[0]}
-    pooled = measures(pool(images, np.ones((1, len(records)))), bin_weights).values()
-    colored, gray, true = ({x: None if np.isnan(v) else float(v) for x, (v,) in found.items()} for found in pooled)
-    shares = [curves(counts, bin_weights) for counts in totals]
+    # Compare
+    names, sums, counts = measure(pairs, args.num_workers, random=args.baseline == "random", **sizes)
+    compared = {*names}
+    if failed := [name for name, *_ in pairs if name not in compared]:
+        left_out["unreadable, or of another size"] = failed
+    pooled = evaluate(pool(sums, np.ones((1, len(names)))), bin_weights)
+    values = {v: {x: None if np.isnan(y[0]) else float(y[0]) for x, y in found.items()} for v, found in pooled.items()}
+    colored, gray, true = (values[version] for version in VERSIONS)
+    colored_curves, gray_curves = (curves(x, bin_weights) for x in counts)
 
     # Write and print
-    title, name = BASELINES[args.baseline]
-    base = os.path.join(args.save_path, name)
+    title = {"gray": GRAY, "random": "random ab"}.get(args.baseline, "colored")
     summary = {
         **colored,
         "colorfulness_difference": colored["colorfulness"] - true["colorfulness"],
         "gray": gray,
         "true": {x: true[x] for x in ("chroma", "colorfulness")},
-        "images": len(records),
-        "pixels": int(totals[0].sum()),
+        "images": len(names),
+        "pixels": int(counts[0].sum()),
         "true_images": cli.printable(os.path.abspath(args.image_dir)),
         "colored_images": title if args.baseline else cli.printable(os.path.abspath(args.result_path)),
-        "coloring": coloring,
+        "coloring": None if args.baseline else read_json(Path(args.result_path) / COLORING),
         **sizes,
         "seed": args.seed if args.baseline == "random" else None,
-        "prior": {"file": cli.printable(prior_path), "sha256": sha256(prior_path)},
-        "left_out": {problem: [cli.printable(name) for name in names] for problem, names in left_out.items()},
+        "prior": describe_prior(args.prior),
+        "left_out": {problem: [cli.printable(name) for name in found] for problem, found in left_out.items()},
         **provenance(),
     }
-    write_json(summary, base + ".json")
-    with atomic_path(base + ".npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **images)
-    write_csv(images, bin_weights, base + ".csv")
-    write_counts(totals[0], *shares, base + ".txt")
-    plot({title: shares[0], GRAY: shares[1]}, base + ".png")
-    for name, found in {title: colored, GRAY: gray}.items():
-        areas = "  ".join(f"{printed} {found[f'auc_{kind}']:.2%}" for kind, printed in KINDS.items())
-        print(f"{name:13s}  AuC {areas}")
-    values = "  ".join(f"{x} {colored[x]:.2f} (true {true[x]:.2f})" for x in ("chroma", "colorfulness"))
-    ratio, gray_ratio = (found["psnr"] or math.inf for found in (colored, gray))
-    print(f"{values}  PSNR {ratio:.2f} dB (gray {gray_ratio:.2f})")
-    number = cli.counted(len(records), "image")
-    print(f"{number}, {summary['pixels']} pixels; rebalanced by {cli.printable(prior_path)}")
-    print(f"written: {cli.printable(base)}.json, .csv, .npz, .txt, .png")
+    base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
+    write_json(summary, f"{base}.json")
+    write_images(names, sums, bin_weights, f"{base}.csv")
+    write_counts(counts[0], colored_curves, gray_curves, f"{base}.txt")
+    plot({title: colored_curves, GRAY: gray_curves}, f"{base}.png")
+    print_values(title, colored, gray, true)
+    print(f"{cli.counted(len(names), 'image')}, {summary['pixels']} pixels; rebalanced by {cli.printable(args.prior)}")
+    print(f"written: {cli.printable(base)}.json, .csv, .txt, .png")
     return cli.EXIT_SKIPPED if left_out else 0
 
 

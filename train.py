@@ -184,7 +184,8 @@ def validate(run, loader, constants, args, autocast, stop, log):
         sums += values.sum(axis=0).numpy()
         lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(utils.annealed_mean(logits, constants.ab_bins), *rgb.shape[2:])
-        histogram += utils.error_histogram(*(x.numpy().swapaxes(0, 1) for x in (colored, lab[:, 1:])))
+        distance = np.hypot(*(colored - lab[:, 1:]).numpy().swapaxes(0, 1))
+        histogram += utils.error_histogram(distance)[0]
         if len(panel) < PANEL_IMAGES:
             panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():

@@ -13,6 +13,7 @@ import paddle
 import paddle.nn.functional as F
 
 RESOURCES = Path(__file__).resolve().parent / "resources"
+PRIOR = RESOURCES / "prior_probs.npy"
 
 # -------------------------------------------------------------------------------------------------
 # Class rebalancing (Section 2.2)
@@ -35,7 +36,7 @@ def load_prior(path=None):
     Raises:
         UserError: If the file cannot be read or does not contain such numbers.
     """
-    path = path or RESOURCES / "prior_probs.npy"
+    path = path or PRIOR
     try:
         with report_os_errors(f"{path}: cannot be read as a prior"):
             numbers = np.lib.format.open_memmap(path, mode="r")  # mapped: the header may declare terabytes
@@ -188,20 +189,21 @@ def first_threshold(distance):
     return np.ceil(distance).clip(max=MAX_THRESHOLD + 1).astype(np.int64)
 
 
-def error_histogram(predicted_ab, true_ab, weights=None):
-    """Count the pixels whose ab error first lies within the threshold t, for t = 0 … 150.
+def error_histogram(distance, bins=0, number=1):
+    """Count the pixels of each ab bin whose ab error first lies within the threshold t, for t = 0 … 150.
 
     Args:
-        predicted_ab (ndarray): [2, ...].
-        true_ab (ndarray): [2, ...].
-        weights (ndarray): [...]. Weight of each pixel. Default: 1.
+        distance (ndarray): [...]. Distance between predicted and ground-truth ab of each pixel.
+        bins (ndarray): int64 [...]. Ab bin of each pixel's ground truth. Default: all pixels are counted as one bin.
+        number (int): Number of bins.
 
     Returns:
-        ndarray: float64 [152]; the last entry counts errors beyond 150. Histograms of several images add up.
+        ndarray: int64 [number, 152]; the last column counts errors beyond 150. Histograms of several images add up, and
+        a weighted histogram is the sum of its rows, times the bins' weights.
     """
-    distance = np.hypot(*(np.asarray(predicted_ab) - np.asarray(true_ab)).reshape(2, -1))
-    weights = None if weights is None else np.asarray(weights).ravel()
-    return np.bincount(first_threshold(distance), weights, MAX_THRESHOLD + 2).astype(np.float64)
+    classes = MAX_THRESHOLD + 2
+    cells = bins * classes + first_threshold(distance)
+    return np.bincount(cells.ravel(), minlength=number * classes).reshape(number, classes)
 
 
 def auc(histogram):

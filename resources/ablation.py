@@ -7,25 +7,24 @@
     python resources/ablation.py --val_dir val --results results/* --arch mobilenet_v2 --weights FILE
 
 The table has one row per folder, under the folder's name, and rows for gray and the originals. Rows may differ in
-anything, for example one checkpoint at several sizes or temperatures. The script runs metrics_auc.py and metrics_acc.py
-and reads their values for each image. The 95% intervals come from a bootstrap over the images, with the same resamples
-for all rows, so differences have intervals too. Rows named like the three variants are tested for the expected order:
-none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance). The paper has the first two; λ = 0 is a variant of the earlier
-Paddle port. With --runs, a folder of log folders with the rows' names, the table also contains the KL of the last
-validation, and the training curves of the KL are plotted.
+anything, for example one checkpoint at several sizes or temperatures. The values are those of metrics_auc.py and
+metrics_acc.py, for the images that all rows have. The 95% intervals come from a bootstrap over the images, with the
+same resamples for all rows, so differences have intervals too. Rows named like the three variants are tested for the
+expected order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance). The paper has the first two; λ = 0 is a variant
+of the earlier Paddle port. With --runs, a folder of log folders with the rows' names, the table also contains the KL of
+the last validation, and the training curves of the KL are plotted.
 
     ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images
 """
 
-import csv
 import os
 import sys
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
 from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
+from support.folders import pair_images
 from support.images import open_rgb
 from support.logs import read_log
 from support.sheets import contact_sheet
@@ -37,8 +36,8 @@ from PIL import ImageOps
 
 import metrics_acc
 import metrics_auc
-from dataset import COLORING, named_images
-from utils import load_prior, rebalancing_weights
+from dataset import COLORING, RECORDS, named_images
+from utils import PRIOR
 
 GRAY, TRUE = "gray", "true"
 ROWS = {  # headings of rows; others have their folder's name
@@ -50,7 +49,7 @@ ROWS = {  # headings of rows; others have their folder's name
 }
 QUANTITIES = {  # heading, and factor to the unit of the table
     "auc_raw": ("raw AuC", 100),
-    "auc_rebalanced_own": ("macro AuC", 100),
+    "auc_macro": ("macro AuC", 100),
     "auc_rebalanced": ("rebalanced AuC", 100),
     "top1": ("top-1", 100),
     "top5": ("top-5", 100),
@@ -62,7 +61,7 @@ QUANTITIES = {  # heading, and factor to the unit of the table
 RAREST_FIRST = ("rebalance", "full", "non_rebalance")
 PATTERN = {  # the expected order: each row has a higher value than the next
     "auc_raw": RAREST_FIRST[::-1],
-    "auc_rebalanced_own": RAREST_FIRST,  # independent of the prior, whose rarest bins depend on a few pixels
+    "auc_macro": RAREST_FIRST,  # independent of the prior, whose rarest bins depend on a few pixels
     "auc_rebalanced": RAREST_FIRST,
     "chroma": RAREST_FIRST,
     "top1": ("full", GRAY),
@@ -75,43 +74,49 @@ def heading(row):
 
 
 # -------------------------------------------------------------------------------------------------
-# Measuring, by the metrics' own scripts
+# Measuring
 
 
-def flags(**values):
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+def recognize(classifier, originals, pairs, num_workers):
+    """Classify the originals and each row's results: {row: (names, int64 [N, 5])}, see `metrics_acc.measure`."""
+    controls = [(name, path, None) for name, path in originals.items()]
+    names, versions = metrics_acc.measure(classifier, controls, num_workers=num_workers)
+    found = {GRAY: (names, versions["gray"]), TRUE: (names, versions["true"])}
+    for row, images in pairs.items():
+        results = [(name, None, result) for name, _, result in images]
+        names, versions = metrics_acc.measure(classifier, results, num_workers=num_workers)
+        found[row] = names, versions["colored"]
+    return found
 
 
-def measure(folder, output, args):
-    """Run metrics_auc.py on a folder of results and return the per-image sums of its auc.npz."""
-    where = {"image_dir": args.val_dir, "result_path": folder, "save_path": output}
-    metrics_auc.main(metrics_auc.parse_args(flags(**where, prior=args.prior, num_workers=args.num_workers)))
-    with np.load(output / "auc.npz") as file:
-        return dict(file)
+def align(errors, classes, labels):
+    """Select the images that all rows have.
 
+    Args:
+        errors (dict): Result of `metrics_auc.measure` by row.
+        classes (dict): Result of `recognize`; {} without a classifier.
+        labels (dict): Numbers of the classes by the images' names.
 
-def recognize(where, output, args):
-    """Run metrics_acc.py and return the lines of its accuracy_images.csv by image name."""
-    settings = {name: getattr(args, name) for name in ("arch", "weights", "labels", "num_workers")}
-    metrics_acc.main(metrics_acc.parse_args([*where, *flags(**settings, save_path=output)]))
-    with open(output / "accuracy_images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return {line["image"]: line for line in csv.DictReader(file)}
-
-
-def align(measured, recognized):
-    """Return the names of the images that all rows have, and each row's sums for these, in this order."""
-    places = {row: {name: i for i, name in enumerate(images["names"].tolist())} for row, images in measured.items()}
-    first = next(iter(measured))
-    names = [name for name in places[first] if all(name in x for x in (*places.values(), *recognized.values()))]
+    Returns:
+        tuple[list, dict, dict]: The names of the N images, their sums ([N, ...] by name) by row, and whether they are
+        recognized (bool [N, 2]) by row.
+    """
+    names = sorted(set.intersection(*({*found} for found, *_ in (*errors.values(), *classes.values()))))
     if not names:
         raise UserError("the rows have no image in common that could be compared")
-    aligned = {}
-    for row, images in measured.items():
-        chosen = [places[row][name] for name in names]
-        aligned[row] = {key: values[chosen] for key, values in images.items()}
-        if not np.array_equal(aligned[row]["areas"][:, 2], aligned[first]["areas"][:, 2]):
+
+    def select(found, values):
+        place = {name: i for i, name in enumerate(found)}
+        return values[[place[name] for name in names]]
+
+    sums = {row: {x: select(found, values) for x, values in of.items()} for row, (found, of, _) in errors.items()}
+    first = next(iter(sums))
+    for row, images in sums.items():
+        if not np.array_equal(images["pixels"], sums[first]["pixels"]):
             raise UserError(f"{row} and {first} differ in size or crop: compare them in separate tables")
-    return names, aligned
+    wanted = np.array([labels.get(name) for name in names])
+    hits = {row: metrics_acc.find_hits(select(found, top), wanted) for row, (found, top) in classes.items()}
+    return names, sums, hits
 
 
 # -------------------------------------------------------------------------------------------------
@@ -127,23 +132,23 @@ def resamples(images, number, seed):
     return times
 
 
-def measures(names, measured, recognized, times, bin_weights):
+def evaluate(sums, hits, times, bin_weights):
     """Compute every quantity for each resample of the pooled images: {row: {quantity: [1 + B]}}.
 
     Args:
-        names (list[str]): The N images.
-        measured (dict): Sums by row, from `align`.
-        recognized (dict): Lines by row, from `recognize`.
+        sums (dict): Sums of the N images by row.
+        hits (dict): Whether they are recognized by row; {} without a classifier.
         times (ndarray): [1 + B, N], from `resamples`.
         bin_weights (ndarray): [313].
     """
     found = {}
-    for row, images in measured.items():
-        found[row], *controls = metrics_auc.measures(metrics_auc.pool(images, times), bin_weights).values()
-    found[GRAY], found[TRUE] = controls  # the same for all rows
-    for (row, lines), top in product(recognized.items(), ("top1", "top5")):
-        column = f"{row if row in (GRAY, TRUE) else 'colored'}_{top}"
-        found[row][top] = times @ [int(lines[name][column]) for name in names] / len(names)
+    for row, images in sums.items():
+        values = metrics_auc.evaluate(metrics_auc.pool(images, times), bin_weights)
+        found[row] = values["colored"]
+    found[GRAY], found[TRUE] = values["gray"], values["true"]  # the same for all rows
+    for row, recognized in hits.items():
+        for i, top in enumerate(metrics_acc.TOP):
+            found[row][f"top{top}"] = times @ recognized[:, i] / len(recognized)
     return {row: {x: v for x, v in values.items() if np.isfinite(v).all()} for row, values in found.items()}
 
 
@@ -174,24 +179,37 @@ def differences(found):
 
 def markdown(summary):
     """Return the results and the differences as two Markdown tables with a caption."""
-    results, prior, classifier = summary["results"], summary["prior"], summary["classifier"]
+    results = summary["results"]
     measured = [x for x in QUANTITIES if any(x in values for values in results.values())]
     rows = [["", *(QUANTITIES[x][0] for x in measured)]]
     rows += [[heading(row), *(cell(x, values.get(x)) for x in measured)] for row, values in results.items()]
-    caption = (
-        f"*{summary['images']} images. AuC and accuracy in percent, chroma in ab units, PSNR in dB"
-        f"{'; KL of the last validation in nats per position, lower is better' * ('kl' in measured)}. In parentheses "
-        f"the 95% interval of {summary['bootstrap']} bootstrap resamples. Rebalanced by "
-        f"{os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…)"
-        + (f"; accuracy by {classifier['arch']}.*" if classifier else ".*")
-    )
-    pattern = [["", "difference", "95% interval", ""]]
-    for line in summary["differences"]:
+    parts = [table(rows), caption(summary, "kl" in measured)]
+    if summary["differences"]:
+        parts += ["", table(pattern_rows(summary["differences"]))]
+    return "\n".join(parts)
+
+
+def caption(summary, with_kl):
+    units = "AuC and accuracy in percent, chroma in ab units, PSNR in dB"
+    if with_kl:
+        units += "; KL of the last validation in nats per position, lower is better"
+    prior, classifier = summary["prior"], summary["classifier"]
+    sources = f"Rebalanced by {os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…)"
+    if classifier:
+        sources += f"; accuracy by {classifier['arch']}"
+    interval = f"In parentheses the 95% interval of {summary['bootstrap']} bootstrap resamples"
+    return f"*{summary['images']} images. {units}. {interval}. {sources}.*"
+
+
+def pattern_rows(lines):
+    """Return the result of `differences` as rows of a table."""
+    rows = [["", "difference", "95% interval", ""]]
+    for line in lines:
         name, factor = QUANTITIES[line["quantity"]]
         value, low, high = (f"{factor * line[x]:+.2f}" for x in ("value", "low", "high"))
         expected = f"{name}: {ROWS[line['of']]} − {ROWS[line['minus']]} > 0"
-        pattern.append([expected, value, f"{low} … {high}", line["verdict"]])
-    return "\n".join([table(rows), caption, *(["", table(pattern)] if summary["differences"] else [])])
+        rows.append([expected, value, f"{low} … {high}", line["verdict"]])
+    return rows
 
 
 def table(rows):
@@ -227,11 +245,20 @@ def plot_curves(logs, path):
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def save_sheet(names, true_dir, results, path):
-    """Write a contact sheet of the named images: gray | each row's result | true; results: {row: folder}."""
-    true, colored, rows = named_images(true_dir), [named_images(folder) for folder in results.values()], []
+def plot_errors(errors, bin_weights, path):
+    """Plot the curves of the AuC from the results of `metrics_auc.measure` by row."""
+    curves = {}
+    for row, (_, _, counts) in errors.items():
+        curves[heading(row)], curves[metrics_auc.GRAY] = (metrics_auc.curves(x, bin_weights) for x in counts)
+    metrics_auc.plot(curves, path)
+
+
+def save_sheet(names, originals, results, path):
+    """Write a contact sheet of the named images, gray | results | ground truth, from paths by name (results by row)."""
+    rows = []
     for name in names:
-        original, *versions = (ImageOps.contain(open_rgb(images[name]), THUMBNAIL) for images in (true, *colored))
+        paths = [originals[name], *(images[name] for images in results.values())]
+        original, *versions = (ImageOps.contain(open_rgb(path), THUMBNAIL) for path in paths)
         rows.append((printable(os.path.basename(name)), (original.convert("L").convert("RGB"), *versions, original)))
     headings = ("gray", *(heading(row).split(" (")[0] for row in results), "ground truth")
     with atomic_path(path) as temporary:
@@ -250,7 +277,7 @@ def parse_args(argv=None):
     add("--runs", help="folder of training log folders with the rows' names")
 
     add = parser.add_argument_group("metrics").add_argument
-    add("--prior", help="file of 313 probabilities of the ab bins, instead of the bundled prior")
+    add("--prior", default=PRIOR, help="file of 313 probabilities of the ab bins")
     add("--arch", default="vgg16", help="an ImageNet classifier of paddle.vision.models; none: no accuracy")
     add("--weights", metavar="FILE", help="weights of the classifier (.pdparams), instead of a download")
     add("--labels", metavar="FILE", help="lines of an image's name and its class, instead of class folders")
@@ -264,64 +291,68 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def find_rows(folders):
+    """Return {row: folder}, named like the folders and in the order of ROWS."""
+    results = {printable(os.path.basename(os.path.abspath(folder))): Path(folder) for folder in folders}
+    if len({*results, GRAY, TRUE}) < len(folders) + 2:
+        raise UserError(f"--results: rows have the folders' names, which must differ and be neither {GRAY} nor {TRUE}")
+    return {row: results[row] for row in sorted(results, key=[*ROWS, *results].index)}
+
+
 def main(args):
     # Setup; report wrong flags before the work
-    output, true = Path(args.save_path), named_images(args.val_dir)
-    results = {printable(os.path.basename(os.path.abspath(folder))): Path(folder) for folder in args.results}
-    if len({*results, GRAY, TRUE}) < len(args.results) + 2:
-        raise UserError(f"--results: rows have the folders' names, which must differ and be neither {GRAY} nor {TRUE}")
-    results = {row: results[row] for row in sorted(results, key=[*ROWS, *results].index)}
-    bin_weights = rebalancing_weights(load_prior(args.prior), lam=0).numpy().astype(np.float64)
+    output, results, originals = Path(args.save_path), find_rows(args.results), named_images(args.val_dir)
+    bin_weights = metrics_auc.inverse_prior(args.prior)
+    classifier, labels = None, {}
     if args.arch != "none":
-        metrics_acc.load_classifier(args.arch, args.weights)
+        classifier = metrics_acc.load_classifier(args.arch, args.weights)
+        labels = metrics_acc.find_labels(originals, args.val_dir, args.labels)
     make_folder(output)
 
-    # Measure each folder; the controls once
-    measured = {row: measure(folder, output / row, args) for row, folder in results.items()}
-    recognized, classifier = {}, None
-    if args.arch != "none":
-        controls = recognize(["--controls_only", "--image_dir", args.val_dir], output, args)
-        recognized = {row: recognize(["--result_path", str(x)], output / row, args) for row, x in results.items()}
-        recognized.update({GRAY: controls, TRUE: controls})
-        classifier = read_json(output / "accuracy.json")["classifier"]
+    # Measure
+    errors, classes = {}, {}
+    pairs = {row: pair_images(args.val_dir, folder, COLORING, RECORDS)[0] for row, folder in results.items()}
+    for row, folder in results.items():
+        errors[row] = metrics_auc.measure(pairs[row], args.num_workers, **metrics_auc.square_size(folder))
+    if classifier:
+        classes = recognize(classifier, originals, pairs, args.num_workers)
+    names, sums, hits = align(errors, classes, labels)
 
     # Pool and resample
-    names, measured = align(measured, recognized)
-    found = measures(names, measured, recognized, resamples(len(names), args.bootstrap, args.seed), bin_weights)
+    found = evaluate(sums, hits, resamples(len(names), args.bootstrap, args.seed), bin_weights)
     estimates = {row: {x: estimate(v) for x, v in values.items()} for row, values in found.items()}
     logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in results} if args.runs else {}
     for row, lines in logs.items():
         estimates[row].update([("kl", {"value": line["val_kl"]}) for line in lines if "val_kl" in line])  # the last one
 
     # Write and print
-    first = next(iter(results))
-    first_summary = read_json(output / first / "auc.json")
-    left_out = [printable(name) for name in true if name not in set(names)]
+    left_out = [printable(name) for name in originals if name not in {*names}]
     summary = {
         "results": estimates,
         "differences": differences(found),
         "images": len(names),
-        "true_images": first_summary["true_images"],
+        "true_images": printable(os.path.abspath(args.val_dir)),
         "coloring": {row: read_json(folder / COLORING) for row, folder in results.items()},
         "bootstrap": args.bootstrap,
         "seed": args.seed,
-        "prior": first_summary["prior"],
-        "classifier": classifier,
+        "prior": metrics_auc.describe_prior(args.prior),
+        "classifier": metrics_acc.describe(args) if classifier else None,
         "left_out": left_out,
         **provenance(),
     }
     write_json(summary, output / "ablation.json")
     with atomic_text(output / "ablation.md") as file:
         file.write(markdown(summary))
-    curves = metrics_auc.read_curves({heading(row): output / row for row in results})
-    metrics_auc.plot(curves, output / "ablation_auc.png")
-    shown = np.random.default_rng(args.seed).permutation(len(names))[: args.panel]
-    save_sheet([names[i] for i in shown], args.val_dir, results, output / "ablation_sheet.jpg")
+    plot_errors(errors, bin_weights, output / "ablation_auc.png")
+    shown = np.random.default_rng(args.seed).permutation(names)[: args.panel]
+    paths = {row: {name: result for name, _, result in images} for row, images in pairs.items()}
+    save_sheet(shown, originals, paths, output / "ablation_sheet.jpg")
+    files = "ablation.json, .md, _auc.png, _sheet.jpg"
     if logs:
         plot_curves(logs, output / "ablation_curves.png")
+        files += ", _curves.png"
     print(markdown(summary))
-    files = "ablation.json, .md, _auc.png, _sheet.jpg" + ", _curves.png" * bool(logs)
-    skipped = f", {len(left_out)} skipped" * bool(left_out)
+    skipped = f", {len(left_out)} skipped" if left_out else ""
     print(f"{printable(output)}: {files}; {len(results)} rows, {len(names)} images{skipped}")
     return EXIT_SKIPPED if left_out else 0
 

@@ -9,18 +9,21 @@ images and unreadable files are left out and counted.
 """
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import cli
 from support.cpu import use_all_cores
 from support.files import atomic_path, make_folder
-from support.workers import default_workers, read_batches
+from support.images import open_rgb
+from support.workers import default_workers, parallel_map
 
 import numpy as np
+import paddle
 from PIL import Image
 
-from dataset import ClassificationDataset, list_images, rgb_to_lab
+from dataset import list_images, rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256
@@ -28,11 +31,9 @@ AB_LIMIT = 128  # colors are counted for ab within ±AB_LIMIT; sRGB stays within
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
 
 
-class SquareDataset(ClassificationDataset):
-    """Whole images instead of center crops: resized to SIZE x SIZE."""
-
-    def square(self, image):
-        return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+def read_square(path):
+    """Read a whole image, resized to uint8 [SIZE, SIZE, 3]."""
+    return np.asarray(open_rgb(path, least_side=SIZE).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 def count_colors(ab):
@@ -71,16 +72,16 @@ def main(args):
     use_all_cores()
     paths = list_images(args.image_dir)
     make_folder(Path(args.output).parent)
-    counts, used, gray, unreadable = 0, 0, 0, 0
-    squares = SquareDataset(paths, SIZE, SIZE)
-    for rgb, readable in read_batches(squares, args.batch_size, args.num_workers, "counting"):
-        ab = rgb_to_lab(rgb)[:, 1:]
-        readable, gray_images = readable.numpy(), is_gray(ab).numpy()
-        color = readable & ~gray_images
+    counts, used, gray = 0, 0, 0
+    squares = parallel_map(read_square, paths, args.num_workers, "counting")
+    while batch := list(islice(squares, args.batch_size)):
+        rgb = np.stack([square for _, square in batch])
+        ab = rgb_to_lab(paddle.to_tensor(rgb.transpose(0, 3, 1, 2)))[:, 1:]
+        color = ~is_gray(ab).numpy()
         counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
         used += int(color.sum())
-        gray += int((readable & gray_images).sum())
-        unreadable += int((~readable).sum())
+        gray += int((~color).sum())
+    unreadable = len(paths) - used - gray
     left_out = f"{gray} gray, {unreadable} unreadable"
     if not used:
         raise cli.UserError(f"{args.image_dir}: no color image among {len(paths)} files ({left_out})")

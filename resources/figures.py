@@ -119,6 +119,15 @@ def plot_gains(folders):
     return figure
 
 
+def read_curves(folders):
+    """Read auc.txt of {name: folder}: curves [3, 151] by name, and those of gray."""
+    curves = {}
+    for name, folder in folders.items():
+        shares = np.genfromtxt(folder / "auc.txt", skip_footer=1)[:, 2:].T  #                [6, 151]: results, gray
+        curves[name] = shares[:3]
+    return {**curves, metrics_auc.GRAY: shares[3:]}
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -142,7 +151,7 @@ def main(args):
     }
     folders = {printable(x): Path(x) for x in args.results}
     if folders:
-        metrics_auc.plot(metrics_auc.read_curves(folders), Path(args.save_path, "auc.png"))
+        metrics_auc.plot(read_curves(folders), Path(args.save_path, "auc.png"))
         figures["accuracy_gains"] = plot_gains(folders)
     for name, figure in figures.items():
         with atomic_path(Path(args.save_path, f"{name}.png")) as temporary:

@@ -1,5 +1,6 @@
 """Files: atomic writing, JSON, checksums, and the provenance of results."""
 
+import csv
 import hashlib
 import json
 import os
@@ -84,6 +85,14 @@ def atomic_text(path):
 def open_text(path, mode="r"):
     """Open a text file. File names in it that are not UTF-8 keep their bytes, and line breaks are not translated."""
     return open(path, mode, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def write_csv(columns, path):
+    """Write a table, {heading: values}, through `atomic_text`."""
+    with atomic_text(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
 
 
 def write_json(data, path):

@@ -6,17 +6,18 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from support.cli import SIGNALS, UserError, progress
+from support.cli import SIGNALS, UserError, note, progress
 from support.cpu import cores_each
+from support.images import InvalidImageError
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.io import DataLoader
-from tqdm import tqdm
 
 LOST = "a process that reads images was killed or failed (memory or /dev/shm full?); try fewer --num_workers"
 
@@ -117,19 +118,11 @@ def make_loader(dataset, num_workers, **batches):
     return DataLoader(dataset, num_workers=num_workers, worker_init_fn=begin_worker, **batches)
 
 
-def read_batches(dataset, batch_size, num_workers, title):
-    """Yield the batches of a dataset, in order, behind a progress bar."""
-    loader = make_loader(dataset, num_workers, batch_size=batch_size)
-    with tqdm(desc=title, total=len(dataset), unit="image", disable=None) as bar:
-        for batch in from_workers(loader):
-            yield batch
-            bar.update(len(batch[0]))
-
-
 def parallel_map(function, items, num_workers, title):
-    """Yield function(item) of each item, in order, behind a progress bar.
+    """Yield (i, function(items[i])) in order, behind a progress bar.
 
-    The work is done by `num_workers` processes, or by threads where processes do not fork; 0 takes one thread.
+    Items for which the function raises InvalidImageError are left out and reported on stderr. The work is done by
+    `num_workers` processes, or by threads where processes do not fork; 0 takes one thread.
     """
     num_workers = min(num_workers, len(items))
     if num_workers and forks():
@@ -137,13 +130,30 @@ def parallel_map(function, items, num_workers, title):
         pool = ProcessPoolExecutor(num_workers, initializer=_set_signals)
     else:
         pool = ThreadPoolExecutor(max(1, num_workers))
+    tasks = _submit(pool, function, items, ahead=8 * max(1, num_workers))
     try:
-        yield from progress(pool.map(function, items, chunksize=8), len(items), title)
+        for i, task in enumerate(progress(tasks, len(items), title)):
+            try:
+                result = task.result()
+            except InvalidImageError as error:
+                note(f"skipped {error}")
+            else:
+                yield i, result
     except BrokenProcessPool as error:
         time.sleep(0.5)  # a signal sent to all processes reaches this one, too, and explains more
         raise UserError(LOST) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool, function, items, ahead):
+    """Yield a task for each item. At most `ahead` of them run or wait to be used, because results take memory."""
+    tasks = deque()
+    for item in items:
+        if len(tasks) == ahead:
+            yield tasks.popleft()
+        tasks.append(pool.submit(function, item))
+    yield from tasks
 
 
 def _set_signals():
