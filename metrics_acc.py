@@ -211,7 +211,7 @@ def measure(network, pairs, load_size=256, crop_size=224, batch_size=32, num_wor
         for version, rgb in to_versions([images for _, images in batch]).items():
             classes[version].append(top_classes(network, rgb).numpy())
     if not names:
-        raise cli.UserError(f"none of the {cli.counted(len(pairs), 'image')} can be read")
+        raise cli.UserError(f"none of the {len(pairs)} images can be read")
     return names, {version: np.concatenate(parts) for version, parts in classes.items()}
 
 

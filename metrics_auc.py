@@ -192,7 +192,7 @@ def measure(pairs, num_workers=0, **settings):
         names.append(pairs[i][0])
         images.append(sums)
     if not names:
-        raise cli.UserError(f"none of the {cli.counted(len(pairs), 'image')} can be compared")
+        raise cli.UserError(f"none of the {len(pairs)} images can be compared")
     return names, {key: np.array([sums[key] for sums in images]) for key in images[0]}, totals
 
 

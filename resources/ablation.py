@@ -240,7 +240,8 @@ def plot_curves(logs, path):
                 axes.plot(*means, style, color=f"C{i}", markersize=4, linewidth=1, label=heading(row) + suffix)
     axes.set(xlabel="step", ylabel="KL, nats per position, not re-weighted")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=max(1, len(logs)))
+    if axes.lines:
+        figure.legend(loc="outside lower center", ncols=len(logs))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 

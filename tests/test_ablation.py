@@ -1,9 +1,10 @@
-"""resources/ablation.py against the scripts whose results it reads, scikit-image, and a bootstrap in a plain loop."""
+"""resources/ablation.py, compared with the metrics' scripts, and with a bootstrap in a plain loop."""
 
 import json
 import shutil
 
 from support.cli import EXIT_SKIPPED
+from support.folders import pair_images
 from support.images import crop_resized
 from support.sheets import FOOT, HEAD
 
@@ -17,8 +18,8 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import metrics_acc
 import metrics_auc
+from dataset import COLORING, RECORDS
 from resources import ablation
-from utils import load_prior, rebalancing_weights
 
 VARIANTS = ("non_rebalance", "full", "rebalance")
 SYNSETS = metrics_acc.load_synsets()
@@ -59,7 +60,7 @@ def classifier(tmp_path_factory, val_dir):
     paths = sorted(val_dir.rglob("*.png"))
     images = np.stack([crop_resized(Image.open(path), 256, 224).transpose(2, 0, 1) for path in paths])
     with paddle.no_grad():
-        shown = metrics_acc.as_float(paddle.to_tensor(images))
+        shown = paddle.to_tensor(images).astype("float32") / 255
         mean, std = (paddle.to_tensor(x).reshape([1, 3, 1, 1]) for x in (metrics_acc.MEAN, metrics_acc.STD))
         make_decisive(network, network((shown - mean) / std).numpy())
         classes = metrics_acc.top_classes(network, shown).numpy()
@@ -108,42 +109,34 @@ def value(summary, row, quantity):
 # Values
 
 
-def test_values_and_intervals_agree_with_a_loop_over_pixels(val_dir, results, tmp_path):
+def test_values_and_intervals_agree_with_a_loop_over_pixels(val_dir, results):
     """The loop's bootstrap gathers the pixels of each resample again; the images have different sizes."""
-    args = ablation.parse_args(["--val_dir", str(val_dir), "--results", "-", "--num_workers", "0"])
-    measured = {"full": ablation.measure(results / "full", tmp_path, args)}
-    weights, names = (
-        rebalancing_weights(load_prior(), lam=0).numpy().astype(np.float64),
-        measured["full"]["names"].tolist(),
-    )
-    hits, images, noise = np.random.default_rng(1).random((8, 2)) < 0.5, [], []
-    lines = {name: {f"colored_top{top}": f"{hit:d}" for top, hit in zip((1, 5), row)} for name, row in zip(names, hits)}
-    for name in names:
-        true, colored = (np.asarray(Image.open(folder / f"{name}.png")) for folder in (val_dir, results / "full"))
-        noise.append(peak_signal_noise_ratio(true, colored, data_range=255))
+    pairs, _ = pair_images(val_dir, results / "full", COLORING, RECORDS)
+    _, sums, _ = metrics_auc.measure(pairs)
+    hits, images, psnr = np.random.default_rng(1).random((8, 2)) < 0.5, [], []
+    for _, *paths in pairs:
+        true, colored = (np.asarray(Image.open(path)) for path in paths)
+        psnr.append(peak_signal_noise_ratio(true, colored, data_range=255))
         images.append((image_ab(true), image_ab(colored), nearest_bins(image_ab(true))))
-    noise = np.array(noise)
-    found = ablation.measures(names, measured, {"full": lines}, ablation.resamples(8, 20, seed=3), weights)
+    psnr = np.array(psnr)
+    weights = metrics_auc.inverse_prior(None)
+    found = ablation.evaluate({"full": sums}, {"full": hits}, ablation.resamples(8, 20, seed=3), weights)
 
     random = np.random.default_rng(3)
     draws = [np.arange(8), *(random.integers(8, size=8) for _ in range(20))]
-    quantities = ("auc_raw", "auc_rebalanced", "auc_rebalanced_own", "chroma", "top1", "top5", "psnr")
-    for row in ("full", "gray"):
-        expected = []
-        for draw in draws:
-            true, predicted, bins = (np.concatenate(parts) for parts in zip(*(images[i] for i in draw)))
-            predicted = predicted if row == "full" else 0 * predicted
-            chroma = np.linalg.norm(predicted, axis=1).mean()
-            per_image = (*hits[draw].mean(axis=0), noise[draw].mean())
-            expected.append([*auc_by_definition(true, predicted, bins), chroma, *per_image])
-        for name, values in zip(quantities, np.transpose(expected)):
-            if row == "gray" and name in quantities[4:]:
-                continue
-            tolerance = 1e-3 if name == "chroma" else 5e-5
-            np.testing.assert_allclose(found[row][name], values, atol=tolerance, err_msg=f"{row} {name}")
-            estimate = ablation.estimate(found[row][name])
-            assert estimate["low"] == pytest.approx(np.quantile(values[1:], 0.025), rel=1e-4)
-            assert estimate["high"] == pytest.approx(np.quantile(values[1:], 0.975), rel=1e-4)
+    expected = []
+    for draw in draws:
+        true, predicted, bins = (np.concatenate(parts) for parts in zip(*(images[i] for i in draw)))
+        chroma = np.linalg.norm(predicted, axis=1).mean()
+        per_image = (*hits[draw].mean(axis=0), psnr[draw].mean())
+        expected.append([*auc_by_definition(true, predicted, bins), chroma, *per_image])
+    quantities = ("auc_raw", "auc_rebalanced", "auc_macro", "chroma", "top1", "top5", "psnr")
+    for name, values in zip(quantities, np.transpose(expected)):
+        tolerance = 1e-3 if name == "chroma" else 5e-5
+        np.testing.assert_allclose(found["full"][name], values, atol=tolerance, err_msg=name)
+        estimate = ablation.estimate(found["full"][name])
+        assert estimate["low"] == pytest.approx(np.quantile(values[1:], 0.025), rel=1e-4)
+        assert estimate["high"] == pytest.approx(np.quantile(values[1:], 0.975), rel=1e-4)
     assert np.ptp(found["full"]["auc_rebalanced"]) > 0.01  # resamples that differ
     assert (found["true"]["auc_raw"] == 1).all() and (found["gray"]["chroma"] == 0).all()
     assert "psnr" not in found["true"]
@@ -178,19 +171,18 @@ def test_resamples_depend_on_the_seed_only():
 # A whole run, against the scripts
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_values_agree_with_those_of_the_metrics_scripts(done, val_dir, results, tmp_path, classifier, variant):
+def test_values_agree_with_those_of_the_metrics_scripts(done, val_dir, results, tmp_path, classifier):
     output, summary = done
-    where = ["--image_dir", str(val_dir), "--result_path", str(results / variant), "--save_path", str(tmp_path)]
+    where = ["--image_dir", str(val_dir), "--result_path", str(results / "rebalance"), "--save_path", str(tmp_path)]
     assert metrics_auc.main(metrics_auc.parse_args([*where, "--num_workers", "0"])) == 0
     assert metrics_acc.main(metrics_acc.parse_args([*where, "--num_workers", "0", *classifier])) == 0
     auc, accuracy = (json.loads((tmp_path / name).read_text()) for name in ("auc.json", "accuracy.json"))
     for quantity in (*(f"auc_{kind}" for kind in metrics_auc.KINDS), "chroma", "colorfulness", "psnr"):
-        assert value(summary, variant, quantity) == pytest.approx(auc[quantity], abs=1e-9)
+        assert value(summary, "rebalance", quantity) == pytest.approx(auc[quantity], abs=1e-9)
         assert value(summary, "gray", quantity) == pytest.approx(auc["gray"][quantity], abs=1e-9)
     assert value(summary, "true", "colorfulness") == pytest.approx(auc["true"]["colorfulness"])
     assert (summary["images"], summary["prior"]) == (auc["images"], auc["prior"])
-    for row, name in ((variant, "colored"), ("true", "true"), ("gray", "gray")):
+    for row, name in (("rebalance", "colored"), ("true", "true"), ("gray", "gray")):
         found = {x: value(summary, row, x) for x in ("top1", "top5")}
         assert found == pytest.approx(accuracy["accuracy"][name])
     assert value(summary, "true", "top1") == 3 / 8 and value(summary, "true", "top5") == 1
@@ -240,7 +232,8 @@ def test_contact_sheet_shows_gray_versions_and_original_in_this_order(tmp_path):
     folders = [tmp_path / name for name in ("true", "a", "b")]
     for folder, color, suffix in zip(folders, ((250, 10, 10), (10, 250, 10), (10, 10, 250)), ("webp", "jpg", "png")):
         save_image(folder / f"x.{suffix}", np.full((60, 80, 3), color, np.uint8))
-    ablation.save_sheet(["x"], folders[0], {"a": folders[1], "b": folders[2]}, tmp_path / "sheet.jpg")
+    original, *results = ({"x": next(folder.iterdir())} for folder in folders)
+    ablation.save_sheet(["x"], original, dict(zip("ab", results)), tmp_path / "sheet.jpg")
     sheet = np.asarray(Image.open(tmp_path / "sheet.jpg")).astype(int)
     luma = round(0.299 * 250 + 0.587 * 10 + 0.114 * 10)
     expected = [(luma,) * 3, (10, 250, 10), (10, 10, 250), (250, 10, 10)]

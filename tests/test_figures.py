@@ -52,7 +52,7 @@ def test_figures_of_results_are_drawn_from_the_files_of_the_metrics(draw, tmp_pa
     write_accuracy(tmp_path / "first", {"n01440764": 1, "n02102040": -2})
     shutil.copytree("first", "second")
     assert {"auc.png", "accuracy_gains.png"} <= draw("--results", "first", "second")
-    curves = metrics_auc.read_curves({name: tmp_path / name for name in ("first", "second")})
+    curves = figures.read_curves({name: tmp_path / name for name in ("first", "second")})
     assert list(curves) == ["first", "second", metrics_auc.GRAY]
     for curve in curves.values():
         assert curve.shape == (3, 151) and np.all(np.diff(curve) >= 0) and curve[0, -1] == 1

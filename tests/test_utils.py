@@ -172,17 +172,30 @@ def test_annealed_mean_is_the_expectation_under_the_softmax(temperature):
 # AuC
 
 
-def test_histograms_agree_with_counting_and_add_up_with_weights():
-    true, predicted = RANDOM.uniform(-110, 110, (2, 2, 500))
-    weights = RANDOM.random(500)
-    distance = np.sqrt(((true - predicted) ** 2).sum(axis=0))
-    parts = error_histogram(predicted[:, :100], true[:, :100], weights[:100])
-    parts = parts + error_histogram(predicted[:, 100:], true[:, 100:], weights[100:])
-    shares = [weights[distance <= t].sum() / weights.sum() for t in range(151)]
-    assert np.allclose(np.cumsum(parts)[:151] / parts.sum(), shares)
-    assert auc(parts) == pytest.approx(
-        np.trapezoid(shares) / 150 if hasattr(np, "trapezoid") else np.trapz(shares) / 150
-    )
+@pytest.mark.parametrize(
+    ("distance", "area"),
+    # The curve is 0 below the first whole t within reach and 1 from there on.
+    [
+        (0, 1),
+        (0.5, 149.5 / 150),
+        (1, 149.5 / 150),
+        (10.5, 139.5 / 150),
+        (150, 0.5 / 150),
+        (150.01, 0),
+        (400, 0),
+    ],
+)
+def test_auc_of_a_constant_distance_equals_the_area_by_hand(distance, area):
+    histogram = error_histogram(np.full((30, 40), distance))
+    assert auc(histogram) == pytest.approx([area], abs=1e-12) and histogram.sum() == 1200
+
+
+def test_histograms_of_bins_agree_with_counting_and_add_up():
+    distance, bins = RANDOM.uniform(0, 170, (20, 25)), RANDOM.integers(0, 7, (20, 25))
+    histogram = error_histogram(distance[:8], bins[:8], 7) + error_histogram(distance[8:], bins[8:], 7)
+    expected = [[((bins == q) & (distance <= t)).sum() for t in range(151)] for q in range(7)]
+    assert histogram.cumsum(axis=1)[:, :151].tolist() == expected
+    assert histogram.sum(axis=1).tolist() == np.bincount(bins.ravel()).tolist()
 
 
 # Helpers

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import threading
+import time
 
+from support.images import InvalidImageError
 from support.workers import default_workers, from_workers, parallel_map
 
 import numpy as np
@@ -91,9 +93,32 @@ def thread_and_process(_):
 def test_parallel_map_uses_threads_where_processes_do_not_fork(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
     results = list(parallel_map(thread_and_process, [1, 2, 3], 2, None))
-    assert {pid for _, pid in results} == {os.getpid()} and all("Thread" in name for name, _ in results)
+    assert [i for i, _ in results] == [0, 1, 2]
+    assert all("Thread" in name and pid == os.getpid() for _, (name, pid) in results)
     assert default_workers() == 0
 
 
 def test_parallel_map_uses_processes_where_they_fork():
-    assert os.getpid() not in {pid for _, pid in parallel_map(thread_and_process, [1, 2, 3], 2, None)}
+    assert os.getpid() not in {pid for _, (_, pid) in parallel_map(thread_and_process, [1, 2, 3], 2, None)}
+
+
+def read_even(number):
+    if number % 2:
+        raise InvalidImageError(f"{number}.png", "odd")
+    return number // 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_parallel_map_reports_unreadable_images_and_leaves_them_out(capsys, num_workers):
+    assert list(parallel_map(read_even, [0, 1, 2, 3, 4], num_workers, None)) == [(0, 0), (2, 1), (4, 2)]
+    assert capsys.readouterr().err.splitlines() == ["skipped 1.png: odd", "skipped 3.png: odd"]
+
+
+def test_parallel_map_reads_few_images_ahead():
+    """The results of all images might not fit into memory."""
+    started = []
+    results = parallel_map(started.append, range(1000), 0, None)
+    next(results)
+    time.sleep(0.2)
+    assert len(started) < 20
+    assert [i for i, _ in results] == list(range(1, 1000)) and started == list(range(1000))

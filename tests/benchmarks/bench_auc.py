@@ -103,7 +103,7 @@ def main(args):
         small = [small_ab(path) for path in pairs[0]]
         jobs = {
             "reading the two": (megapixels, lambda: [(read_rgb(true), read_rgb(colored)) for true, colored in pairs]),
-            "reading and comparing": (megapixels, lambda: [metrics_auc.compare(pair, grid) for pair in pairs]),
+            "reading and comparing": (megapixels, lambda: [metrics_auc.compare((None, *pair), grid) for pair in pairs]),
             "loop over pixels": (len(small[0]) / 1e6, lambda: loop_over_pixels(*small, bins, weights)),
         }
         times = {name: [] for name in jobs}
