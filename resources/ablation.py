@@ -324,7 +324,9 @@ def main(args):
     estimates = {row: {x: estimate(v) for x, v in values.items()} for row, values in found.items()}
     logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in results} if args.runs else {}
     for row, lines in logs.items():
-        estimates[row].update([("kl", {"value": line["val_kl"]}) for line in lines if "val_kl" in line])  # the last one
+        validations = [line["val_kl"] for line in lines if "val_kl" in line]
+        if validations:
+            estimates[row]["kl"] = {"value": validations[-1]}
 
     # Write and print
     left_out = [printable(name) for name in originals if name not in {*names}]

@@ -1,4 +1,4 @@
-"""Run the README's three steps: get_invalid_images.py, test.py, then both metrics."""
+"""The steps of an evaluation, one after another: get_invalid_images.py, test.py, then both metrics."""
 
 import json
 import subprocess
