@@ -62,7 +62,6 @@ def from_workers(loader, stop=None):
     if not loader.num_workers:
         yield from _from_thread(loader)
         return
-    logging.getLogger().addFilter(_is_news)
     iterator = _start_workers(loader)
     try:
         yield from iterator
@@ -74,11 +73,14 @@ def from_workers(loader, stop=None):
         raise UserError(LOST) from error
     finally:
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
-        logging.getLogger().removeFilter(_is_news)
 
 
-def _is_news(record):
-    """Return whether a record is not one of a lost worker by Paddle's loader: `from_workers` reports that itself."""
+def hide_loader_warnings():
+    """Hide the warnings of Paddle's loader about lost workers, which `from_workers` reports. Scripts call this."""
+    logging.getLogger().addFilter(_is_no_loader_warning)  # adding it twice has no effect
+
+
+def _is_no_loader_warning(record):
     return record.module != "dataloader_iter" or record.levelno > logging.WARNING
 
 
