@@ -1,6 +1,7 @@
 """Files: atomic writing, JSON, checksums, and the provenance of results."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,20 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from support.cli import printable, report_os_errors
+from support.cli import UserError, printable, report_os_errors
 
 import numpy as np
 import paddle
 import PIL
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+LOCK = ".lock"  # name of the file by which a folder is locked
 TEMPORARY = f".?*.{'[0-9a-f]' * 16}.tmp"  # pattern of the names of temporary files
 
 
@@ -73,6 +82,20 @@ def make_folder(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(None, "permission denied")
     remove_temporaries(path)
+
+
+def lock_folder(folder):
+    """Lock a folder until the returned file is closed or the process ends. Raises UserError if it is locked already."""
+    file = open(Path(folder, LOCK), "a")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, worker processes do not inherit it
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: the file system has no locks
+            raise UserError(f"{folder}: another run is writing to this folder") from error
+    return file
 
 
 @contextmanager

@@ -1,27 +1,18 @@
 """Training runs: claim their folders, save and resume their state."""
 
-import errno
 import re
 from pathlib import Path
 
 from support.checkpoints import load_checkpoint, save_checkpoint, set_weights
 from support.cli import UserError
-from support.files import make_folder
+from support.files import LOCK, lock_folder, make_folder
 from support.processes import all_reduce, is_first, share_statistics
 
 import numpy as np
 import paddle
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None
-
 WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"  # names of a run's files in its model folder
 LOGGED = r"train\.jsonl|vdlrecords\.\d+\.log"  # and in its log folder
-LOCK = ".lock"
 PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # keys of a training state
 
 
@@ -40,21 +31,7 @@ def claim(model_path, log_path, advice=None):
         earlier += _matching(log_path, LOGGED)
     if advice and earlier:
         raise UserError(f"{earlier[0]}: belongs to an earlier run; {advice}")
-    return [_lock(folder) for folder in {Path(model_path), Path(log_path)}]
-
-
-def _lock(folder):
-    """Lock a folder until the returned file is closed or the process ends. Raises UserError if it is locked already."""
-    file = open(Path(folder, LOCK), "a")  # noqa: SIM115
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, worker processes do not inherit it
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: the file system has no locks
-            raise UserError(f"{folder}: another run is writing to this folder") from error
-    return file
+    return [lock_folder(folder) for folder in {Path(model_path), Path(log_path)}]
 
 
 def _matching(folder, names):
