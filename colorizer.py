@@ -9,20 +9,20 @@
 test.py, hubconf.py and the web demo all colorize images with this module.
 """
 
-from support import inference
-from support.cli import UserError, note
-from support.cpu import available_cores, computes_bf16, threads
-from support.gpu import autocast, half_types, on_gpu
+from support.cpu import available_cores, threads
+from support.gpu import on_gpu
 from support.images import read_image
+from support.inference import make_predictor
 
 import numpy as np
 import paddle
 from PIL import Image
 
 from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
-from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
-from utils import TEMPERATURE, annealed_mean, load_ab_bins, upsample_ab
+from pretrained import find_weights, read_weights
+from utils import annealed_mean, load_ab_bins, upsample_ab
 
+SMALLEST_INPUT = [1, 1, 8, 8]  # of the network
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
 STRIP_PIXELS = 2**17  # converted at a time by each core, so that a large image needs little more memory than itself
 
@@ -42,11 +42,10 @@ class Colorizer:
     """
 
     def __init__(self, weights=None, model_path="./model", precision="auto"):
-        self.checkpoint = find_weights(model_path, weights)
-        info = checkpoint_info(self.checkpoint)
-        self.load_size = info.get("load_size", LOAD_SIZE)
-        self.temperature = info.get("temperature", TEMPERATURE)
-        self.network, self.precision = make_predictor(self.checkpoint, precision)
+        read = read_weights(find_weights(model_path, weights))
+        self.path, self.sha256, self.epoch, self.step = read.path, read.sha256, read.epoch, read.step
+        self.load_size, self.temperature = read.load_size, read.temperature
+        self.network, self.precision = make_predictor(read.network, SMALLEST_INPUT, precision)
         self.ab_bins = load_ab_bins()
 
     def __call__(self, image, temperature=None, load_size=None):
@@ -121,61 +120,6 @@ def network_size(width, height, shorter_side):
     """Return (width, height) of the network's input, multiples of 8, for an image and its shorter side there."""
     scale = shorter_side / min(width, height)
     return tuple(max(8, round(min(side * scale, MAX_ASPECT * shorter_side) / 8) * 8) for side in (width, height))
-
-
-# -------------------------------------------------------------------------------------------------
-# The network, on a CPU run by Paddle's inference engine
-
-
-def make_predictor(checkpoint, precision="auto"):
-    """Load a checkpoint's network for inference.
-
-    Args:
-        checkpoint (Path): The checkpoint.
-        precision (str): "float32", "bf16" or "auto" (see `Colorizer`).
-
-    Returns:
-        (Callable, str): The network, lightness - 50 [N, 1, h, w] -> logits [N, 313, h/4, w/4], and its precision.
-    """
-    on_cpu = paddle.get_device() == "cpu"
-    has_bf16 = computes_bf16() if on_cpu else "bf16" in half_types()
-    if precision == "auto":
-        precision = "bf16" if on_cpu and has_bf16 else "float32"
-    if precision == "bf16" and not has_bf16:
-        note("bf16: not supported by this processor, GPU or version of Paddle; colorizing in float32")
-        precision = "float32"
-    if not on_cpu:
-        return eager_predictor(checkpoint, precision), precision
-    if inference.has_engine():
-        try:
-            return engine_predictor(checkpoint, precision), precision
-        except UserError:  # unusable weights
-            raise
-        except Exception as error:  # the engine raises many kinds
-            reason = str(error).strip().partition("\n")[0]
-            note(f"Paddle Inference cannot be used in {precision} ({reason}); colorizing in a slower way, in float32")
-    return eager_predictor(checkpoint, "float32"), "float32"
-
-
-def eager_predictor(checkpoint, precision):
-    """Return the network as a function that runs it layer by layer, on any device."""
-    network = load_network(checkpoint)
-    network.eval()
-
-    def predict(lightness):
-        with paddle.amp.auto_cast(**autocast(precision)):
-            return network(lightness).astype("float32")
-
-    return predict
-
-
-def engine_predictor(checkpoint, precision):
-    """Return the network as a function that runs it in Paddle Inference, which is faster on a CPU."""
-    with inference.temporary_folder() as folder:
-        inference.export(load_network(checkpoint), [paddle.static.InputSpec([None, 1, None, None])], folder)
-        run = inference.engine(folder, precision)
-    run(np.zeros([1, 1, 64, 64], np.float32))  # raises here whatever the engine does not support
-    return lambda lightness: paddle.to_tensor(run(lightness.numpy()))
 
 
 # -------------------------------------------------------------------------------------------------

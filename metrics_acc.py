@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 
 from support import cli
-from support.checkpoints import load_weights
+from support.checkpoints import load_checkpoint, set_weights
 from support.cpu import use_all_cores
 from support.files import make_folder, provenance, read_json, sha256, write_csv, write_json
 from support.folders import IMAGE_SUFFIXES, pair_images
@@ -119,7 +119,7 @@ def load_classifier(arch, weights=None):
     create = getattr(models, arch)
     if weights:
         network = create()
-        load_weights(network, weights)
+        set_weights(network, load_checkpoint(weights), weights)
     else:
         network = download_classifier(create, arch)
     network.eval()

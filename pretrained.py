@@ -1,18 +1,16 @@
-"""Pretrained weights by name: this project's, the authors' PyTorch and Caffe releases, the earlier Paddle port's."""
+"""From a name or a file to a network: this project's weights, the authors' (PyTorch, Caffe), the earlier port's."""
 
-import os
 import re
 import urllib.request
 from argparse import ArgumentTypeError
+from dataclasses import dataclass
 from pathlib import Path
 
-from support.checkpoints import check_names, load_checkpoint, read_info, save_checkpoint, set_weights
+from support.checkpoints import read_checkpoint, set_weights
 from support.cli import SIDE, UserError, note, number, whole
 from support.files import sha256
 
 import numpy as np
-import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from model import CIC
@@ -27,39 +25,38 @@ TIMEOUT = 10  # seconds until an address counts as out of reach
 L_SCALE = 100  # it takes (L - 50) / 100
 AB_SCALE = 110  # and returns ab / 110, from a softmax without a temperature: its head presumably includes 1 / 0.38
 
-PYTORCH, CAFFE = "the authors' PyTorch release", "the authors' Caffe release"
-PORT, OURS = "the earlier Paddle port", "this project"
-
-SUFFIXES = (".pdparams", ".safetensors")
 DEFAULT_FOLDER = Path("model")
 DEFAULT_NAME = "19"  # as in the earlier port
-LOAD_SIZE = 256  # shorter side of the network's input in pixels, unless the checkpoint specifies another
-CHECKPOINT_NAME = r"epoch_(.+)_model\.(?:pdparams|safetensors)"
+LOAD_SIZE = 256  # shorter side of the network's input in pixels, unless the weights specify another
 
-# Optional entries of a checkpoint and their ranges. Training stores the size it used and how far it came; the metadata
-# of a safetensors file may also contain the temperature of the annealed mean that suits the weights.
-INFO = {"load_size": SIDE, "temperature": number(1e-3, 1e6), "epoch": whole(0), "step": whole(0)}
+# Entries of a file besides its weights, and their ranges. Training stores the size it used and how far it came; the
+# metadata of a safetensors file may also contain the temperature of the annealed mean that suits the weights.
+ENTRIES = {"load_size": SIDE, "temperature": number(1e-3, 1e6), "epoch": whole(0), "step": whole(0)}
 
 # -------------------------------------------------------------------------------------------------
-# Finding a checkpoint by its name
+# From a name to a file
 
 
 def find_weights(model_path, name=None):
-    """Return the path of the checkpoint that `--load_model NAME` means.
+    """Return the path of the weights that `--load_model NAME` means.
 
-    It is epoch_{NAME}_model.pdparams or .safetensors in `model_path`, or NAME itself is a path. "small" is bundled;
-    "official" is downloaded and converted on first use. Raises UserError if it is missing.
+    NAME is a path, or epoch_{NAME}_model.pdparams or .safetensors in `model_path`. "small" is bundled; "official" is
+    downloaded to Paddle's cache on first use. Raises UserError if there are no such weights.
     """
     folder = Path(model_path)
     name = name or default_name(folder)
-    candidates = (Path(name), folder / name, *(folder / f"epoch_{name}_model{suffix}" for suffix in SUFFIXES))
+    candidates = (
+        Path(name),
+        folder / name,
+        *(folder / f"epoch_{name}_model{x}" for x in (".pdparams", ".safetensors")),
+    )
     if found := [path for path in candidates if path.is_file()]:
         return found[0]
     if name == "small":
         return SMALL
     if name == "official":
-        return fetch_official(folder)
-    if os.sep in name or Path(name).suffix in SUFFIXES:
+        return download(OFFICIAL_URL)
+    if Path(name).name != name or Path(name).suffix:
         raise UserError(f"{name}: no such checkpoint")
     names = ", ".join(checkpoint_names(folder))
     none = "none (train.py writes them; small is bundled, official are the authors' weights)"
@@ -68,7 +65,8 @@ def find_weights(model_path, name=None):
 
 
 def checkpoint_names(folder):
-    return sorted({m[1] for p in folder.glob("epoch_*_model.*") if (m := re.fullmatch(CHECKPOINT_NAME, p.name))})
+    pattern = r"epoch_(.+)_model\.(?:pdparams|safetensors)"
+    return sorted({m[1] for p in folder.glob("epoch_*_model.*") if (m := re.fullmatch(pattern, p.name))})
 
 
 def default_name(folder):
@@ -94,15 +92,7 @@ def default_name(folder):
     return name
 
 
-def fetch_official(folder):
-    """Download the authors' PyTorch release, convert it and store it in the folder; return its path."""
-    network, _ = read_network(download(OFFICIAL_URL, folder))
-    path = folder / "epoch_official_model.pdparams"
-    save_checkpoint(network.state_dict(), path)
-    return path
-
-
-def download(url, folder):
+def download(url):
     """Return the file behind `url`, downloaded to Paddle's cache.
 
     Raises UserError if its SHA-256 does not begin with the digits at the end of its name.
@@ -110,7 +100,7 @@ def download(url, folder):
     from paddle.utils import download as paddle_download
 
     cache, name = Path(paddle_download.WEIGHTS_HOME), url.split("/")[-1]
-    offline = f"download it on another machine, then: python resources/convert_weights.py {name} {folder}"
+    offline = f"download it on another machine and pass its path: --load_model {name}"
     try:
         if not (cache / name).exists():  # Paddle's own attempts have no timeout and take long to fail
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
@@ -126,45 +116,34 @@ def download(url, folder):
 
 
 # -------------------------------------------------------------------------------------------------
-# From a checkpoint to its network
-
-EXTRA_RELU = "extra_relu_ahead_of_conv6"  # the entry that marks a state dict of the earlier port's network
+# From a file to a network
 
 
-class PortCIC(CIC):
-    """The network of an earlier Paddle port, with another ReLU before conv6, for weights trained there.
+@dataclass
+class Weights:
+    """The content of a weight file, read once. `network` makes the network."""
 
-    The parameters are the same, so an additional entry in its state dict distinguishes it.
-    """
+    path: Path
+    sha256: str  # of the file
+    state: dict  # arrays, under this project's names
+    extra_relu: bool  # whether the network has the earlier port's additional ReLU before conv6
+    load_size: int = LOAD_SIZE  # shorter side of the network's input in pixels
+    temperature: float = TEMPERATURE  # of the annealed mean
+    epoch: int = None  # how long the weights were trained, if known
+    step: int = None
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer(EXTRA_RELU, paddle.ones([1]))
-        self.conv6 = _AfterReLU(*self.conv6.children())
-
-
-class _AfterReLU(nn.Sequential):
-    def forward(self, x):
-        return super().forward(F.relu(x))
-
-
-def load_network(path):
-    """Return the network for the checkpoint at `path`, with its weights. Raises UserError if it cannot be read."""
-    return make_network(load_checkpoint(path), path)
-
-
-def checkpoint_info(path):
-    """Return what a checkpoint specifies besides its weights: a dict with some of the keys in INFO.
-
-    Raises UserError if it cannot be read or an entry is out of range.
-    """
-    info = read_info(path)
-    for name in INFO.keys() & info.keys():
+    def network(self):
+        """Return a network with these weights. Raises UserError if they are damaged or another network's."""
+        # Paddle does not return the current global initializer: a caller's own is lost.
+        nn.initializer.set_global_initializer(_Unset(), _Unset())
         try:
-            info[name] = INFO[name](str(np.asarray(info[name]).item()))
-        except (ArgumentTypeError, ValueError) as error:
-            raise UserError(f"{path}: {name} {error}") from None
-    return {name: info[name] for name in INFO if name in info}
+            network = CIC()
+        finally:
+            nn.initializer.set_global_initializer(None)
+        if self.extra_relu:
+            network.conv5.add_sublayer("extra_relu", nn.ReLU())
+        set_weights(network, self.state, self.path)
+        return network
 
 
 class _Unset(nn.initializer.Initializer):
@@ -174,126 +153,86 @@ class _Unset(nn.initializer.Initializer):
         return tensor
 
 
-def make_network(state, path):
-    """Return the network for a state dict that was read from `path`. Raises UserError if there is none."""
-    # Paddle does not return the current global initializer: a caller's own is lost.
-    nn.initializer.set_global_initializer(_Unset(), _Unset())
-    try:
-        network = PortCIC() if EXTRA_RELU in state else CIC()
-    finally:
-        nn.initializer.set_global_initializer(None)
-    set_weights(network, state, path)
-    return network
+def load_network(path):
+    """Return the network in a weight file of any known format. Raises UserError if it cannot be read."""
+    return read_weights(path).network()
+
+
+def initialize(network, path):
+    """Put the weights in a file of any known format into a network of this project, to train it further."""
+    weights = read_weights(path)
+    if weights.extra_relu:
+        raise UserError(f"{path}: has the earlier port's additional ReLU before conv6 and can only colorize")
+    set_weights(network, weights.state, path)
+
+
+def read_weights(path):
+    """Read a weight file: this project's, the authors' PyTorch or Caffe release, or the earlier port's.
+
+    The parameter names show whose network it is. Raises UserError if the file cannot be read or is damaged.
+    """
+    checkpoint = read_checkpoint(path)
+    state = {re.sub(r"^_layers\.", "", str(name)): value for name, value in checkpoint.state.items()}
+    entries = {name: source.pop(name) for source in (checkpoint.metadata, state) for name in ENTRIES if name in source}
+    for name, value in entries.items():
+        try:
+            entries[name] = ENTRIES[name](str(np.asarray(value).item()))
+        except (ArgumentTypeError, ValueError) as error:
+            raise UserError(f"{path}: {name} {error}") from None
+    extra_relu = "features.0.weight" in state
+    if extra_relu:
+        state = _from_port(state)
+    elif "model1.0.weight" in state:
+        state = _from_pytorch(state, path)
+    elif "bw_conv1_1.0" in state:
+        state = _from_caffe(state)
+    return Weights(Path(path), checkpoint.sha256, state, extra_relu, **entries)
 
 
 # -------------------------------------------------------------------------------------------------
-# From a file in any format to a network
+# Other projects' parameters under this project's names. Whatever does not fit keeps its name and is reported later.
 
 
-def read_network(path, temperature=None):
-    """Return the network in a file of any format, and whose it is: PYTORCH, CAFFE, PORT or OURS.
-
-    Args:
-        path: The file.
-        temperature: What the logits are multiplied by. None means 0.38 for the authors' PyTorch release, whose head
-            presumably includes 1 / 0.38, and 1 for the others.
-
-    Raises:
-        UserError: If the weights are damaged or another network's.
-    """
-    state = load_checkpoint(path)
-    state = {re.sub(r"^_layers\.", "", str(key)): value for key, value in state.items()}
-    kinds = [kind for prefix, kind in KINDS.items() if any(name.startswith(prefix) for name in state)]
-    if not kinds:
-        raise UserError(f"{path}: not a known network; it contains {', '.join(list(state)[:3]) or 'nothing'}, …")
-    convert = {PYTORCH: _from_pytorch, CAFFE: _from_caffe, PORT: _from_port, OURS: lambda state, path: state}[kinds[0]]
-    network = make_network(convert(state, path), path)
-    for tensor in network.conv8_313.parameters():
-        tensor.set_value(tensor * (temperature or (TEMPERATURE if kinds[0] == PYTORCH else 1)))
-    return network, kinds[0]
-
-
-# Beginnings of parameter names that only one kind of network has
-KINDS = {"bw_conv1_1.": CAFFE, "model1.": PYTORCH, "features.": PORT, "conv1.": OURS}
-
-LAYER_PARTS = {"weight": "weight", "bias": "bias"}
-NORM_PARTS = {**LAYER_PARTS, "_mean": "_mean", "_variance": "_variance"}
-
-
-def _names(column, parts, norm_parts):
-    """Map the names of one column of `_layers` to this project's."""
-    return {
-        f"{layer[column]}.{theirs}": f"{layer[0]}.{ours}"
-        for layer in _layers()
-        for theirs, ours in (norm_parts if _is_norm(layer) else parts).items()
-    }
-
-
-def _layers():
-    """Yield the names of each layer with weights: here, in the authors' PyTorch and Caffe releases, in the port."""
-    index = 0  # in the port's single Sequential
-    for stage, convs in enumerate((2, 2, 3, 3, 3, 3, 3, 3), start=1):
-        index += stage == 6  # the extra ReLU
-        for i in range(convs):
-            caffe = f"conv{stage}_{i + 1}" if (stage, i) != (1, 0) else "bw_conv1_1"
-            yield f"conv{stage}.{2 * i}", f"model{stage}.{2 * i}", caffe, f"features.{index}"
-            index += 2
-        if stage < 8:
-            norm = 2 * convs
-            yield f"conv{stage}.{norm}", f"model{stage}.{norm}", f"conv{stage}_{convs}norm", f"features.{index}"
-            index += 1
-    yield "conv8_313", "model8.6", "conv8_313", f"features.{index}"
-
-
-def _is_norm(layer):
-    return layer[2].endswith("norm")
-
-
-def _rename(state, names, path):
-    """Return the state under this project's names; `names` maps those of the source to them."""
-    check_names(state, names, path)
-    if odd := [name for name in names if getattr(state[name], "dtype", np.dtype(int)).kind != "f"]:
-        raise UserError(f"{path}: not an array of floats: {odd[0]}")
-    return {ours: state[theirs].astype(np.float32) for theirs, ours in names.items()}
-
-
-def _from_port(state, path):
-    """Mark the converted state as one of the network with another ReLU before conv6."""
-    return {**_rename(state, _names(3, LAYER_PARTS, NORM_PARTS), path), EXTRA_RELU: np.ones(1, np.float32)}
+def _from_port(state):
+    """Convert the state of the port, which has all layers in one list, among them another ReLU after conv5."""
+    counts = (5, 5, 7, 7, 8, 7, 7, 6)
+    layers = [f"conv{stage}.{i}" for stage, count in enumerate(counts, start=1) for i in range(count)]
+    names = {f"features.{i}": layer for i, layer in enumerate([*layers, "conv8_313"])}
+    return {re.sub(r"^features\.\d+", lambda m: names.get(m[0], m[0]), name): array for name, array in state.items()}
 
 
 def _from_pytorch(state, path):
-    norm_parts = {**LAYER_PARTS, "running_mean": "_mean", "running_var": "_variance"}
-    names = {"model_out.weight": "model_out", **_names(1, LAYER_PARTS, norm_parts)}
+    """Convert the state of the PyTorch release, its scales, and its softmax without a temperature."""
+    expectation, bins = state.pop("model_out.weight", None), load_ab_bins().numpy().T[:, :, None, None]
+    # 0.5 of the grid's 10 covers rounding to 16 bits
+    if np.shape(expectation) != bins.shape or not np.abs(expectation * AB_SCALE - bins).max() < 0.5:
+        raise UserError(f"{path}: its model_out does not contain pts_in_hull.npy's bins in the same order")
+    names = {"model8.6": "conv8_313", "model": "conv", "running_mean": "_mean", "running_var": "_variance"}
+    pattern = "^model8[.]6|^model|running_mean$|running_var$"
+    state = {re.sub(pattern, lambda m: names[m[0]], name): array for name, array in state.items()}
     state = {name: array for name, array in state.items() if not name.endswith(".num_batches_tracked")}
-    state = _rename(state, names, path)
-    _check_bins(state.pop("model_out") * AB_SCALE, path)
-    state["conv1.0.weight"] = state["conv1.0.weight"] / np.float32(L_SCALE)
+    factors = {"conv1.0.weight": 1 / L_SCALE, "conv8_313.weight": TEMPERATURE, "conv8_313.bias": TEMPERATURE}
+    for name, factor in factors.items():
+        if isinstance(state.get(name), np.ndarray):
+            state[name] = state[name] * factor
     return state
 
 
-def _check_bins(expectation, path):
-    """Raise UserError unless the last layer, [2, 313, 1, 1], is the expectation over the bins in this order."""
-    bins = load_ab_bins().numpy().T[:, :, None, None]
-    # 0.5 of the grid's 10 covers rounding to 16 bits
-    if expectation.shape != bins.shape or not np.abs(expectation - bins).max() < 0.5:
-        raise UserError(f"{path}: its model_out does not contain pts_in_hull.npy's bins in the same order")
-
-
-def _from_caffe(state, path):
+def _from_caffe(state):
     """Convert batch norm, which has sums there (mean and variance times a third number) but neither weight nor bias.
 
-    Other layers are ignored: class8_ab, which every program that uses the file fills in from pts_in_hull.npy, and
-    layers for training only.
+    Layers that are not in this network are left out: class8_ab, which every program that uses the file fills in from
+    pts_in_hull.npy, and layers for training only.
     """
-    names = _names(2, {"0": "weight", "1": "bias"}, {"0": "_mean", "1": "_variance", "2": "factor"})
-    state = _rename({name: array for name, array in state.items() if name in names}, names, path)
-    state = {name: array if name.endswith("weight") else array.ravel() for name, array in state.items()}
-    for ours, *_ in filter(_is_norm, _layers()):
-        factor = state.pop(f"{ours}.factor").sum()  # of one number
-        with np.errstate(all="ignore"):  # 0 if never trained, which gives NaN
-            state[f"{ours}._mean"] /= factor
-            state[f"{ours}._variance"] /= factor
-        state[f"{ours}.weight"] = np.ones_like(state[f"{ours}._mean"])
-        state[f"{ours}.bias"] = np.zeros_like(state[f"{ours}._mean"])
-    return state
+    converted = {"conv8_313.weight": state.get("conv8_313.0"), "conv8_313.bias": state.get("conv8_313.1")}
+    for name, array in state.items():
+        if conv := re.fullmatch(r"(?:bw_)?conv(\d)_(\d)\.([01])", name):
+            part = "weight" if conv[3] == "0" else "bias"
+            converted[f"conv{conv[1]}.{2 * int(conv[2]) - 2}.{part}"] = array
+        elif norm := re.fullmatch(r"conv(\d)_(\d)norm\.2", name):
+            mean, variance = (state.get(f"{name[:-1]}{i}", np.nan) for i in (0, 1))
+            layer = f"conv{norm[1]}.{2 * int(norm[2])}"
+            with np.errstate(all="ignore"):  # the factor is 0 if never trained, which gives NaN
+                converted[f"{layer}._mean"], converted[f"{layer}._variance"] = mean / array, variance / array
+            converted[f"{layer}.weight"], converted[f"{layer}.bias"] = np.ones_like(mean), np.zeros_like(mean)
+    return converted

@@ -28,7 +28,7 @@ from pathlib import Path
 from support import cli, images
 from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
-from support.files import make_folder, provenance, remove_temporaries, sha256, write_json
+from support.files import make_folder, provenance, remove_temporaries, write_json
 from support.folders import absolute, append_record, make_record, read_records
 from support.gpu import check_gpu
 from support.sheets import Sheets, fit
@@ -38,7 +38,7 @@ from PIL import Image
 
 from colorizer import Colorizer, colored, network_input
 from dataset import COLORING, RECORDS, named_images
-from pretrained import LOAD_SIZE, checkpoint_info, find_weights
+from pretrained import LOAD_SIZE
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
@@ -293,15 +293,14 @@ def main(args):
     check_args(args)
     use_all_cores()
 
-    # Plan: usage errors appear before the network is loaded
+    # Plan
     named = named_images(*args.images)
-    checkpoint = find_weights(args.model_path, args.load_model)
-    info = checkpoint_info(checkpoint)
-    args.load_size = args.load_size or info.get("load_size", LOAD_SIZE)
-    args.temperature = args.temperature or info.get("temperature", TEMPERATURE)
+    colorizer = Colorizer(args.load_model, args.model_path, args.precision)
+    args.load_size = args.load_size or colorizer.load_size
+    args.temperature = args.temperature or colorizer.temperature
     cli.check_crop(args, multiple=8)
     method = {name: getattr(args, name) for name in ("temperature", "load_size", "crop_size")}
-    settings = {"sha256": sha256(checkpoint), **method, "format": args.format}
+    settings = {"sha256": colorizer.sha256, **method, "format": args.format}
     todo, skipped = plan(named, args, settings)
     result = result_folder(args)
     for folder in {(result / name).parent for name in todo.values()}:
@@ -313,9 +312,8 @@ def main(args):
     if not todo:
         print(f"{where}: 0 images colorized, {len(skipped) or 'all'} {'skipped' if skipped else 'are up to date'}")
         return cli.EXIT_SKIPPED if skipped else 0
-    colorizer = Colorizer(checkpoint, precision=args.precision)
     compare = Path(f"{os.path.splitext(args.output)[0] if args.output else result}_compare")
-    made_by = {"checkpoint": printable(checkpoint), "sha256": settings["sha256"], "precision": colorizer.precision}
+    made_by = {"checkpoint": printable(colorizer.path), "sha256": colorizer.sha256, "precision": colorizer.precision}
     made_by.update(method, **provenance())
 
     # Read, colorize and write simultaneously
@@ -338,8 +336,8 @@ def main(args):
     if args.compare:
         sheets.flush()
         print(f"{printable(compare)}: {counted(sheets.written, 'contact sheet')} ({', '.join(COLUMNS)})")
-    trained = f" (epoch {info['epoch']}, {counted(info['step'], 'step')})" if "step" in info else ""
-    made_with = f"with {printable(checkpoint)}{trained} in {colorizer.precision}"
+    trained = "" if colorizer.step is None else f" (epoch {colorizer.epoch}, {counted(colorizer.step, 'step')})"
+    made_with = f"with {printable(colorizer.path)}{trained} in {colorizer.precision}"
     print(f"{where}: {counted(done, 'image')} colorized {made_with}" + (f", {len(skipped)} skipped" if skipped else ""))
     return cli.EXIT_SKIPPED if skipped else 0
 

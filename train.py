@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from support import checkpoints, cli, convolutions, cpu, gpu, processes, runs
+from support import cli, convolutions, cpu, gpu, processes, runs
 from support.cli import UserError, note, number, whole
 from support.logs import Log, Meter
 from support.neighbors import Lookup
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import dataset
 import utils
 from model import CIC
-from pretrained import find_weights
+from pretrained import find_weights, initialize
 
 NAMES = ("loss", "cross_entropy", "kl")  # the values of `objective`
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
@@ -311,7 +311,7 @@ def build_network(args, parts):
     """Return the network, with random weights or those of --init_from."""
     network = CIC()
     if args.init_from:
-        checkpoints.load_weights(network, find_weights(args.model_path, args.init_from))
+        initialize(network, find_weights(args.model_path, args.init_from))
     if args.sync_bn:
         network = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if not gpu.on_gpu():

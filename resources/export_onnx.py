@@ -22,7 +22,7 @@ from support.files import atomic_path
 
 import paddle
 
-from pretrained import LOAD_SIZE, checkpoint_info, find_weights, load_network
+from pretrained import find_weights, read_weights
 from utils import annealed_mean, load_ab_bins
 
 OPSET = 13  # of 2021, which all current ONNX runtimes support
@@ -48,8 +48,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def convert(checkpoint):
-    """Return the ONNX model of a checkpoint's network. Raises UserError if paddle2onnx cannot convert it."""
+def convert(network):
+    """Return the ONNX model of a network. Raises UserError if paddle2onnx cannot convert it."""
     try:
         import onnx
         import paddle2onnx
@@ -58,7 +58,7 @@ def convert(checkpoint):
     sides = {"lightness": [None, 1, None, None], "temperature": [1]}
     inputs = [paddle.static.InputSpec(shape, name=name) for name, shape in sides.items()]
     with tempfile.TemporaryDirectory() as folder:
-        inference.export(NetworkToAb(load_network(checkpoint)), inputs, folder)
+        inference.export(NetworkToAb(network), inputs, folder)
         files = [os.path.join(folder, f"program.{suffix}") for suffix in ("json", "pdiparams")]
         try:  # without the optimizer, which would install packages
             converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
@@ -78,13 +78,13 @@ def named(model):
 
 
 def main(args):
-    checkpoint = find_weights(args.model_path, args.load_model)
-    output = Path(args.output or f"{args.load_model or checkpoint.stem}.onnx")
-    model = convert(checkpoint)
+    weights = read_weights(find_weights(args.model_path, args.load_model))
+    output = Path(args.output or f"{args.load_model or weights.path.stem}.onnx")
+    model = convert(weights.network())
     with atomic_path(output) as temporary:
         temporary.write_bytes(model.SerializeToString())
-    megabytes, side = output.stat().st_size / 1e6, checkpoint_info(checkpoint).get("load_size", LOAD_SIZE)
-    print(f"{printable(output)}: {megabytes:.0f} MB, for images with a shorter side of {side} pixels")
+    megabytes = output.stat().st_size / 1e6
+    print(f"{printable(output)}: {megabytes:.0f} MB, for images with a shorter side of {weights.load_size} pixels")
     return 0
 
 

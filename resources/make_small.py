@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.checkpoints import load_checkpoint, save_safetensors
+from support.checkpoints import save_safetensors
 from support.cli import Parser, run_script
 from support.files import sha256
 
 import numpy as np
 
-from pretrained import SMALL
+from pretrained import SMALL, read_weights
 from utils import load_prior, rebalancing_weights
 
 STRENGTH, LOAD_SIZE = 0.4, 112  # docs/weights.md describes how they were chosen
@@ -40,7 +40,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    state = load_checkpoint(args.source)
+    state = read_weights(args.source).state
     state["conv8_313.bias"] = state["conv8_313.bias"] - STRENGTH * np.log(rebalancing_weights(load_prior()).numpy())
     rounded = {}
     for name, array in state.items():

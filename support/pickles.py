@@ -1,30 +1,28 @@
 """Pickles read as data.
 
-A pickle is a program that names functions and calls them with arguments of its choice. The few functions that
-`paddle.save` and `torch.save` need are replaced by the stand-ins below, which only note what they are given. Arrays
-are made at the end, by which time it is known that together they are not much larger than the file.
+A pickle is a program that names functions and calls them with arguments of its choice. Here it may only use the opcodes
+that `paddle.save` and `torch.save` write, and the few functions that they need are replaced by the stand-ins below,
+which only note what they are given. Arrays are views of the bytes in the file, so they take no memory of their own.
 """
 
-import math
-import os
 import pickle
-from types import SimpleNamespace
+from functools import cached_property
+from io import BytesIO
 
 import numpy as np
 
-
-def read_pickle(file):
-    """Return the content of an open file of `paddle.save`: containers of numbers, strings and NumPy arrays."""
-    reader = DataUnpickler(file, os.fstat(file.fileno()).st_size)
-    return reader.to_plain(reader.load())
-
-
-def widen_bfloat16(array):
-    """Return bfloat16, which NumPy lacks and others hand over as uint16, as float32; other arrays unchanged."""
-    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+# The opcodes that are written with protocols 2 to 4
+OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    SHORT_BINBYTES BINBYTES BINBYTES8 SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"""
+MOST_OPCODES = 1_000_000  # each may make a container of about 70 bytes; a checkpoint has about 30 per array
+LONGEST_REPEATED = 1000  # bytes of a text that a pickle may repeat; names are shorter
 
 
-PLAIN = (type(None), bool, int, float, str, np.generic)  # types that `to_plain` returns unchanged
+def read_pickle(content):
+    """Return what the bytes of a file of `paddle.save` hold: containers of numbers, strings and NumPy arrays."""
+    return to_plain(DataUnpickler(BytesIO(content)).load())
 
 
 class DataUnpickler(pickle._Unpickler):
@@ -37,13 +35,12 @@ class DataUnpickler(pickle._Unpickler):
         storages: PyTorch's storages by key, whose `data` must be set between `load` and `to_plain`.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.DUP[0]]  # never written; repeats a container, as the memo could
-
-    def __init__(self, file, size):
+    def __init__(self, file):
         super().__init__(file, encoding="latin1")  # Python 2 wrote the bytes of an array as a string
+        codes = [getattr(pickle, name)[0] for name in OPCODES.split()]
+        self.dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in codes})
+        self.dispatch[pickle.BUILD[0]] = DataUnpickler.load_build
         self.memo = _Memo()
-        self.bytes_left = 4 * size  # for all arrays: a few may share their numbers, a thousand are an attack
         self.storages = {}
 
     def find_class(self, module, name):
@@ -54,42 +51,68 @@ class DataUnpickler(pickle._Unpickler):
 
     def persistent_load(self, reference):
         _, code, key, _, count = reference[:5]
-        return self.storages.setdefault(key, _storage(_Dtype(code), count))
+        return self.storages.setdefault(key, _Storage(code, count))
 
     def load_build(self):
         state = self.stack.pop()
         if not isinstance(self.stack[-1], dict):  # PyTorch adds the versions of its layers to a dict
             self.stack[-1].__setstate__(state)
 
-    dispatch[pickle.BUILD[0]] = load_build
 
-    def to_plain(self, value):
-        """Return an unpickled value with NumPy arrays in place of the stand-ins."""
-        if isinstance(value, _Array):
-            self.bytes_left -= math.prod(value.shape) * value.storage.dtype.itemsize
-            if self.bytes_left < 0:
-                raise pickle.UnpicklingError("its arrays are many times as large as the file")
-            return widen_bfloat16(value.to_numpy())
-        if isinstance(value, dict):
-            return {key: self.to_plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.to_plain, value))
-        if not isinstance(value, PLAIN):
-            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, which no checkpoint needs")
-        return value
+class _Opcodes(dict):
+    """The functions that run the opcodes, for a limited number of them."""
+
+    left = MOST_OPCODES
+
+    def __getitem__(self, code):
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"it has more than {MOST_OPCODES:,} opcodes")
+        return super().__getitem__(code)
+
+    def __missing__(self, code):
+        raise pickle.UnpicklingError(f"it has the opcode {bytes([code])}, which no checkpoint needs")
 
 
 class _Memo(dict):
-    """A memo that repeats no containers: 60 lists, each of which holds the next one twice, would stand for 2^60."""
+    """A memo that repeats no container and no array's bytes: a few kilobytes could stand for any amount of them."""
 
     def __getitem__(self, index):
-        if isinstance(value := super().__getitem__(index), (dict, list, tuple)):
-            raise pickle.UnpicklingError("it holds the same list, tuple or dict twice")
+        value = super().__getitem__(index)
+        long_text = isinstance(value, (str, bytes)) and len(value) > LONGEST_REPEATED
+        if long_text or isinstance(value, (dict, list, tuple)):
+            raise pickle.UnpicklingError("it holds the same list, tuple, dict or long text twice")
         return value
+
+
+def to_plain(value):
+    """Return an unpickled value with NumPy arrays in place of the stand-ins."""
+    if isinstance(value, (_NumpyArray, _TorchTensor)):
+        return value.array
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_plain, value))
+    return value  # a number or text; or, in no checkpoint, a stand-in
+
+
+def to_numbers(data, dtype):
+    """Return bytes, or text that holds them, as a flat array in native byte order, bfloat16 as float32."""
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return widen_bfloat16(np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False))
+
+
+def widen_bfloat16(array):
+    """Return bfloat16, which NumPy lacks and others hand over as uint16, as float32; other arrays unchanged."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
 
 
 # -------------------------------------------------------------------------------------------------
 # Stand-ins
+
+# The types of PyTorch's storages, and all types of numbers that are read
+STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2"}
+STORAGES |= {"Char": "i1", "Byte": "u1", "Bool": "b1"}
 
 
 class _Dtype:
@@ -104,39 +127,54 @@ class _Dtype:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _storage(stand_in, count, data=None):
-    """Return a storage, of which PyTorch's tensors, and here all arrays, are views: `count` numbers of one type."""
-    return SimpleNamespace(dtype=stand_in.dtype, count=count, data=data)
+class _NumpyArray:
+    """NumPy's array, which a pickle creates empty and sets afterwards."""
 
+    state = 1, (0,), _Dtype("f4"), False, b""
 
-class _Array:
-    """An array that is not made yet: PyTorch's, or NumPy's, which is created empty and set afterwards."""
-
-    def __init__(self, storage, offset, shape, strides, *_):
-        end = offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
-        if min((offset, *shape, *strides)) < 0 or end > storage.count:
-            raise pickle.UnpicklingError("it holds a tensor that is not within its storage")
-        size = storage.dtype.itemsize
-        self.storage, self.shape = storage, shape
-        self.layout = {"offset": offset * size, "strides": [stride * size for stride in strides]}
+    def __init__(self, *_):
+        pass
 
     def __setstate__(self, state):
-        _, self.shape, dtype, in_fortran_order, data = state
-        self.storage = _storage(dtype, math.prod(self.shape), data)
-        self.layout = {"order": "F" if in_fortran_order else "C"}
+        self.state = state
 
-    def to_numpy(self):
-        """Return the array in native byte order. Raises UnpicklingError if the file has too few bytes for it."""
-        dtype, count, data = self.storage.dtype, self.storage.count, self.storage.data
-        data = data.encode("latin1") if isinstance(data, str) else data
-        if len(data) != count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"it holds {len(data)} bytes for an array of {count} numbers")
-        return np.ndarray(self.shape, dtype, data, **self.layout).astype(dtype.newbyteorder("="), copy=False)
+    @cached_property
+    def array(self):
+        _, shape, stand_in, in_fortran_order, data = self.state
+        return to_numbers(data, stand_in.dtype).reshape(shape, order="F" if in_fortran_order else "C")
 
 
-# The types of PyTorch's storages, and all types of numbers that are read
-STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2"}
-STORAGES |= {"Char": "i1", "Byte": "u1", "Bool": "b1"}
+class _Storage:
+    """PyTorch's storage, of which tensors are views: `count` numbers of one type."""
+
+    def __init__(self, code, count):
+        self.dtype, self.count, self.data = _Dtype(code).dtype, count, None
+
+    @cached_property
+    def numbers(self):
+        if len(self.data) != self.count * self.dtype.itemsize:
+            raise pickle.UnpicklingError(f"it holds {len(self.data)} bytes for {self.count} numbers")
+        return to_numbers(self.data, self.dtype)
+
+
+class _TorchTensor:
+    """PyTorch's tensor."""
+
+    def __init__(self, storage, offset, shape, strides, *_):
+        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
+
+    @property
+    def array(self):
+        numbers = self.storage.numbers
+        end = self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
+        if min((self.offset, *self.shape, *self.strides)) < 0 or end > len(numbers):
+            raise pickle.UnpicklingError("it holds a tensor that is not within its storage")
+        size = numbers.itemsize
+        view = np.ndarray(self.shape, numbers.dtype, numbers, self.offset * size, [size * x for x in self.strides])
+        if view.size > numbers.size:
+            raise pickle.UnpicklingError("it holds a tensor that is larger than its storage")
+        return view
+
 
 STAND_INS = {
     "collections.OrderedDict": dict,
@@ -145,8 +183,8 @@ STAND_INS = {
     "_codecs.encode": lambda text, _: text,
     "numpy.ndarray": None,  # only named, as the kind of array that _reconstruct makes
     "numpy.dtype": _Dtype,
-    "numpy.core.multiarray._reconstruct": lambda *_: _Array(_storage(_Dtype("f4"), 0, b""), 0, (0,), (1,)),
-    "numpy.core.multiarray.scalar": lambda dtype, data: _Array(_storage(dtype, 1, data), 0, (), ()).to_numpy()[()],
-    "torch._utils._rebuild_tensor_v2": _Array,
+    "numpy.core.multiarray._reconstruct": _NumpyArray,
+    "numpy.core.multiarray.scalar": lambda stand_in, data: to_numbers(data, stand_in.dtype).reshape(())[()],
+    "torch._utils._rebuild_tensor_v2": _TorchTensor,
     **{f"torch.{name}Storage": code for name, code in STORAGES.items()},
 }

@@ -1,17 +1,29 @@
 """`Colorizer`: the same results as test.py for files, Pillow images and arrays, also from several threads."""
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from support.checkpoints import save_safetensors
 from support.cli import UserError
 from support.images import InvalidImageError, save
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_network import SmallNetwork
 
 import colorizer
 from utils import annealed_mean, load_ab_bins
+
+
+def test_network_input_keeps_the_aspect_ratio_in_multiples_of_8():
+    assert colorizer.network_size(500, 375, 256) == (344, 256)
+    assert colorizer.network_size(375, 500, 256) == (256, 344)
+    assert colorizer.network_size(50, 50, 256) == (256, 256)
+    assert colorizer.network_size(10_000, 10, 256) == (2048, 256)  # squeezed, so that memory is bounded
+    assert colorizer.network_size(3, 3, 4) == (8, 8)
 
 
 def test_path_image_and_array_give_the_pixels_of_test_py(colorize_files, small_checkpoint, image_folder):
@@ -61,3 +73,28 @@ def test_threads_get_the_colors_of_their_own_images(small_checkpoint, image_fold
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda path: np.asarray(colorize(path, load_size=64)), paths))
     assert [np.array_equal(a, b) for a, b in zip(results, expected)] == [True] * len(paths)
+
+
+def test_size_and_temperature_default_to_those_in_the_checkpoint(small_checkpoint, image_folder):
+    save_safetensors(SmallNetwork().state_dict(), small_checkpoint, {"load_size": "40", "temperature": "0.7"})
+    colorize = colorizer.Colorizer(small_checkpoint)
+    assert (colorize.load_size, colorize.temperature) == (40, 0.7)
+    coffee = image_folder / "coffee.png"
+    assert np.array_equal(colorize(coffee), colorize(coffee, 0.7, 40))
+    assert not np.array_equal(colorize(coffee), colorize(coffee, 0.1, 64))
+
+
+def test_colorizing_leaves_nothing_next_to_the_checkpoint_or_in_the_temporary_folder(
+    small_checkpoint, image_folder, tmp_path, monkeypatch
+):
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    colorizer.Colorizer(small_checkpoint)(image_folder / "coffee.png")
+    assert os.listdir(small_checkpoint.parent) == [small_checkpoint.name] and not os.listdir(temporary)
+
+
+def test_weights_are_read_once(small_checkpoint, image_folder, monkeypatch):
+    opened, original = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or original(path))
+    colorizer.Colorizer(small_checkpoint)(image_folder / "coffee.png")
+    assert opened.count(small_checkpoint) == 1

@@ -7,7 +7,7 @@ from conftest import ROOT
 from PIL import Image
 from skimage import color
 
-from pretrained import SMALL, checkpoint_info
+from pretrained import SMALL, read_weights
 from resources import demo, estimate_prior, make_pts_in_hull, make_small
 from utils import load_ab_bins, load_prior, rebalancing_weights
 
@@ -61,7 +61,7 @@ def test_make_small_adjusts_logits_rounds_to_int8_and_stores_the_size(tmp_path, 
     for (name, weight), axes in zip(weights.items(), ((1, 2, 3), (0, 2, 3))):  # all except output channels
         half_a_step = np.abs(weight).max(axis=axes, keepdims=True) / 127 / 2
         assert 0 < np.max(np.abs(state[name] - weight) / half_a_step) < 1.001
-    assert checkpoint_info(result) == checkpoint_info(SMALL) == {"load_size": make_small.LOAD_SIZE}
+    assert read_weights(result).load_size == read_weights(SMALL).load_size == make_small.LOAD_SIZE
 
 
 def test_custom_prior_is_the_mean_gaussian_over_all_bins(tmp_path, square_crops):

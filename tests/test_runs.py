@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 
-from support import checkpoints, runs
+from support import runs
 from support.checkpoints import load_checkpoint, save_checkpoint
 
 import numpy as np
@@ -31,6 +31,7 @@ from processes import (
 from small_network import SmallNetwork
 
 import train
+from pretrained import initialize
 
 pytestmark = [pytest.mark.usefixtures("small_network"), pytest.mark.skipif(os.name == "nt", reason="signals")]
 
@@ -60,7 +61,7 @@ def test_checkpoint_is_a_state_dict_with_load_size_epoch_and_step(run_training, 
         assert state.keys() == {*SmallNetwork().state_dict(), *train.ENTRIES}
         assert [int(state[entry]) for entry in train.ENTRIES] == [40, epoch, step]
         assert all(state[entry].dtype == np.int64 for entry in train.ENTRIES)
-        checkpoints.load_weights(SmallNetwork(), path)
+        initialize(SmallNetwork(), path)
     assert {*train.ENTRIES} < paddle.load(str(path.with_name("epoch_best_model.pdparams"))).keys()
 
 

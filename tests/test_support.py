@@ -58,10 +58,6 @@ def test_classifying_prints_no_messages_of_libraries(stderr, square_crops, tmp_p
     assert stderr(ROOT / "metrics_acc.py", *flags, "--labels", tmp_path / "labels", "--num_workers", 1) == []
 
 
-def test_converting_prints_no_messages_of_libraries(stderr, cic_checkpoint, tmp_path):
-    assert stderr(ROOT / "resources" / "convert_weights.py", cic_checkpoint, tmp_path / "as.safetensors") == []
-
-
 def test_usage_error_prints_one_line(stderr, tmp_path):
     (line,) = stderr(ROOT / "metrics_acc.py", "--results_dir", tmp_path / "nowhere", code=1)
     assert "nowhere" in line

@@ -1,5 +1,6 @@
 """`test.py`: results, their sizes, formats and records."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
-from support.checkpoints import load_checkpoint
+from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
 from support.cli import EXIT_SKIPPED
 
 import numpy as np
@@ -380,3 +381,22 @@ def test_usage_errors_print_one_line(colorize_files, tmp_path, image_folder, err
     assert "cannot be written" in error_message(colorize_files, coffee, result="file/result")
     os.link(coffee, tmp_path / "COFFEE.png")  # the same file by another name, as on a case-insensitive disk
     assert "overwrite" in error_message(colorize_files, coffee, "--output", tmp_path / "COFFEE.png")
+
+
+# Weights
+
+
+def test_size_and_temperature_of_the_checkpoint_are_recorded(colorize_files, small_checkpoint, image_folder):
+    save_safetensors(SmallNetwork().state_dict(), small_checkpoint, {"load_size": "40", "temperature": "0.7"})
+    for flags, size, temperature in (((), 40, 0.7), (("--load_size", 64, "--temperature", 0.1), 64, 0.1)):
+        _, result = colorize_files(image_folder / "coffee.png", *flags)
+        made_by = json.loads((result / "coloring.json").read_text())
+        assert (made_by["load_size"], made_by["temperature"]) == (size, temperature)
+        assert made_by["sha256"] == hashlib.sha256(small_checkpoint.read_bytes()).hexdigest()
+
+
+def test_last_line_reports_how_long_the_weights_were_trained(colorize_files, small_checkpoint, image_folder, capsys):
+    trained = {"load_size": np.array(64), "epoch": np.array(0), "step": np.array(3)}
+    save_checkpoint({**load_checkpoint(small_checkpoint), **trained}, small_checkpoint)
+    colorize_files(image_folder / "coffee.png")
+    assert capsys.readouterr().out.endswith("epoch_19_model.pdparams (epoch 0, 3 steps) in float32\n")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.checkpoints import save_checkpoint
 from support.cpu import use_all_cores
+from support.inference import make_predictor
 
 import numpy as np
 import paddle
@@ -25,9 +25,9 @@ import skimage.data
 from caffe_files import caffe_network, class8_ab, run_by_opencv, write_caffe
 from PIL import Image
 
-from colorizer import make_predictor
+from colorizer import SMALLEST_INPUT
 from dataset import rgb_to_lightness
-from pretrained import read_network
+from pretrained import load_network
 from utils import annealed_mean, load_ab_bins
 
 
@@ -57,11 +57,10 @@ def main():
     layers, _ = caffe_network(x.numpy())
     layers["conv8_313"] = [x / 10 for x in layers["conv8_313"]]  # logits of about a trained network's size
     caffemodel = write_caffe(folder / "network.caffemodel", {**layers, **class8_ab()})
-    save_checkpoint(read_network(caffemodel)[0].state_dict(), folder / "epoch_0_model.pdparams")
     theirs = run_by_opencv(caffemodel, 224, 224)
     expected = theirs(x.numpy())
     for precision in args.precisions:
-        network, _ = make_predictor(folder / "epoch_0_model.pdparams", precision)
+        network, _ = make_predictor(partial(load_network, caffemodel), SMALLEST_INPUT, precision)
         ab_bins = load_ab_bins()
 
         def predict(lightness, network=network, ab_bins=ab_bins):

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -70,13 +69,13 @@ def torch_side(job, threads, batch, size):
 
 def paddle_side(job, threads, batch, size):
     sys.path.insert(0, str(ROOT))
-    from support.checkpoints import save_checkpoint
     from support.convolutions import convolve_in_parts
     from support.cpu import keep_freed_memory, use_all_cores
+    from support.inference import make_predictor
 
     import paddle
 
-    from colorizer import make_predictor
+    from colorizer import SMALLEST_INPUT
     from model import CIC
     from utils import soft_cross_entropy
 
@@ -84,9 +83,7 @@ def paddle_side(job, threads, batch, size):
     network = CIC()
     x = 25 * paddle.randn([batch, 1, *size])
     if job != "step":
-        path = Path(tempfile.mkdtemp()) / "epoch_0_model.pdparams"
-        save_checkpoint(network.state_dict(), path)
-        predict, _ = make_predictor(path, job)
+        predict, _ = make_predictor(lambda: network, SMALLEST_INPUT, job)
         return lambda: predict(x)
     convolve_in_parts(network, threads)  # as train.py does
     keep_freed_memory()

@@ -77,9 +77,8 @@ def main():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     flags = ["--image_dir", args.image_dir, "--model_path", str(folder), "--result_path", str(folder / "result")]
     flags += ["--precision", args.precision] + (["--max_samples", str(args.max_samples)] if args.max_samples else [])
-    make, seconds, alone = colorizer.make_predictor, [], []
-    predict, precision = make(folder / "epoch_19_model.pdparams", args.precision)
-    colorizer.make_predictor = lambda *_: (timed(predict, seconds), precision)
+    made, seconds, alone = colorizer.Colorizer(folder / "epoch_19_model.pdparams", precision=args.precision), [], []
+    colorizer.make_predictor = lambda *_: (timed(made.network, seconds), made.precision)
     paths = list_images(args.image_dir)[: args.max_samples]
     for _ in range(args.rounds if not args.megapixels else 1):
         seconds.clear()
@@ -89,9 +88,10 @@ def main():
         wall = clock() - start
         start = clock()
         if not args.megapixels:
-            plain_loop(paths, timed(predict, alone), folder)
+            plain_loop(paths, timed(made.network, alone), folder)
         loop = clock() - start
-        print(f"{counted(len(paths), 'image')}, {precision}: network {sum(seconds) / wall:.0%} of the time; ", end="")
+        print(f"{counted(len(paths), 'image')}, {made.precision}: ", end="")
+        print(f"network {sum(seconds) / wall:.0%} of the time; ", end="")
         print(f"{len(paths) / wall:.2f} images per second", end="\n" if args.megapixels else ", ", flush=True)
         if not args.megapixels:
             own = sum(alone)  # of the network, one image at a time and no other work

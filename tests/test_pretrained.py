@@ -1,4 +1,4 @@
-"""Converted weights give the output of the networks that they were made for, which are built here in their layouts.
+"""Weights of other projects give the output of the networks that they were made for, which are built here.
 
 The authors' files are not available here. Random weights replace them, with the batch norm statistics that they have on
 images, and with the releases' scales of input and output, temperature and file formats.
@@ -6,12 +6,13 @@ images, and with the releases' scales of input and output, temperature and file 
 
 import hashlib
 import importlib.util
+import os
 import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from support.checkpoints import load_checkpoint, load_weights, save_checkpoint, save_safetensors
+from support.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, save_safetensors
 from support.cli import UserError
 
 import numpy as np
@@ -20,14 +21,15 @@ import pytest
 import skimage.color
 import skimage.data
 import skimage.transform
-from caffe_files import STAGES, caffe_network, class8_ab, field, run_by_opencv, varint, write_caffe
+from caffe_files import STAGES, caffe_network, class8_ab, run_by_opencv, write_caffe
+from conftest import ROOT
 from paddle import nn
 
 import pretrained
+import test
 from colorizer import Colorizer
 from model import CIC
-from pretrained import EXTRA_RELU, PortCIC, load_network
-from resources import convert_weights
+from pretrained import find_weights, initialize, load_network, read_weights
 from utils import annealed_mean, load_ab_bins
 
 SIDE = 64
@@ -44,27 +46,12 @@ def lightness():
     return np.stack([skimage.color.rgb2lab(photo)[None, :, :, 0] for photo in photos]).astype(np.float32)
 
 
-@pytest.fixture
-def convert(tmp_path):
-    """Run the script on a file. Return the logits of the network that it wrote."""
-
-    def run(source, lightness, *options):
-        path = tmp_path / "epoch_converted_model.pdparams"
-        convert_weights.main(convert_weights.parse_args([str(source), str(path), *options]))
-        return logits_of(load_network(path), lightness - 50)
-
-    return run
-
-
-def read_and_run(source, lightness):
-    """Return the logits of the network in a file, without converting it."""
-    return logits_of(pretrained.read_network(source)[0], lightness - 50)
-
-
 @paddle.no_grad()
-def logits_of(network, x):
+def run(network, lightness):
+    """Return the logits of a network, or of the network in a file."""
+    network = load_network(network) if isinstance(network, Path) else network
     network.eval()
-    return network(paddle.to_tensor(x)).numpy()
+    return network(paddle.to_tensor(lightness - 50)).numpy()
 
 
 def ab_map(logits):
@@ -142,42 +129,57 @@ def official(lightness, tmp_path_factory):
 
 
 @needs_torch
-@pytest.mark.parametrize(("options", "scale"), [((), 0.38), (("--head_temperature", "1"), 1)])
-def test_official_release_gives_the_colors_of_the_authors(official, lightness, convert, options, scale):
-    """The authors use no temperature, so the head is scaled by 0.38 unless the option says otherwise."""
+@pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
+def test_official_release_gives_the_colors_of_the_authors(official, lightness, tmp_path, zipped):
+    """The authors use no temperature, so the head is scaled by 0.38."""
+    import torch
+
     path, logits, ab = official
-    ours = convert(path, lightness, *options)
-    assert_agree(ours, scale * logits)
-    np.testing.assert_allclose(ab_map(ours), ab if scale == 0.38 else expected_ab(logits, 0.38), atol=0.05)
+    torch.save(torch.load(path, weights_only=True), tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    ours = run(tmp_path / "a.pth", lightness)
+    assert_agree(ours, 0.38 * logits)
+    np.testing.assert_allclose(ab_map(ours), ab, atol=0.05)
     assert ab.std() > 5  # they are colors
 
 
-def replace(name, function):
-    return lambda state: state.update({name: function(state[name])})
+@pytest.fixture
+def refused(monkeypatch, error_message):
+    """Return the message with which a state is refused that is not written to a file first."""
+
+    def load(state):
+        monkeypatch.setattr(pretrained, "read_checkpoint", lambda _: Checkpoint(state, {}, ""))
+        return error_message(load_network, "other")
+
+    return load
 
 
-CHANGES = {  # to the release's state dict, and the message
-    "order of bins": (replace("model_out.weight", lambda w: w.flip(1)), "model_out does not contain pts_in_hull.npy's"),
-    "number of bins": (replace("model_out.weight", lambda w: w[:, :300]), "does not contain pts_in_hull.npy's bins"),
-    "missing": (lambda state: state.pop("model3.6.running_var"), "missing or unknown: model3.6.running_var$"),
-    "unknown": (lambda state: state.update({"x.weight": state["model1.0.bias"]}), "missing or unknown: x.weight$"),
-    "shape": (replace("model2.0.weight", lambda w: w[:, :1]), r"conv2.0.weight is float \[128, 1, "),
-    "NaN": (replace("model4.0.weight", lambda w: w * float("nan")), "not finite.*conv4.0.weight"),
-    "integers": (replace("model5.0.bias", lambda w: w.long()), "not an array of floats: model5.0.bias"),
-    "text": (replace("model5.0.bias", lambda w: "text"), "not an array of floats: model5.0.bias"),
+CHANGES = {  # to the release's state, and the message
+    "order of bins": ({"model_out.weight": lambda w: w[:, ::-1]}, "model_out does not contain pts_in_hull.npy's"),
+    "number of bins": ({"model_out.weight": lambda w: w[:, :300]}, "does not contain pts_in_hull.npy's bins"),
+    "no bins": ({"model_out.weight": lambda w: "text"}, "does not contain pts_in_hull.npy's bins"),
+    "unknown": ({"x.weight": lambda w: np.ones(2)}, "missing or unknown: x.weight$"),
+    "shape": ({"model2.0.weight": lambda w: w[:, :1]}, r"conv2.0.weight is float \[128, 1, "),
+    "NaN": ({"model4.0.weight": lambda w: w * np.nan}, "not finite.*conv4.0.weight"),
+    "integers": ({"model5.0.bias": lambda w: w.astype(int)}, "conv5.0.bias is int"),
+    "text": ({"model1.0.weight": lambda w: "text"}, "conv1.0.weight is str"),
 }
 
 
 @needs_torch
 @pytest.mark.parametrize("kind", CHANGES)
-def test_changed_official_release_is_refused(official, tmp_path, error_message, kind):
-    import torch
+def test_changed_official_release_is_refused(official, refused, kind):
+    changes, message = CHANGES[kind]
+    state = load_checkpoint(official[0])
+    assert re.search(message, refused(state | {name: change(state.get(name)) for name, change in changes.items()}))
 
-    change, message = CHANGES[kind]
-    state = torch.load(official[0], weights_only=True)
-    change(state)
-    torch.save(state, tmp_path / "changed.pth")
-    assert re.search(message, error_message(pretrained.read_network, tmp_path / "changed.pth"))
+
+@needs_torch
+def test_official_release_without_a_parameter_is_refused(official, refused):
+    state = load_checkpoint(official[0])
+    del state["model3.6.running_var"]
+    assert refused(state).endswith("missing or unknown: conv3.6._variance")
+    del state["model_out.weight"]
+    assert "model_out does not contain" in refused(state)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -222,18 +224,20 @@ def port_network(extra_relu=True):
 @pytest.fixture(scope="module")
 def port(lightness, tmp_path_factory):
     """Return the port's checkpoint, its logits and its state."""
-    network, x = port_network(), lightness - 50
+    network = port_network()
     with paddle.no_grad():
-        network(paddle.to_tensor(x))  # in training mode, with a momentum of 0: the statistics are the images'
+        network(
+            paddle.to_tensor(lightness - 50)
+        )  # in training mode, with a momentum of 0: the statistics are the images'
     state = network.state_dict()
     path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
     paddle.save(state, str(path))
-    return path, logits_of(network, x), state
+    return path, run(network, lightness), state
 
 
-def test_port_keeps_its_colors(port, lightness, convert):
+def test_port_keeps_its_colors(port, lightness):
     path, logits, _ = port
-    ours = convert(path, lightness)
+    ours = run(path, lightness)
     assert_agree(ours, logits)
     np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
 
@@ -241,17 +245,26 @@ def test_port_keeps_its_colors(port, lightness, convert):
 def test_port_saved_from_data_parallel_is_read(port, lightness, tmp_path):
     path, logits, state = port
     paddle.save({f"_layers.{name}": tensor for name, tensor in state.items()}, str(tmp_path / "parallel.pdparams"))
-    assert_agree(read_and_run(tmp_path / "parallel.pdparams", lightness), logits)
+    assert_agree(run(tmp_path / "parallel.pdparams", lightness), logits)
 
 
-def test_checkpoint_is_not_loaded_into_the_other_variant(tmp_path):
-    """The colors would change silently."""
-    networks, path = [CIC(), PortCIC()], tmp_path / "epoch_0_model.pdparams"
-    for network, other in (networks, reversed(networks)):
-        save_checkpoint(network.state_dict(), path)
-        with pytest.raises(UserError, match=f"another network's checkpoint: missing or unknown: {EXTRA_RELU}"):
-            load_weights(other, path)
-        assert type(load_network(path)) is type(network)
+def test_port_checkpoint_colorizes_in_place(port, tmp_path, monkeypatch, image_folder, capsys):
+    """Its default name is also the default here."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / port[0].name).symlink_to(port[0])
+    monkeypatch.chdir(tmp_path)
+    assert test.main(test.parse_args(["--image_dir", str(image_folder), "--load_size", "32"])) == 0
+    assert "4 images colorized with model/epoch_19_model.pdparams" in capsys.readouterr().out
+    assert os.listdir("model") == [port[0].name]
+
+
+@needs_torch
+def test_training_starts_from_any_network_without_the_additional_relu(port, official, lightness, error_message):
+    network = CIC()
+    initialize(network, official[0])
+    assert_agree(run(network, lightness), 0.38 * official[1])
+    assert "additional ReLU before conv6" in error_message(initialize, network, port[0])
+    assert_agree(run(network, lightness), 0.38 * official[1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -263,9 +276,9 @@ def caffe(lightness):
     return caffe_network(lightness - 50)
 
 
-def test_caffe_release_gives_the_colors_of_the_authors(caffe, lightness, convert, tmp_path):
+def test_caffe_release_gives_the_colors_of_the_authors(caffe, lightness, tmp_path):
     layers, logits = caffe
-    ours = convert(write_caffe(tmp_path / "release.caffemodel", layers), lightness)
+    ours = run(write_caffe(tmp_path / "release.caffemodel", layers), lightness)
     assert_agree(ours, logits)
     np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
 
@@ -275,109 +288,46 @@ def test_caffe_release_gives_the_colors_of_opencv(caffe, lightness, tmp_path):
     """OpenCV has its own reader of Caffe's files."""
     path = write_caffe(tmp_path / "release.caffemodel", {**caffe[0], **class8_ab()})
     theirs = np.concatenate([run_by_opencv(path, SIDE, SIDE)(x[None] - 50) for x in lightness])
-    np.testing.assert_allclose(ab_map(read_and_run(path, lightness)), theirs, atol=0.1)
+    np.testing.assert_allclose(ab_map(run(path, lightness)), theirs, atol=0.1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conv6_2": []}, "missing or unknown: conv6_2.0, conv6_2.1"),
+        ({"conv6_2": []}, "missing or unknown: conv6.2.bias, conv6.2.weight"),
+        ({"conv8_313": []}, "conv8_313.weight is NoneType instead of"),
         ({"conv3_3norm": [np.ones(256), np.ones(256), np.zeros(1)]}, "a negative variance: conv3.6._mean"),
+        ({"conv3_3norm": [np.ones(256), np.ones(256)]}, "missing or unknown: conv3.6._mean, conv3.6._variance, "),
+        ({"conv3_3norm": [np.ones(256), np.ones(3), np.ones(1)]}, "conv3.6._variance is float [3] instead of"),
         ({"conv5_1": [np.ones((512, 512, 5, 5)), np.ones(512)]}, "conv5.0.weight is float [512, 512, 5, 5] instead of"),
     ],
-    ids=["missing", "untrained", "shape"],
+    ids=["missing", "no head", "untrained", "no factor", "statistics", "shape"],
 )
-def test_other_caffe_network_is_refused(caffe, tmp_path, error_message, change, message):
-    path = write_caffe(tmp_path / "other.caffemodel", {**caffe[0], **change})
-    assert message in error_message(pretrained.read_network, path)
+def test_other_caffe_network_is_refused(caffe, refused, change, message):
+    layers = {**caffe[0], **change}
+    assert message in refused({f"{name}.{i}": array for name in layers for i, array in enumerate(layers[name])})
 
 
 # -------------------------------------------------------------------------------------------------
 # Other files
 
 
-def test_files_in_other_formats_are_refused_in_one_line(tmp_path, error_message):
-    def blob(shape, data):
-        sizes = field(7, field(1, b"".join(map(varint, shape))))
-        return field(100, field(1, b"conv1_2") + field(7, sizes + field(5, data)))
-
-    for content in (
-        b"",
-        b"<!DOCTYPE html><html><body>Not found",
-        b'name: "net"\nlayer {\n  name: "conv1"\n}',
-        b"\xff\xd8\xff\xe0 a JPEG",
-        blob([2], bytes(8))[:-2],
-        blob([2], bytes(7)),
-        blob([2], bytes(12)),
-        blob([2**40, 2**40], b""),
-        blob([2**64 - 2, 2**64 - 1], bytes(8)),  # -2 and -1
-        b"PK\x03\x04 cut short",
-        b"\x80\x04cut short",
-    ):
-        (tmp_path / "file").write_bytes(content)
-        message = error_message(pretrained.read_network, tmp_path / "file")
-        assert message.startswith(f"{tmp_path / 'file'}: not a readable checkpoint: ")
-
-
 def test_checkpoint_of_an_unknown_network_is_refused_with_its_parameters(tmp_path, error_message):
     paddle.save(nn.Linear(2, 2).state_dict(), str(tmp_path / "linear.pdparams"))
-    message = error_message(pretrained.read_network, tmp_path / "linear.pdparams")
-    assert "not a known network; it contains weight, bias" in message
+    message = error_message(load_network, tmp_path / "linear.pdparams")
+    assert "another network's checkpoint: missing or unknown: bias, conv1.0.bias, conv1.0.weight, …" in message
 
 
-# -------------------------------------------------------------------------------------------------
-# The script
-
-
-def test_conversion_to_safetensors_and_back_keeps_every_number(port, tmp_path, capsys):
-    def convert(source, destination):
-        convert_weights.main(convert_weights.parse_args([str(source), str(destination)]))
-        return capsys.readouterr().out.splitlines()
-
-    report, use = convert(port[0], tmp_path)
-    assert report.endswith("epoch_port_19_model.pdparams: 32,240,377 values of the earlier Paddle port")
-    assert use == f"python test.py --load_model {tmp_path}/epoch_port_19_model.pdparams --image_dir DIR"
-    ours = tmp_path / "epoch_port_19_model.pdparams"
-    convert(ours, tmp_path)
-    published = tmp_path / "epoch_port_19_model.safetensors"
-    convert(published, tmp_path / "again.pdparams")
-    first, second, third = (load_checkpoint(p) for p in (ours, published, tmp_path / "again.pdparams"))
-    assert first.keys() == second.keys() == third.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
-    assert all(np.array_equal(first[name], third[name]) for name in first)
-    assert isinstance(load_network(published), PortCIC)
-
-
-def test_conversion_keeps_size_epoch_and_step(cic_checkpoint, tmp_path):
-    info = {"load_size": 96, "epoch": 3, "step": 1200}
-    arrays = {name: np.array(value) for name, value in info.items()}
-    source, published = tmp_path / "epoch_3_model.pdparams", tmp_path / "epoch_3_model.safetensors"
-    save_checkpoint({**load_checkpoint(cic_checkpoint), **arrays}, source)
-    for path, converted in ((source, published), (published, tmp_path / "again.pdparams")):
-        assert pretrained.checkpoint_info(path) == info
-        convert_weights.main(convert_weights.parse_args([str(path), str(converted)]))
-    assert pretrained.checkpoint_info(tmp_path / "again.pdparams") == info
-    load_network(tmp_path / "again.pdparams")
-
-
-@pytest.mark.parametrize(
-    "source, kind, written",
-    [
-        ("colorization_release_v2-9b330a0b.pth", pretrained.PYTORCH, "epoch_official_model.pdparams"),
-        ("colorization_release_v2.caffemodel", pretrained.CAFFE, "epoch_caffe_model.pdparams"),
-        ("colorization_release_v2_norebal.caffemodel", pretrained.CAFFE, "epoch_norebal_model.pdparams"),
-        ("epoch_19_model.pdparams", pretrained.PORT, "epoch_port_19_model.pdparams"),
-        ("epoch_19_model.pdparams", pretrained.OURS, "epoch_19_model.safetensors"),
-        ("epoch_19_model.safetensors", pretrained.OURS, "epoch_19_model.pdparams"),
-    ],
-)
-def test_converted_file_gets_its_name_in_a_folder_from_the_source(source, kind, written):
-    assert convert_weights.destination_path(source, "model", kind).name == written
-
-
-def test_source_is_not_overwritten(port, error_message):
-    args = convert_weights.parse_args([str(port[0]), str(port[0])])
-    assert "this is the source" in error_message(convert_weights.main, args)
+def test_weights_are_written_as_safetensors_by_the_call_in_the_documentation(cic_checkpoint, tmp_path, monkeypatch):
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "epoch_19_model.pdparams").symlink_to(cic_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    written = read_weights("epoch_19_model.safetensors")
+    expected = load_network(cic_checkpoint).state_dict()
+    assert written.load_size == 256 and written.state.keys() == expected.keys()
+    assert all(np.array_equal(written.state[name], tensor) for name, tensor in expected.items())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -410,37 +360,68 @@ def serve(offline, tmp_path, monkeypatch):
 
 
 @needs_torch
-def test_official_weights_are_downloaded_once_and_kept(official, lightness, serve, tmp_path):
-    files = serve(official[0].read_bytes())
-    path = pretrained.find_weights(tmp_path / "model", "official")
-    assert path == tmp_path / "model" / "epoch_official_model.pdparams"
-    assert_agree(logits_of(load_network(path), lightness - 50), 0.38 * official[1])
-    for file in files:
-        file.unlink()
-    assert pretrained.find_weights(tmp_path / "model", "official") == path
+def test_official_weights_are_downloaded_to_the_cache_once(official, lightness, serve, tmp_path):
+    """Nothing is stored in the model folder, so the default weights do not change."""
+    served, cached = serve(official[0].read_bytes())
+    path = find_weights(tmp_path / "model", "official")
+    assert path == cached and not (tmp_path / "model").exists()
+    assert_agree(run(path, lightness), 0.38 * official[1])
+    served.unlink()
+    assert find_weights(tmp_path / "model", "official") == path
 
 
-def test_download_with_a_wrong_hash_is_refused_and_removed(serve, tmp_path, error_message):
+def test_download_with_a_wrong_hash_is_refused_and_removed(serve, error_message):
     _, cached = serve(b"PK not what it says", digits="9b330a0b")
-    message = error_message(pretrained.download, pretrained.OFFICIAL_URL, tmp_path)
-    assert re.search("removed, as its SHA-256 is [0-9a-f]{8}…, not 9b330a0b…", message)
+    message = error_message(find_weights, "model", "official")
+    assert re.search("removed, as its SHA-256 is [0-9a-f]{8}…, not 9b330a0b…; try again, or download it", message)
     assert not cached.exists()
 
 
-def test_failed_download_prints_one_line_with_the_offline_way(offline, tmp_path, error_message):
+def test_failed_download_prints_one_line_with_the_offline_way(offline, monkeypatch, error_message):
     url = "http://127.0.0.1:9/release-9b330a0b.pth"
-    message = error_message(pretrained.download, url, tmp_path / "model")
+    monkeypatch.setattr(pretrained, "OFFICIAL_URL", url)
+    message = error_message(find_weights, "model", "official")
     assert message.startswith(f"{url}: download failed (")
-    assert f"python resources/convert_weights.py release-9b330a0b.pth {tmp_path / 'model'}" in message
+    assert message.endswith("; download it on another machine and pass its path: --load_model release-9b330a0b.pth")
+
+
+# -------------------------------------------------------------------------------------------------
+# From a name to a file
 
 
 def test_weights_are_found_by_name_file_name_or_path(tmp_path, error_message):
-    message = error_message(pretrained.find_weights, tmp_path, "19")
-    assert "epoch_19_model.pdparams: no such checkpoint; available: none" in message
+    message = error_message(find_weights, tmp_path, "19")
+    assert message.startswith(f"{tmp_path / 'epoch_19_model.pdparams'}: no such checkpoint; available: none")
+    assert all(word in message for word in ("train.py", "small", "official"))
     (path := tmp_path / "epoch_3_model.safetensors").touch()
-    assert error_message(pretrained.find_weights, tmp_path, "19").endswith("available: --load_model 3")
+    (tmp_path / "epoch_best_model.pdparams").touch()
+    assert error_message(find_weights, tmp_path, "19").endswith("available: --load_model 3, best")
     for name in ("3", "epoch_3_model.safetensors", str(path)):
-        assert pretrained.find_weights(tmp_path, name) == path
+        assert find_weights(tmp_path, name) == path
+    (other := tmp_path / "release.pth").touch()
+    assert find_weights("nowhere", str(other)) == find_weights(tmp_path, "release.pth") == other
+    for missing in ("x.pdparams", "x.caffemodel", str(tmp_path / "x")):
+        assert error_message(find_weights, tmp_path, missing) == f"{missing}: no such checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("existing", "used"),
+    [
+        (("19", "latest", "20"), "19"),
+        (("3", "latest", "best"), "latest"),
+        (("9", "10", "best"), "10"),
+        (("best",), "best"),
+        (("best", "wide"), None),
+    ],
+)
+def test_without_a_name_the_preferred_checkpoint_of_the_folder_is_used(tmp_path, capsys, error_message, existing, used):
+    for name in existing:
+        (tmp_path / f"epoch_{name}_model.pdparams").touch()
+    if used is None:
+        assert error_message(find_weights, tmp_path).endswith("available: --load_model best, wide")
+    else:
+        assert find_weights(tmp_path) == tmp_path / f"epoch_{used}_model.pdparams"
+        assert (f"no --load_model: using {used}" in capsys.readouterr().err) == (used != "19")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -450,30 +431,29 @@ def test_weights_are_found_by_name_file_name_or_path(tmp_path, error_message):
 def test_folder_without_checkpoints_defaults_to_the_bundled_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, "./model"):
-        assert pretrained.find_weights(folder) == pretrained.SMALL
+        assert find_weights(folder) == pretrained.SMALL
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"{Path(folder)} contains no checkpoint: using the bundled weights, small")
         assert "trained on all of ImageNet: --load_model official" in line
     with pytest.raises(UserError, match="nowhere: no such folder$"):
-        pretrained.find_weights(tmp_path / "nowhere")
-    (tmp_path / "epoch_3_model.pdparams").touch()
-    assert pretrained.find_weights(tmp_path) == tmp_path / "epoch_3_model.pdparams"
-    assert pretrained.find_weights(tmp_path, "small") == pretrained.SMALL
+        find_weights(tmp_path / "nowhere")
+    assert find_weights(tmp_path, "small") == pretrained.SMALL
 
 
 @pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1", "the first half"])
-def test_damaged_or_missing_bundled_weights_are_one_line_that_names_the_file(tmp_path, monkeypatch, content):
+def test_damaged_or_missing_bundled_weights_are_one_line_that_names_the_file(
+    tmp_path, monkeypatch, error_message, content
+):
     path = tmp_path / "epoch_small_model.safetensors"
     if content:
         half = pretrained.SMALL.read_bytes()[: pretrained.SMALL.stat().st_size // 2]
         path.write_bytes(content if isinstance(content, bytes) else half)
     monkeypatch.setattr(pretrained, "SMALL", path)
-    with pytest.raises(UserError, match=rf"^{path}: .+$"):
-        Colorizer("small")
+    assert error_message(Colorizer, "small").startswith(f"{path}: ")
 
 
 def test_bundled_weights_are_the_complete_network_in_33_megabytes():
-    network = pretrained.load_network(pretrained.find_weights("nowhere", "small"))
+    network = load_network(find_weights("nowhere", "small"))
     assert sum(tensor.size for tensor in network.state_dict().values()) == 32_240_377
     assert pretrained.SMALL.stat().st_size < 33_000_000
 
@@ -482,13 +462,13 @@ def test_reading_weights_draws_no_random_numbers():
     paddle.seed(0)
     expected = paddle.randn([3]).numpy()
     paddle.seed(0)
-    pretrained.load_network(pretrained.SMALL)
+    load_network(pretrained.SMALL)
     assert np.array_equal(paddle.randn([3]).numpy(), expected)
     assert (nn.Linear(2, 2).weight.numpy() != 0).all()  # layers that are made later are random as ever
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pdparams"])
-def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, suffix):
+def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, error_message, suffix):
     path = tmp_path / f"epoch_1_model{suffix}"
 
     def write(info):
@@ -498,16 +478,15 @@ def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, suff
             save_safetensors({}, path, {name: str(value) for name, value in info.items()})
 
     write({})
-    assert pretrained.checkpoint_info(path) == {}
-    for info in ({"load_size": 128}, {"load_size": 4096, "temperature": 0.5, "epoch": 0, "step": 3}):
-        write(info)
-        assert pretrained.checkpoint_info(path) == info
+    read = read_weights(path)
+    assert (read.load_size, read.temperature, read.epoch, read.step) == (256, 0.38, None, None)
+    write({"load_size": 4096, "temperature": 0.5, "epoch": 0, "step": 3})
+    read = read_weights(path)
+    assert (read.load_size, read.temperature, read.epoch, read.step) == (4096, 0.5, 0, 3)
     for name, wrong in (
         *(("load_size", size) for size in (0, -1, 4097, 10**9, 96.5, float("nan"))),
         *(("temperature", t) for t in (0.0, -1.0, 1e7, float("nan"), float("inf"))),
         *(("step", -1), ("epoch", 1.5)),
     ):
         write({name: wrong})
-        with pytest.raises(UserError, match=rf"^{path}: {name} .*{wrong}") as error:
-            pretrained.checkpoint_info(path)
-        assert "\n" not in str(error.value)
+        assert re.search(rf"^{path}: {name} .*{wrong}", error_message(read_weights, path))

@@ -1,0 +1,103 @@
+"""Predictors: the engine, eager mode and bf16 agree; what a platform lacks is reported in one line."""
+
+import os
+from functools import partial
+
+from support.inference import eager_predictor, fold_batch_norm, make_predictor, temporary_folder
+
+import numpy as np
+import paddle
+import pytest
+from conftest import SmallNetwork, bundled_image
+
+from colorizer import SMALLEST_INPUT
+from dataset import rgb_to_lab
+from pretrained import load_network
+from utils import annealed_mean, load_ab_bins
+
+
+def predict_ab(predict, width, height, count=1):
+    """Return the predicted ab of copies of an image at a size."""
+    rgb = np.asarray(bundled_image("coffee").resize((width, height))).transpose(2, 0, 1)
+    lightness = rgb_to_lab(paddle.to_tensor(np.stack([rgb] * count)))[:, :1] - 50
+    return annealed_mean(predict(lightness), load_ab_bins()).numpy()
+
+
+def test_engine_equals_eager_mode_at_any_size(cic_checkpoint, capsys):
+    eager = eager_predictor(load_network(cic_checkpoint), "float32")
+    engine, _ = make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "float32")
+    assert not capsys.readouterr().err
+    for size in ((64, 64), (120, 72), (72, 120, 3), (8, 8), (64, 64)):
+        assert np.abs(predict_ab(engine, *size) - predict_ab(eager, *size)).max() < 0.01
+
+
+def test_bf16_changes_predicted_ab_little(cic_checkpoint):
+    load = partial(load_network, cic_checkpoint)
+    exact, bf16 = (make_predictor(load, SMALLEST_INPUT, name)[0] for name in ("float32", "bf16"))
+    assert np.abs(predict_ab(exact, 120, 72) - predict_ab(bf16, 120, 72)).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("supported", "paddles", "precision"),
+    [(True, "3.3.1", "bf16"), (True, "3.0.0", "bf16"), (True, "2.6.2", "float32"), (False, "3.3.1", "float32")],
+)
+def test_auto_precision_is_bf16_where_the_cpu_supports_it(supported, paddles, precision, monkeypatch):
+    monkeypatch.setattr(paddle.base.core, "supports_bfloat16_fast_performance", lambda: supported)
+    monkeypatch.setattr(paddle, "__version__", paddles)
+    monkeypatch.setattr("support.inference.engine_predictor", lambda layer, example, precision: precision)
+    assert make_predictor(SmallNetwork, SMALLEST_INPUT, "auto") == (precision, precision)
+
+
+@pytest.mark.parametrize(("generation", "precision"), [(7, "float32"), (8, "bf16")])
+def test_bf16_on_a_gpu_without_it_prints_one_line_and_computes_in_float32(
+    generation, precision, pretend_device, capsys
+):
+    pretend_device("gpu:0", generation, 0)
+    assert make_predictor(SmallNetwork, SMALLEST_INPUT, "bf16")[1] == precision
+    assert capsys.readouterr().err.count("bf16: not supported") == (precision == "float32")
+
+
+@pytest.mark.parametrize("has_engine", [True, False])
+def test_predictions_are_the_same_without_the_engine(monkeypatch, capsys, has_engine):
+    """The engine fails, after it changed the layer, or Paddle was built without oneDNN."""
+    network = SmallNetwork()
+    weights = network.state_dict()
+
+    def load():
+        loaded = SmallNetwork()
+        loaded.set_state_dict(weights)
+        return loaded
+
+    x = 25 * paddle.randn([1, 1, 24, 40])
+    expected = make_predictor(load, SMALLEST_INPUT, "float32")[0](x)
+    monkeypatch.setattr("support.inference.engine", lambda *_: 1 / 0)
+    monkeypatch.setattr("support.inference.has_engine", lambda: has_engine)
+    predict, precision = make_predictor(load, SMALLEST_INPUT, "bf16")
+    assert precision == "float32" and float((predict(x) - expected).abs().max()) < 1e-4
+    assert capsys.readouterr().err.count("computing in a slower way, in float32") == has_engine
+
+
+def test_folded_batch_norm_does_not_change_the_output():
+    network = SmallNetwork()
+    network(25 * paddle.randn([2, 1, 32, 32]))  # statistics other than 0 and 1
+    network.eval()
+    x = 25 * paddle.randn([1, 1, 24, 40])
+    before = network(x)
+    fold_batch_norm(network)
+    assert not any(isinstance(layer, paddle.nn.BatchNorm2D) for layer in network.sublayers())
+    np.testing.assert_allclose(network(x), before, rtol=1e-4, atol=1e-4)
+    assert not network(x).stop_gradient  # gradients are not disabled afterwards
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Make an empty folder for temporary files, those of Paddle, too."""
+    (tmp_path / "猫").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "猫"))
+    return tmp_path / "猫"
+
+
+def test_temporary_folder_has_an_ascii_name_on_windows(tmp_path, temporary, monkeypatch):
+    monkeypatch.setenv("PUBLIC", str(tmp_path))
+    with temporary_folder() as folder:
+        assert os.path.dirname(folder) == str(tmp_path)

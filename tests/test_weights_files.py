@@ -1,0 +1,182 @@
+"""Files of safetensors, PyTorch and Caffe are read without the latter frameworks; damaged ones are refused."""
+
+import json
+import os
+import zipfile
+
+from support.checkpoints import load_checkpoint, read_checkpoint, save_safetensors
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from caffe_files import field, varint
+from weights import Call, assert_same_state, refusal
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights"
+
+
+# Safetensors
+
+
+ARRAYS = {
+    "float": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
+    "half": np.linspace(-1, 1, 3, dtype=np.float16),
+    "double": np.array([np.pi]),
+    "count": np.array(7),
+    "bytes": np.arange(-128, 127, dtype=np.int8),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+def test_safetensors_are_written_as_their_own_package_reads_them(path):
+    save_safetensors(ARRAYS, path, {"load_size": "96"})
+    with safetensors.safe_open(path, "np") as file:
+        assert len(file.keys()) == len(ARRAYS)
+        assert_same_state({name: file.get_tensor(name) for name in ARRAYS}, ARRAYS)
+        assert file.metadata() == {"format": "pd", "load_size": "96"} == read_checkpoint(path).metadata
+
+
+def test_safetensors_of_their_own_package_are_read_whatever_the_suffix(path):
+    safetensors.numpy.save_file(ARRAYS, path, {"made": "elsewhere"})
+    loaded = load_checkpoint(path)
+    assert len(loaded) == len(ARRAYS)
+    assert_same_state({name: loaded[name] for name in ARRAYS}, ARRAYS)
+    assert read_checkpoint(path).metadata == {"made": "elsewhere"}
+
+
+def test_bfloat16_in_safetensors_is_loaded_as_float32(path):
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    tensor = torch.randn(5, 7, generator=torch.manual_seed(0)).to(torch.bfloat16)
+    save_file({"x": tensor}, path)
+    assert_same_state(load_checkpoint(path), {"x": tensor.float().numpy()})
+
+
+def test_int8_weights_with_per_channel_scales_are_multiplied(path):
+    numbers = np.array([[[1, -127]], [[64, 0]]], np.int8)
+    scale = np.array([[[0.5]], [[0.25]]], np.float32)
+    save_safetensors({"x": numbers, "x.scale": scale, "alone": numbers}, path)
+    product = np.array([[[0.5, -63.5]], [[16, 0]]], np.float32)
+    assert_same_state(dict(sorted(load_checkpoint(path).items())), {"alone": numbers, "x": product})
+
+
+def test_scale_that_is_larger_than_its_array_is_refused(path):
+    """100 kB that would be 10 GB, if they were multiplied."""
+    save_safetensors({"x": np.ones((50000, 1), np.int8), "x.scale": np.ones((1, 50000), np.int8)}, path)
+    assert "non-broadcastable" in refusal(path)
+
+
+def safetensors_file(header, data):
+    header = json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def test_forged_safetensors_are_refused(path):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    path.write_bytes(safetensors_file({"a": entry}, bytes(8)))
+    assert load_checkpoint(path)["a"].shape == (2,)  # the honest file is read
+    for header in (
+        {"a": entry, "b": entry},  # the same bytes twice
+        {"a": {**entry, "shape": [2**40]}},
+        {"a": {**entry, "data_offsets": [0, 2**40]}},
+        {"a": entry, "__metadata__": ["load_size", "96"]},
+        {"a": entry, "__metadata__": {"load_size": 96}},
+    ):
+        assert "not a readable checkpoint" in refusal(path, safetensors_file(header, bytes(8)))
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
+def test_pytorch_state_equals_what_torch_load_returns(path, zipped):
+    """Views, shared storages, every type of numbers."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    base = torch.randn(4, 6)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+    state = layers.state_dict()  # an OrderedDict with an attribute of its own, the versions of the layers
+    state.update(
+        {"base": base, "transposed": base.t(), "part": base[1:3, ::2], "tied": base, "expanded": base[:1].expand(3, 6)},
+        channels_last=torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        number=torch.tensor(2.5),
+        empty=torch.zeros(0, 3),
+        **{name: (10 * base).to(getattr(torch, name)) for name in ("float16", "bfloat16", "float64", "int8", "int64")},
+        **{name: base.abs().to(getattr(torch, name)) for name in ("uint8", "int16", "int32", "bool")},
+    )
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    expected = torch.load(path, weights_only=True)
+    loaded = load_checkpoint(path)
+    assert list(loaded) == list(expected)
+    for name, tensor in expected.items():
+        tensor = tensor.detach()
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        assert loaded[name].dtype == tensor.numpy().dtype, name
+        np.testing.assert_array_equal(loaded[name], tensor.numpy(), name)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
+def test_hostile_or_truncated_pytorch_files_are_refused(path, tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+
+    def save(value):
+        torch.save({"a": value}, path, _use_new_zipfile_serialization=zipped)
+        return path.read_bytes()
+
+    assert "posix.mkdir" in refusal(path, save(Call(os.mkdir, str(tmp_path / "it-ran"))))
+    assert not (tmp_path / "it-ran").exists()
+    assert "larger than its storage" in refusal(path, save(torch.ones(1, 1).expand(2**20, 2**20)))
+    whole = save(torch.ones(100))
+    for length in (20, len(whole) // 2, len(whole) - 1):
+        assert "not a readable checkpoint" in refusal(path, whole[:length])
+    rebuild, storage = torch._utils._rebuild_tensor_v2, torch.ones(4).storage()
+    for offset, shape, strides in (
+        (1, [4], [1]),
+        (-1, [1], [1]),
+        (0, [2], [-1]),
+        (0, [5], [2**60]),  # its last byte is at 2^64, which is 0 in 64 bits
+        (0, [3, 3], [2**59, -(2**59)]),
+    ):
+        forged = Call(rebuild, storage, offset, shape, strides, False, {})
+        assert "not within its storage" in refusal(path, save(forged))
+
+
+def test_compressed_zip_archives_are_refused(path):
+    """PyTorch stores tensors uncompressed; a compressed megabyte could be a gigabyte of zeros."""
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    assert "parts are larger than the file" in refusal(path)
+
+
+# Caffe
+
+
+def test_damaged_caffe_files_and_other_formats_are_refused(path):
+    def blob(shape, data):
+        sizes = field(7, field(1, b"".join(map(varint, shape))))
+        return field(100, field(1, b"conv1_2") + field(7, sizes + field(5, data)))
+
+    path.write_bytes(blob([2], bytes(8)))
+    assert_same_state(load_checkpoint(path), {"conv1_2.0": np.zeros(2, np.float32)})
+    for content in (
+        b"",
+        b"<!DOCTYPE html><html><body>Not found",
+        b'name: "net"\nlayer {\n  name: "conv1"\n}',
+        b"\xff\xd8\xff\xe0 a JPEG",
+        blob([2], bytes(8))[:-2],
+        blob([2], bytes(7)),
+        blob([2], bytes(12)),
+        blob([2**40, 2**40], b""),
+        blob([2**64 - 2, 2**64 - 1], bytes(8)),  # -2 and -1
+        b"PK\x03\x04 cut short",
+        b"\x80\x04cut short",
+    ):
+        assert refusal(path, content).startswith("not a readable checkpoint: ")

@@ -1,0 +1,58 @@
+"""Helpers of the tests that read weight files: forged pickles, comparison of states, refusals."""
+
+import tracemalloc
+
+from support.checkpoints import load_checkpoint
+from support.cli import UserError
+
+import numpy as np
+import paddle
+import pytest
+
+
+class Call:
+    """Pickles as a call of the function: what an attacker puts into a file."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def refusal(path, content=None):
+    """Return the message with which a file is refused, one line, without the file's name at its beginning."""
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and message.isprintable()
+    return message[len(str(path)) + 2 :]
+
+
+def assert_same_state(loaded, saved):
+    """Compare nested containers: NumPy arrays must take the place of tensors."""
+    if isinstance(saved, dict):
+        assert list(loaded) == list(saved)
+        for name in saved:
+            assert_same_state(loaded[name], saved[name])
+    elif isinstance(saved, (list, tuple)):
+        assert len(loaded) == len(saved) and type(loaded) is type(saved)
+        for one, other in zip(loaded, saved):
+            assert_same_state(one, other)
+    elif isinstance(saved, paddle.Tensor):
+        assert type(loaded) is np.ndarray
+        np.testing.assert_array_equal(loaded, saved.numpy())
+    else:
+        np.testing.assert_array_equal(loaded, saved)
+
+
+def peak_memory(function):
+    """Return the most bytes that Python and NumPy held while the function ran."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
