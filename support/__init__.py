@@ -13,5 +13,15 @@ os.environ.setdefault("GLOG_minloglevel", "2")
 _level = logging.getLogger().level  # Paddle raises it, and every library becomes verbose
 with warnings.catch_warnings():  # of Paddle's import only (no ccache, no cuDNN)
     warnings.simplefilter("ignore")
-    import paddle  # noqa: F401
+    try:
+        import paddle  # noqa: F401
+    except ImportError as error:  # a line instead of a traceback where the remedy is known
+        remedies = {
+            "libgomp": "on Debian and Ubuntu: apt-get install libgomp1",
+            "No module named 'paddle'": "activate the environment, or install it: pip install -r requirements.txt",
+        }
+        for cause, remedy in remedies.items():
+            if cause in str(error):
+                raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
+        raise
 logging.getLogger().setLevel(_level)
