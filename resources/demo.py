@@ -4,10 +4,10 @@
 
 The images are those bundled with scikit-image, matplotlib and, if installed, scikit-learn. The bundled weights were
 not trained on them. `camera` was taken in gray, so it has no original. Then the weights are fine-tuned on the images
-for a moment: the loss falls. Results, the picture and the training's log stay in one folder, ./demo by default; the
-checkpoints are deleted. The last line names the picture:
+for a moment: the loss falls. Results, two pictures and the training's log stay in one folder, ./demo by default; the
+checkpoints are deleted. The last line names the pictures:
 
-    demo/compare.png: 8 images colorized (gray, colorized, original)
+    demo/pairs.png, demo/compare.png: 8 images colorized
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from support.cli import Parser, counted, printable, run_script, whole
 from support.images import open_rgb
 from support.sheets import contact_sheet, fit
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 import test
 import train
@@ -33,8 +33,15 @@ IMAGES = {  # by the package that bundles them
     "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
 }
 TAKEN_IN_GRAY = "camera"  # shown last, without an original
-CELL = (200, 130)  # pixels of an image in the picture, which fits on one screen
+CELL = (200, 130)  # pixels of an image in the picture of all images, which fits on one screen
 ACROSS = 2  # images next to each other, each gray, colorized and original
+PAIRS = {  # shown large in the README, with what is wrong
+    "rocket": "rocket",
+    "astronaut": "astronaut",
+    "camera": "camera (taken in gray)",
+    "coffee": "coffee (a failure: a green cloud on the table)",
+}
+LARGE = (400, 267)  # pixels of an image in the picture of pairs
 TRAINING = "--init_from small --load_size 72 --crop_size 64 --lr 1e-4 --loss_step 5 --num_workers 0 --overwrite"
 
 
@@ -53,6 +60,17 @@ def copy_images(folder):
             for name in names.split():
                 shutil.copy(Path(spec.origin).parent / name, folder)
     return len(list_images(folder))
+
+
+def pairs(images, result):
+    """Return a picture of the images in PAIRS, in gray and colorized."""
+    rows = []
+    for name, caption in PAIRS.items():
+        colorized = ImageOps.fit(open_rgb(result / f"{name}.png"), LARGE, centering=(0.5, 0))
+        (path,) = images.glob(f"{name}.*")
+        gray = ImageOps.fit(open_rgb(path), LARGE, centering=(0.5, 0)).convert("L").convert("RGB")
+        rows.append((caption, (gray, colorized)))
+    return contact_sheet(rows, test.COLUMNS[:2], LARGE[0])
 
 
 def compare(images, result):
@@ -77,17 +95,20 @@ def main(args):
 
     print("1. test: colorize images from their lightness alone")
     test.main(test.parse_args([str(images), "--load_model", "small", "--result_path", str(result)]))
-    compare(images, result).save(output / "compare.png")
+    pictures = {"pairs.png": pairs(images, result), "compare.png": compare(images, result)}
+    for name, picture in pictures.items():
+        picture.save(output / name)
 
     code = 0
     if args.steps:
-        print(f"2. train: {args.steps} steps from the same weights, to overfit these images")
+        print(f"2. train: {args.steps} steps from the same weights, to overfit these images (checkpoints are not kept)")
         length = f"--batch_size {number} --max_steps {args.steps} --num_epochs {args.steps} --save_freq 1000000"
         with tempfile.TemporaryDirectory() as checkpoints:
             folders = ["--image_dir", str(images), "--model_path", checkpoints, "--log_path", str(output / "log")]
             code = train.main(train.parse_args([*folders, *TRAINING.split(), *length.split()]))
 
-    print(f"{printable(output / 'compare.png')}: {counted(number, 'image')} colorized ({', '.join(test.COLUMNS)})")
+    names = ", ".join(printable(output / name) for name in pictures)
+    print(f"{names}: {counted(number, 'image')} colorized")
     return code
 
 
