@@ -3,7 +3,7 @@
     python resources/figures.py --image_dir val
     python resources/figures.py --image_dir val --results metrics_a metrics_b
 
-`--results` names folders that metrics_auc.py and metrics_acc.py wrote (their --save_path). docs/figures.md shows the
+`--results` names folders that metrics_auc.py and metrics_acc.py wrote (their --save_path). docs/method.md shows the
 figures.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check within minutes that training and colorization work on this machine's GPUs, or on its CPU if it has none.
 #
-#     bash tests/gpu_smoke.sh            docs/training.md shows the expected output
+#     bash tests/gpu_smoke.sh            the last line should be "gpu_smoke: passed"
 #
 # The output is also written to gpu_smoke.log; send this file when a step fails.
 set -euo pipefail
