@@ -262,7 +262,8 @@ def print_table(hits):
 def parse_args(argv=None):
     parser = cli.Parser(description="Compute an ImageNet classifier's accuracy on colorized images.")
     add = parser.add_argument_group("images").add_argument
-    add("--image_dir", "--imgs_dir", help="folder of the originals, laid out the same; they and gray are the controls")
+    originals = "folder of the originals, same layout; these and their gray versions are the controls"
+    add("--image_dir", "--imgs_dir", help=originals)
     add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py)")
     add("--controls_only", action="store_true", help="classify the controls only, without results")
     add("--labels", metavar="FILE", help="lines of an image's name and its class (default: names of class folders)")

@@ -299,7 +299,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("images")
     add = group.add_argument
     add("--image_dir", "--imgs_dir", required=True, help="folder of the originals, nested or flat")
-    add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py), laid out the same")
+    add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py), same layout")
     add("--crop_size", type=cli.SIDE, help="compare center crops of this side (default: the results', if square)")
     add("--load_size", type=cli.SIDE, help="shorter side before the crop, as given to test.py (default: the crop's)")
     add = group.add_mutually_exclusive_group().add_argument

@@ -151,7 +151,7 @@ def load(item, opened, file, args):
         item.image.info = info
     item.inputs = network_input(item.image, args.crop_size or args.load_size)
     if item.inputs.max() < NEARLY_BLACK:
-        note(f"{item.path}: nearly black; were 8 or 12 bits stored in more, without scaling?")
+        note(f"{item.path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")
     return item
 
 
@@ -253,7 +253,7 @@ def parse_args(argv=None):
     annealing = "temperature of the annealed mean; 1: mean over all colors, toward 0: the most likely color"
     own = f"(default: the checkpoint's own, otherwise {TEMPERATURE})"
     add("--temperature", type=cli.number(1e-3, 1e6), help=f"{annealing} {own}")
-    bf16 = "bf16: half the time, ab differs by 0.05 on average; auto: bf16 where the CPU has it in hardware"
+    bf16 = "bf16: half the time, ab differs by 0.056 on average; auto: bf16 where the CPU has it in hardware"
     add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=bf16)
     shorter = f"shorter side of the network's input in pixels (default: the checkpoint's own, otherwise {LOAD_SIZE})"
     add("--load_size", type=cli.SIDE, help=shorter)

@@ -7,8 +7,9 @@
 Ctrl-C, SIGTERM and SIGHUP save `latest` and end the run. Exit codes: 0 finished, 1 an error (reported on one line),
 2 a usage error, 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 standard output was closed.
 
-The defaults are those of the paper's final model (450,000 steps of 40 images). Variants of the loss: --gamma 0.5 (the
-default, the paper's model), --rebalance False (the paper's "class") and --gamma 0 (of an earlier Paddle port).
+The defaults are those of the paper's final model, except for 20 epochs instead of --max_steps 450000. Variants of the
+loss: --gamma 0.5 (the default, the paper's model), --rebalance False (the paper's "class") and --gamma 0 (of an earlier
+Paddle port).
 
 At its first step, every --loss_step steps and at its last step, a run prints a line (and writes the same values as
 JSON to <log_path>/train.jsonl):
@@ -228,9 +229,10 @@ def parse_args(argv=None):
     add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of an epoch is unreadable")
 
     group = parser.add_argument_group("method")
-    cli.add_bool_flag(group, "--rebalance", True, "weight rare colors up in the loss")
+    cli.add_bool_flag(group, "--rebalance", True, "give rare colors more weight in the loss")
     add = group.add_argument
-    add("--gamma", type=number(0, 1), default=0.5, help="lambda of Eq. 4: share of the uniform in the prior, 0 to 1")
+    share = "lambda of Eq. 4: share of the uniform distribution mixed into the prior; 1: no rebalancing"
+    add("--gamma", type=number(0, 1), default=0.5, help=share)
     add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the bundled prior)")
     add("--NN", type=whole(1, 313), default=5, help="number of nearest bins in a color's soft-encoding")
     add("--sigma", type=number(1e-3, 1e3), default=5.0, help="sigma of the soft-encoding's Gaussian, in ab units")
@@ -254,9 +256,10 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints epoch_{N}_model.pdparams")
     add("--log_path", default="./log", help="folder of train.jsonl and VisualDL's records")
-    add("--init_from", metavar="FILE", help="weights to fine-tune: a checkpoint, or small (default: random weights)")
+    weights = "weights to fine-tune: a file, small or official, as --load_model of test.py (default: random weights)"
+    add("--init_from", metavar="FILE", help=weights)
     cli.add_bool_flag(group, "--continue_train", False, "resume the run in --model_path")
-    cli.add_bool_flag(group, "--overwrite", False, "remove an earlier run in --model_path and --log_path, and start")
+    cli.add_bool_flag(group, "--overwrite", False, "remove an earlier run in both folders and start a new one")
     add("--which_epoch", default="latest", help="checkpoint to resume: latest, or an epoch's number")
     add("--save_latest", type=whole(), default=2000, help="steps between saves of epoch_latest_model.pdparams")
     add("--save_freq", type=whole(), default=1, help="epochs between saves of epoch_{N}_model.pdparams")

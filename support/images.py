@@ -183,7 +183,7 @@ def _from_exif(image, tag, ifd=None):
 def to_rgb(image, name="image"):
     """Return a new image: an opened Pillow image in sRGB, upright, with transparency over white (see `open_rgb`).
 
-    An unusable color profile is reported with `name`; the image is then taken for sRGB.
+    An unusable color profile is reported with `name`; the image is then read as sRGB.
     """
     if image.format == "TIFF":
         _check_tiff(image.tag_v2)
@@ -267,7 +267,7 @@ def _convert_colors(image, rgb, name):
         transform = _srgb_transform(profile, samples.mode)
         return ImageCms.applyTransform(samples, transform) if transform else rgb
     except ImageCms.PyCMSError as error:
-        note(f"{name}: unusable color profile, taken for sRGB ({error})")
+        note(f"{name}: unusable color profile, read as sRGB ({error})")
         return rgb
 
 
