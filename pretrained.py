@@ -77,12 +77,10 @@ def default_name(folder):
     """
     names = checkpoint_names(folder)
     if not names:
-        if not folder.is_dir() and folder != DEFAULT_FOLDER:
+        if folder.is_dir():
+            note(f"{folder} contains no checkpoint: using the bundled weights, small")
+        elif folder != DEFAULT_FOLDER:
             raise UserError(f"{folder}: no such folder")
-        note(
-            f"{folder} contains no checkpoint: using the bundled weights, small; "
-            "for the authors' weights, trained on all of ImageNet: --load_model official"
-        )
         return "small"
     numbers = sorted((name for name in names if name.isdecimal()), key=int)
     preferred = [name for name in (DEFAULT_NAME, "latest", *numbers[-1:]) if name in names]

@@ -430,11 +430,11 @@ def test_without_a_name_the_preferred_checkpoint_of_the_folder_is_used(tmp_path,
 
 def test_folder_without_checkpoints_defaults_to_the_bundled_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for folder in (tmp_path, "./model"):
-        assert find_weights(folder) == pretrained.SMALL
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"{Path(folder)} contains no checkpoint: using the bundled weights, small")
-        assert "trained on all of ImageNet: --load_model official" in line
+    assert find_weights("./model") == pretrained.SMALL
+    assert not capsys.readouterr().err  # of people who never train
+    assert find_weights(tmp_path) == pretrained.SMALL
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{tmp_path} contains no checkpoint: using the bundled weights, small"
     with pytest.raises(UserError, match="nowhere: no such folder$"):
         find_weights(tmp_path / "nowhere")
     assert find_weights(tmp_path, "small") == pretrained.SMALL

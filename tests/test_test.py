@@ -106,6 +106,19 @@ def test_result_equals_step_by_step_computation(colorize_files, small_checkpoint
     assert largest_difference(pixels(result / "coffee.png"), expected) <= 1
 
 
+def test_saturation_multiplies_predicted_ab_and_is_recorded(colorize_files, image_folder):
+    ab = {}
+    for saturation in (0.5, 1, 0):
+        _, result = colorize_files(image_folder, "--saturation", saturation, result=f"result_{saturation}")
+        (made_by, *records) = (result / name for name in ("coloring.json", "coloring.jsonl"))
+        assert json.loads(made_by.read_text())["saturation"] == saturation
+        lines = records[0].read_text().split("\n")[1:]
+        assert len(lines) == 4 and all(json.loads(x)["settings"]["saturation"] == saturation for x in lines)
+        ab[saturation] = color.rgb2lab(np.asarray(Image.open(result / "coffee.png")))[..., 1:]
+    assert np.abs(ab[0]).max() < 1 and np.abs(ab[1]).max() > 5
+    assert np.median(np.abs(ab[0.5] - ab[1] / 2)) < 0.5
+
+
 def test_batch_size_does_not_change_results(colorize_files, image_folder):
     _, single = colorize_files(image_folder, "--batch_size", 1, result="single")
     _, batches = colorize_files(image_folder, "--batch_size", 3, "--num_workers", 1, result="batches")
