@@ -9,7 +9,7 @@ classified as controls, on the images that have a result. Results can score lowe
 
 An image's class is its folder's name, a WordNet id such as n01440764. For a flat folder, each line of --labels contains
 an image's name and its class (a WordNet id, or a number, from 0, in the sorted list of ids,
-resources/imagenet_synsets.txt).
+resources/imagenet_synsets.txt). Kaggle's LOC_val_solution.csv can be passed as it is.
 
 Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_per_class.csv and accuracy_images.csv
 (which images were recognized) to --save_path.
@@ -22,13 +22,12 @@ import sys
 from collections import defaultdict
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 from support import cli
 from support.checkpoints import load_checkpoint, set_weights
 from support.cpu import use_all_cores
-from support.files import make_folder, provenance, read_json, sha256, write_csv, write_json
-from support.folders import IMAGE_SUFFIXES, pair_images
+from support.files import make_folder, provenance, sha256, warn_replaced, write_csv, write_json
+from support.folders import IMAGE_SUFFIXES, one_form, pair_images
 from support.images import crop_resized, open_rgb
 from support.workers import default_workers, parallel_map
 
@@ -41,6 +40,7 @@ from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
 TOP = (1, 5)
+BOXES_HEADER = "ImageId,PredictionString"  # of Kaggle's file of labels
 
 # -------------------------------------------------------------------------------------------------
 # Classes
@@ -54,23 +54,33 @@ def load_synsets():
 def read_labels(path, numbers):
     """Read lines "name label", separated by space, comma or tab, as {name without suffix: number of the class}.
 
-    A label is a WordNet id or a number; numbers: {WordNet id: number}.
+    A label is a WordNet id or a number; numbers: {WordNet id: number}. Kaggle's LOC_val_solution.csv can be read, too.
     """
     classes = {**numbers, **{str(number): number for number in numbers.values()}}
     labels = {}
     reading = cli.report_os_errors(f"{path}: cannot be read")
     with reading, open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = file.read().splitlines()
+    with_boxes = lines[:1] == [BOXES_HEADER]
     for i, line in enumerate(lines, 1):
-        if not line.strip():
+        if not line.strip() or line == BOXES_HEADER:
             continue
-        name, label = re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line.strip()).groups()
+        name, label = split_line(line.strip(), with_boxes)
         number = classes.get(re.sub("^0+(?=.)", "", label))
         if not name or number is None:
             raise cli.UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
-        if labels.setdefault(without_suffix(name), number) != number:
+        if labels.setdefault(without_suffix(one_form(name)), number) != number:
             raise cli.UserError(f"{path}, line {i}: {name} has a different class in an earlier line")
     return labels
+
+
+def split_line(line, with_boxes):
+    """Return the name and the label of a line; with boxes, the class that all of them have."""
+    if not with_boxes:
+        return re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line).groups()
+    name, _, boxes = line.partition(",")
+    classes = {*boxes.split()[::5]}  # class and corners of each box
+    return name, classes.pop() if len(classes) == 1 else ""
 
 
 def without_suffix(name):
@@ -144,9 +154,14 @@ def download_classifier(create, arch):
         logger.setLevel(level)
 
 
+def absolute_or_none(path):
+    """Return an absolute path, for the provenance of the results; None without a path."""
+    return cli.printable(os.path.abspath(path)) if path else None
+
+
 def describe(args):
     """Describe the classifier of --arch and --weights, for the provenance of the results."""
-    weights = cli.printable(os.path.abspath(args.weights)) if args.weights else "published with Paddle"
+    weights = absolute_or_none(args.weights) or "published with Paddle"
     return {"arch": args.arch, "weights": weights, "sha256": sha256(args.weights) if args.weights else None}
 
 
@@ -283,12 +298,10 @@ def parse_args(argv=None):
 
 
 def find_pairs(args):
-    """Return the images as `measure` takes them, and the left out as `pair_images`."""
-    if args.image_dir and not args.controls_only:
-        return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
+    """Return what `pair_images` does; the controls have no results."""
     if args.controls_only:
-        return [(name, path, None) for name, path in named_images(args.image_dir).items()], {}
-    return [(name, None, path) for name, path in named_images(args.result_path).items()], {}
+        return [(name, path, None) for name, path in named_images(args.image_dir).items()], {}, None
+    return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
 
 
 def main(args):
@@ -298,9 +311,15 @@ def main(args):
     use_all_cores()
 
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
-    pairs, left_out = find_pairs(args)
+    pairs, left_out, coloring = find_pairs(args)
     all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
+    subject = {
+        "true_images": absolute_or_none(args.image_dir),
+        "colored_images": None if args.controls_only else absolute_or_none(args.result_path),
+    }
+    json_path = os.path.join(args.save_path, "accuracy.json")
     make_folder(args.save_path)
+    warn_replaced(json_path, subject)
 
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
@@ -312,24 +331,19 @@ def main(args):
     hits = {version: find_hits(found, labels) for version, found in classes.items()}
 
     # Write and print
-    def folder(path):
-        return cli.printable(os.path.abspath(path)) if path else None
-
     summary = {
         "accuracy": {name: accuracies(values) for name, values in hits.items()},
         "images": len(labels),
         "classes": len(np.unique(labels)),
-        "true_images": folder(args.image_dir),
-        "colored_images": None if args.controls_only else folder(args.result_path),
-        "coloring": None if args.controls_only else read_json(Path(args.result_path) / COLORING),
+        **subject,
+        "coloring": coloring,
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "classifier": describe(args),
-        "labels": folder(args.labels) or "class folders",
-        "left_out": {problem: [cli.printable(name) for name in missing] for problem, missing in left_out.items()},
+        "labels": absolute_or_none(args.labels) or "class folders",
+        "left_out": cli.printable_names(left_out),
         **provenance(),
     }
-    json_path = os.path.join(args.save_path, "accuracy.json")
     class_path, image_path = (os.path.join(args.save_path, f"accuracy_{x}.csv") for x in ("per_class", "images"))
     write_json(summary, json_path)
     write_per_class(hits, labels, load_synsets(), class_path)

@@ -28,11 +28,19 @@ import os
 import sys
 import warnings
 from functools import partial
-from pathlib import Path
 
 from support import cli
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
-from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, sha256, write_csv, write_json
+from support.files import (
+    atomic_path,
+    atomic_text,
+    make_folder,
+    provenance,
+    sha256,
+    warn_replaced,
+    write_csv,
+    write_json,
+)
 from support.folders import pair_images, relative_path
 from support.images import InvalidImageError, crop_resized, image_size, open_rgb
 from support.workers import parallel_map
@@ -318,7 +326,7 @@ def parse_args(argv=None):
 
 
 def find_pairs(args):
-    """Return a list of (name, path of the original, path of the result or None), and the left out as `pair_images`."""
+    """Return what `pair_images` does; a baseline has no results, or those of --random."""
     if not args.baseline:
         return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
     originals = list_images(args.image_dir)
@@ -329,14 +337,13 @@ def find_pairs(args):
         order = np.random.default_rng(args.seed).permutation(len(originals))
         for i, following in zip(order, np.roll(order, -1)):  # one cycle
             others[i] = originals[following]
-    return [(relative_path(path, args.image_dir), path, other) for path, other in zip(originals, others)], {}
+    return [(relative_path(path, args.image_dir), path, other) for path, other in zip(originals, others)], {}, None
 
 
-def square_size(result_path):
-    """Return the load_size and crop_size of a folder's square crops from its coloring.json; None for whole images."""
-    coloring = read_json(Path(result_path) / COLORING) or {}
-    keys = ("load_size", "crop_size")
-    return {x: coloring[x] if coloring.get("crop_size") else None for x in keys}
+def square_size(coloring):
+    """Return the load_size and crop_size of results that are square crops, from `find_pairs`; None for whole images."""
+    crops = coloring and coloring.get("crop_size")
+    return {x: coloring[x] if crops else None for x in ("load_size", "crop_size")}
 
 
 def main(args):
@@ -344,12 +351,19 @@ def main(args):
     if args.baseline and args.load_size and not args.crop_size:
         raise cli.UserError(f"--load_size has no effect on --{args.baseline} without --crop_size")
     use_all_cores()
-    sizes = {"load_size": args.load_size, "crop_size": args.crop_size}
-    if not (args.baseline or args.load_size or args.crop_size):
-        sizes = square_size(args.result_path)
     bin_weights = inverse_prior(args.prior)
-    pairs, left_out = find_pairs(args)
+    pairs, left_out, coloring = find_pairs(args)
+    sizes = {"load_size": args.load_size, "crop_size": args.crop_size}
+    if not (args.load_size or args.crop_size):
+        sizes = square_size(coloring)
+    title = {"gray": GRAY, "random": "random ab"}.get(args.baseline, "colored")
+    subject = {
+        "true_images": cli.printable(os.path.abspath(args.image_dir)),
+        "colored_images": title if args.baseline else cli.printable(os.path.abspath(args.result_path)),
+    }
+    base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
     make_folder(args.save_path)
+    warn_replaced(f"{base}.json", subject)
 
     # Compare
     names, sums, counts = measure(pairs, args.num_workers, random=args.baseline == "random", **sizes)
@@ -362,7 +376,6 @@ def main(args):
     colored_curves, gray_curves = (curves(x, bin_weights) for x in counts)
 
     # Write and print
-    title = {"gray": GRAY, "random": "random ab"}.get(args.baseline, "colored")
     summary = {
         **colored,
         "colorfulness_difference": colored["colorfulness"] - true["colorfulness"],
@@ -370,16 +383,14 @@ def main(args):
         "true": {x: true[x] for x in ("chroma", "colorfulness")},
         "images": len(names),
         "pixels": int(counts[0].sum()),
-        "true_images": cli.printable(os.path.abspath(args.image_dir)),
-        "colored_images": title if args.baseline else cli.printable(os.path.abspath(args.result_path)),
-        "coloring": None if args.baseline else read_json(Path(args.result_path) / COLORING),
+        **subject,
+        "coloring": coloring,
         **sizes,
         "seed": args.seed if args.baseline == "random" else None,
         "prior": describe_prior(args.prior),
-        "left_out": {problem: [cli.printable(name) for name in found] for problem, found in left_out.items()},
+        "left_out": cli.printable_names(left_out),
         **provenance(),
     }
-    base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
     write_json(summary, f"{base}.json")
     write_images(names, sums, bin_weights, f"{base}.csv")
     write_counts(counts[0], colored_curves, gray_curves, f"{base}.txt")

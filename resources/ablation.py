@@ -22,8 +22,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
-from support.files import atomic_path, atomic_text, make_folder, provenance, read_json, write_json
+from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, printable_names, run_script, whole
+from support.files import atomic_path, atomic_text, make_folder, provenance, warn_replaced, write_json
 from support.folders import pair_images
 from support.images import open_rgb
 from support.logs import read_log
@@ -308,13 +308,18 @@ def main(args):
     if args.arch != "none":
         classifier = metrics_acc.load_classifier(args.arch, args.weights)
         labels = metrics_acc.find_labels(originals, args.val_dir, args.labels)
+    subject = {
+        "true_images": printable(os.path.abspath(args.val_dir)),
+        "colored_images": ", ".join(printable(os.path.abspath(folder)) for folder in results.values()),
+    }
     make_folder(output)
+    warn_replaced(output / "ablation.json", subject)
 
     # Measure
-    errors, classes = {}, {}
-    pairs = {row: pair_images(args.val_dir, folder, COLORING, RECORDS)[0] for row, folder in results.items()}
+    pairs, unpaired, coloring, errors, classes = {}, {}, {}, {}, {}
     for row, folder in results.items():
-        errors[row] = metrics_auc.measure(pairs[row], args.num_workers, **metrics_auc.square_size(folder))
+        pairs[row], unpaired[row], coloring[row] = pair_images(args.val_dir, folder, COLORING, RECORDS)
+        errors[row] = metrics_auc.measure(pairs[row], args.num_workers, **metrics_auc.square_size(coloring[row]))
     if classifier:
         classes = recognize(classifier, originals, pairs, args.num_workers)
     names, sums, hits = align(errors, classes, labels)
@@ -329,18 +334,20 @@ def main(args):
             estimates[row]["kl"] = {"value": validations[-1]}
 
     # Write and print
-    left_out = [printable(name) for name in originals if name not in {*names}]
+    compared = {*names}
+    left_out = [printable(name) for name in originals if name not in compared]
     summary = {
         "results": estimates,
         "differences": differences(found),
         "images": len(names),
-        "true_images": printable(os.path.abspath(args.val_dir)),
-        "coloring": {row: read_json(folder / COLORING) for row, folder in results.items()},
+        **subject,
+        "coloring": coloring,
         "bootstrap": args.bootstrap,
         "seed": args.seed,
         "prior": metrics_auc.describe_prior(args.prior),
         "classifier": metrics_acc.describe(args) if classifier else None,
         "left_out": left_out,
+        "unpaired": {row: printable_names(problems) for row, problems in unpaired.items()},
         **provenance(),
     }
     write_json(summary, output / "ablation.json")
@@ -357,7 +364,7 @@ def main(args):
     print(markdown(summary))
     skipped = f", {len(left_out)} skipped" if left_out else ""
     print(f"{printable(output)}: {files}; {len(results)} rows, {len(names)} images{skipped}")
-    return EXIT_SKIPPED if left_out else 0
+    return EXIT_SKIPPED if left_out or any(unpaired.values()) else 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def printable(path):
     return one_line(os.fsdecode(path))
 
 
+def printable_names(left_out):
+    """Return {problem: names} with printable names, for a JSON file."""
+    return {problem: [printable(name) for name in names] for problem, names in left_out.items()}
+
+
 def counted(number, noun):
     """Return a number and its noun, e.g. "1 image" or "2 images"."""
     return f"{number} {noun}" + "s" * (number != 1)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from support.cli import UserError, printable, report_os_errors
+from support.cli import UserError, note, printable, report_os_errors
 
 import numpy as np
 import paddle
@@ -129,6 +129,14 @@ def read_json(path):
     """Return the content of a JSON file; None if it does not exist or cannot be read."""
     with suppress(OSError, ValueError):
         return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def warn_replaced(path, subject):
+    """Report that a JSON file about a different subject, {key: value}, is to be replaced."""
+    earlier = read_json(path) or {}
+    others = [str(earlier[key]) for key, value in subject.items() if earlier.get(key, value) != value]
+    if others:
+        note(f"{path}: is about {', '.join(others)} and will be replaced; to keep it, choose another --save_path")
 
 
 def sha256(path):

@@ -2,9 +2,12 @@
 
 import json
 import os
+import unicodedata
 from contextlib import suppress
+from pathlib import PurePath
 
 from support.cli import UserError, counted, note, note_some
+from support.files import read_json
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm",
@@ -83,13 +86,23 @@ def named_images(roots, results_file):
     paths = {os.path.abspath(path): path for root in roots for path in list_images(root, results_file)}
     images = {}
     for name, path in sorted((relative_path(path, top), path) for path in paths.values()):
-        stem = os.path.splitext(name)[0]
-        images[name if stem in images else stem] = path
+        for choice in (one_form(os.path.splitext(name)[0]), one_form(name), name):
+            if choice not in images:
+                images[choice] = path
+                break
     return images
+
+
+def one_form(name):
+    """Return a name with composed characters (NFC): a file system or an archive may have taken "é" apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 # -------------------------------------------------------------------------------------------------
 # Records of results: one JSON object per line in a file in their folder
+
+# Resolutions of times in nanoseconds: FAT and ZIP, tar, exFAT, microseconds, NTFS, and the file systems of Linux
+RESOLUTIONS = (2 * 10**9, 10**9, 10**7, 10**3, 10**2, 1)
 
 
 def absolute(path):
@@ -100,13 +113,36 @@ def absolute(path):
 
 def make_record(source, settings, folder, name):
     """Describe the result `name` in `folder`, made from the file `source`, with both files' sizes and times."""
-    result = {"path": name, **_size_and_time(os.path.join(folder, name))}
-    return {"source": {"path": absolute(source), **_size_and_time(source)}, "settings": settings, "result": result}
+    result = {"path": name, **size_and_time(os.path.join(folder, name))}
+    return {"source": {"path": absolute(source), **size_and_time(source)}, "settings": settings, "result": result}
 
 
-def _size_and_time(path):
+def size_and_time(path):
+    """Return a file's size in bytes and time in nanoseconds; {} if it does not exist."""
     status = os.stat(path) if os.path.exists(path) else None
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns} if status else {}
+
+
+def same_file(one, other):
+    """Return whether two results of `size_and_time` agree. A copy's time may be rounded, up to two seconds."""
+    if "size" not in one or one["size"] != other.get("size"):
+        return False
+    times = one["mtime_ns"], other["mtime_ns"]
+    coarser = max(next(unit for unit in RESOLUTIONS if time % unit == 0) for time in times)
+    return abs(times[0] - times[1]) < coarser
+
+
+def source_name(record):
+    """Return the path of a record's source below the folder that was processed: as deep as that of the result."""
+    depth = record["result"]["path"].count("/") + 1
+    return one_form("/".join(PurePath(record["source"]["path"]).parts[-depth:]))
+
+
+def same_record(one, other):
+    """Return whether two records agree. The folders of their sources and results may have been moved or copied."""
+    same_files = same_file(one["source"], other["source"]) and same_file(one["result"], other["result"])
+    same_names = source_name(one) == source_name(other) and one["result"]["path"] == other["result"]["path"]
+    return same_files and same_names and one["settings"] == other["settings"]
 
 
 def append_record(record, path):
@@ -116,13 +152,14 @@ def append_record(record, path):
 
 
 def read_records(path):
-    """Return each result's last record in a file of records, {path below the folder: record}; {} without a file."""
+    """Return each result's last record, the newest last: {path below the folder: record}; {} without a file."""
     records = {}
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, KeyError, TypeError):  # cut short by a kill
                 record = json.loads(line)
-                name, _ = record["result"]["path"], record["source"]["path"]
+                name, _, _ = record["result"]["path"], record["source"]["path"], record["settings"]
+                records.pop(name, None)
                 records[name] = record
     return records
 
@@ -130,34 +167,87 @@ def read_records(path):
 # -------------------------------------------------------------------------------------------------
 # Pairs of originals and results
 
+NO_RESULT, NO_ORIGINAL = "no result", "no original"
+
 
 def pair_images(true_dir, colored_dir, results_file, records_file):
-    """Pair the images of a folder with their results: by the results' records, by name where these do not help.
+    """Pair results with their originals.
 
-    `results_file` is that of `list_images`, `records_file` the name of the file of records in `colored_dir`. Returns a
-    list of (name, path of the original, path of the result), and what is left out and reported, {problem: names}.
-    Raises UserError if there are no pairs.
+    Where results have records, these decide: both files must be as recorded, and results must have the settings of the
+    newest one. Without any record, as for results of other programs, images are paired by name.
+
+    Args:
+        true_dir (str): Folder of the originals; None to find the results alone.
+        colored_dir (str): Folder of the results.
+        results_file (str): See `list_images`.
+        records_file (str): Name of the file of records in `colored_dir`.
+
+    Returns:
+        tuple[list, dict, dict]: (name, path of the original or None, path of the result) of each pair, sorted by name;
+        what is left out, {problem: names}, which is reported; and how the results were made, the content of their
+        `results_file` or, if it describes others, their settings from the records (None if nothing is known).
+
+    Raises:
+        UserError: If there are no pairs.
     """
-    true, colored = named_images([true_dir], results_file), named_images([colored_dir], results_file)
+    true = named_images([true_dir], results_file) if true_dir else None
+    colored = named_images([colored_dir], results_file)
+    places = {one_form(relative_path(path, colored_dir)): name for name, path in colored.items()}
     records = read_records(os.path.join(colored_dir, records_file))
-    originals = dict(zip(map(absolute, true.values()), true))
-    sources = {result: record["source"]["path"] for result, record in records.items()}
-    top = absolute(os.path.join(true_dir, ""))
-    by_record, by_name = {}, {}  # the result of each original
-    for name, path in colored.items():
-        source = sources.get(relative_path(path, colored_dir), "")
-        if source in originals:
-            by_record[originals[source]] = name
-        elif name in true and not source.startswith(top):  # another program's result, or the images were moved
-            by_name[name] = name
-    if by_name:
-        note(f"{colored_dir}: {counted(len(by_name), 'image')} paired by name, without a record of the original")
-    result_of = {**by_name, **by_record}
-    pairs = [(name, true[name], colored[result]) for name, result in sorted(result_of.items())]
-    if not pairs:
+    records = {places[place]: record for place, record in records.items() if place in places}
+    if records:
+        result_of, problems, settings = _pair_by_records(true, true_dir, colored, records)
+    else:
+        sources = colored if true is None else true
+        result_of = {name: name for name in colored if name in sources}
+        problems = {name: NO_ORIGINAL for name in colored if name not in sources}
+        settings = {}
+        if result_of and true is not None:
+            note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
+    if true is not None:
+        problems.update({name: NO_RESULT for name in true if name not in result_of and name not in problems})
+    left_out = {
+        problem: sorted(x for x in problems if problems[x] == problem) for problem in sorted({*problems.values()})
+    }
+    if not result_of and not records:
         raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
-    left_out = {"no result": {*true} - {*result_of}, "no original": {*colored} - {*result_of.values()}}
-    left_out = {problem: sorted(names) for problem, names in left_out.items() if names}
     for problem, names in left_out.items():
         note_some(problem, names)
-    return pairs, left_out
+    if not result_of:
+        raise UserError(
+            f"{colored_dir}: no result is as recorded; to pair by name, delete {records_file} in that folder"
+        )
+    pairs = [(x, true and true[x], colored[result_of[x]]) for x in sorted(result_of)]
+    return pairs, left_out, _how_made(os.path.join(colored_dir, results_file), settings)
+
+
+def _how_made(path, settings):
+    description = read_json(path) or settings
+    agrees = all(description.get(x, y) == y for x, y in settings.items())
+    return (description if agrees else settings) or None
+
+
+def _pair_by_records(true, true_dir, colored, records):
+    """Return the result of each original, {name: name}, the problems of other results, and the settings."""
+    places, below = {}, {}  # names of the originals
+    for name, path in (true or {}).items():
+        places[absolute(path)] = below[one_form(relative_path(path, true_dir))] = name
+    result_of, settings = {}, {}
+    problems = {name: "not recorded, unlike other results" for name in colored if name not in records}
+    for name, record in reversed(records.items()):  # the newest first
+        source = name
+        if true is not None:
+            source = places.get(record["source"]["path"], below.get(source_name(record)))
+        if not same_file(record["result"], size_and_time(colored[name])):
+            problems[name] = "changed since it was recorded"
+        elif settings not in ({}, record["settings"]):
+            problems[name] = "made with other settings than the newest result"
+        elif source is None:
+            problems[name] = NO_ORIGINAL
+        elif true is not None and not same_file(record["source"], size_and_time(true[source])):
+            problems[name] = "original changed since it was recorded"
+        elif source in result_of:
+            problems[name] = "older than another result of the same image"
+        else:
+            result_of[source], settings = name, record["settings"]
+    return result_of, problems, settings

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from support.cli import EXIT_SKIPPED
-from support.folders import pair_images
+from support.folders import append_record, make_record, pair_images
 from support.images import crop_resized
 from support.sheets import FOOT, HEAD
 
@@ -111,7 +111,7 @@ def value(summary, row, quantity):
 
 def test_values_and_intervals_agree_with_a_loop_over_pixels(val_dir, results):
     """The loop's bootstrap gathers the pixels of each resample again; the images have different sizes."""
-    pairs, _ = pair_images(val_dir, results / "full", COLORING, RECORDS)
+    pairs, _, _ = pair_images(val_dir, results / "full", COLORING, RECORDS)
     _, sums, _ = metrics_auc.measure(pairs)
     hits, images, psnr = np.random.default_rng(1).random((8, 2)) < 0.5, [], []
     for _, *paths in pairs:
@@ -268,6 +268,19 @@ def test_rows_of_any_name_use_their_common_images(tmp_path, val_dir, results, ca
             (tmp_path / row / path.relative_to(tmp_path / "96")).unlink(missing_ok=True)
     _, without = run(val_dir, tmp_path, ("96",), tmp_path / "out", "--arch", "none")
     assert without["results"]["96"] == summary["results"]["96"]
+
+
+def test_results_with_other_settings_are_left_out(tmp_path, val_dir, results):
+    shutil.copytree(results / "full", tmp_path / "full")
+    paths = sorted((tmp_path / "full").rglob("*.png"))
+    for i, path in enumerate(paths):
+        name = path.relative_to(tmp_path / "full").as_posix()
+        record = make_record(val_dir / name, {"sha256": i // 2 * 2, "crop_size": None}, tmp_path / "full", name)
+        append_record(record, tmp_path / "full" / RECORDS)
+    code, summary = run(val_dir, tmp_path, ["full"], tmp_path / "out", "--arch", "none")
+    assert (code, summary["images"], len(summary["left_out"])) == (EXIT_SKIPPED, 2, 6)
+    assert [len(names) for names in summary["unpaired"]["full"].values()] == [6]
+    assert summary["coloring"]["full"] == {"sha256": 6, "crop_size": None}
 
 
 def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, results, error_message):

@@ -1,7 +1,10 @@
 """Folders of images: listing them and pairing originals with results."""
 
+import json
 import ntpath
 import os
+import pathlib
+import unicodedata
 from types import SimpleNamespace
 
 from support.folders import (
@@ -12,6 +15,7 @@ from support.folders import (
     pair_images,
     read_records,
     relative_path,
+    same_file,
 )
 
 import pytest
@@ -105,34 +109,146 @@ def test_missing_or_empty_folder_is_reported(tmp_path, error_message):
 def add_result(tmp_path, touch, monkeypatch):
     """Write a result of an image, and its record. The paths are below the current folder, tmp_path, and `out`."""
 
-    def add(original, name):
+    def add(original, name, **settings):
         touch(f"out/{name}")
-        append_record(make_record(original, {}, "out", name), f"out/{RECORDS}")
+        append_record(make_record(original, settings, "out", name), f"out/{RECORDS}")
 
     monkeypatch.chdir(tmp_path)
     return add
 
 
+def pair(true="in"):
+    return pair_images(true, "out", RESULTS, RECORDS)
+
+
 def test_records_pair_results_with_their_images(touch, add_result, capsys):
     touch("in/p.bmp", "in/p.jpg", "in/q.jpg")
     add_result("in/p.jpg", "p.png")  # before p.bmp was there, which now takes the name p
-    pairs, left_out = pair_images("in", "out", RESULTS, RECORDS)
+    pairs, left_out, _ = pair()
     assert pairs == [("p.jpg", "in/p.jpg", "out/p.png")] and left_out == {"no result": ["p", "q"]}
     assert capsys.readouterr().err == "p: no result\nq: no result\n"
     add_result("in/p.bmp", "p.png")
     add_result("in/p.jpg", "p.jpg.png")
-    pairs, _ = pair_images("in", "out", RESULTS, RECORDS)
+    pairs, _, _ = pair()
     assert pairs == [("p", "in/p.bmp", "out/p.png"), ("p.jpg", "in/p.jpg", "out/p.jpg.png")]
 
 
-def test_images_that_were_moved_are_paired_by_name_with_one_note(touch, add_result, capsys):
+def test_results_without_records_are_paired_by_name_with_a_note(tmp_path, touch, monkeypatch, capsys, error_message):
+    monkeypatch.chdir(tmp_path)
+    touch("in/x/a.jpg", "in/b.tif", "out/x/a.png", "out/b.webp", "out/stray.png")
+    pairs, left_out, made_by = pair()
+    assert pairs == [("b", "in/b.tif", "out/b.webp"), ("x/a", "in/x/a.jpg", "out/x/a.png")]
+    assert left_out == {"no original": ["stray"]} and made_by is None
+    assert "out: 2 images paired by name, without a record of the original\n" in capsys.readouterr().err
+    assert pair(None)[0] == [("b", None, "out/b.webp"), ("stray", None, "out/stray.png"), ("x/a", None, "out/x/a.png")]
+    touch("other/c.png")
+    assert "other and out have no image in common" in error_message(pair, "other")
+
+
+def test_images_and_results_that_were_moved_are_paired_by_their_records(tmp_path, touch, add_result, capsys):
+    """As by a rename, or by tar, which keeps times in whole seconds."""
     for name in ("x/a", "b"):
         touch(f"in/{name}.jpg")
         add_result(f"in/{name}.jpg", f"{name}.png")
     os.rename("in", "moved")
-    pairs, left_out = pair_images("moved", "out", RESULTS, RECORDS)
-    assert pairs == [("b", "moved/b.jpg", "out/b.png"), ("x/a", "moved/x/a.jpg", "out/x/a.png")] and not left_out
-    assert "out: 2 images paired by name, without a record of the original\n" in capsys.readouterr().err
+    for path in (*(tmp_path / "moved").rglob("*.jpg"), *(tmp_path / "out").rglob("*.png")):
+        os.utime(path, (path.stat().st_mtime_ns // 10**9,) * 2)
+    pairs, left_out, _ = pair("moved")
+    assert pairs == [("b", "moved/b.jpg", "out/b.png"), ("x/a", "moved/x/a.jpg", "out/x/a.png")]
+    assert not left_out and capsys.readouterr().err == ""
+
+
+def test_results_of_mixed_settings_are_not_used_together(touch, add_result, capsys):
+    """An interrupted run replaced two of four results, and wrote one in another format."""
+    touch(*(f"in/{name}.jpg" for name in "abcd"))
+    for name in "abcd":
+        add_result(f"in/{name}.jpg", f"{name}.png", sha256="old")
+    add_result("in/a.jpg", "a.png", sha256="new")
+    add_result("in/b.jpg", "b.webp", sha256="new")
+    with open(f"out/{RESULTS}", "w") as file:
+        json.dump({"checkpoint": "new.pdparams", "sha256": "new"}, file)
+    pairs, left_out, made_by = pair()
+    assert pairs == [("a", "in/a.jpg", "out/a.png"), ("b", "in/b.jpg", "out/b.webp")]
+    assert left_out == {"made with other settings than the newest result": ["b", "c", "d"]}
+    assert "c: made with other settings than the newest result\n" in capsys.readouterr().err
+    assert made_by == {"checkpoint": "new.pdparams", "sha256": "new"}
+    results_alone, left_out_alone, _ = pair(None)
+    assert [name for name, _, _ in results_alone] == ["a", "b.webp"] and left_out_alone == left_out
+
+
+def test_description_of_another_run_is_not_taken_for_that_of_the_results(touch, add_result):
+    """The next run described itself, and was stopped before its first result."""
+    touch("in/a.jpg")
+    add_result("in/a.jpg", "a.png", sha256="old", crop_size=None)
+    with open(f"out/{RESULTS}", "w") as file:
+        json.dump({"checkpoint": "new.pdparams", "sha256": "new", "crop_size": 224}, file)
+    assert pair()[2] == {"sha256": "old", "crop_size": None}
+
+
+def test_files_that_are_not_as_recorded_are_not_paired(touch, add_result, error_message):
+    touch(*(f"in/{name}.jpg" for name in "abcd"))
+    for name in "abc":
+        add_result(f"in/{name}.jpg", f"{name}.png")
+    pathlib.Path("out/a.png").write_text("edited")
+    pathlib.Path("in/b.jpg").write_text("exchanged")
+    touch("out/d.png")
+    pairs, left_out, _ = pair()
+    assert pairs == [("c", "in/c.jpg", "out/c.png")]
+    assert left_out == {
+        "changed since it was recorded": ["a"],
+        "original changed since it was recorded": ["b"],
+        "not recorded, unlike other results": ["d"],
+    }
+    pathlib.Path("out/c.png").write_text("edited")
+    assert f"out: no result is as recorded; to pair by name, delete {RECORDS}" in error_message(pair)
+
+
+def test_newest_of_two_results_of_one_image_is_used(touch, add_result):
+    touch("in/p.jpg")
+    add_result("in/p.jpg", "p.png")
+    add_result("in/p.jpg", "p.jpg.png")
+    pairs, left_out, _ = pair()
+    assert pairs == [("p", "in/p.jpg", "out/p.jpg.png")]
+    assert left_out == {"older than another result of the same image": ["p"]}
+
+
+@pytest.mark.parametrize(
+    ("copy", "same"),
+    [
+        (1_700_000_001_234_567_891, True),
+        (1_700_000_001_234_567_000, True),  # microseconds
+        (1_700_000_001_234_567_800, True),  # NTFS
+        (1_700_000_001_000_000_000, True),  # tar
+        (1_700_000_000_000_000_000, True),  # FAT
+        (1_700_000_002_000_000_000, True),  # FAT, rounded up
+        (1_700_000_004_000_000_000, False),
+        (1_700_000_001_234_567_892, False),
+        (1_700_000_001_300_000_001, False),
+    ],
+)
+def test_times_agree_up_to_the_resolution_of_a_copy(copy, same):
+    original, copy = ({"size": 5, "mtime_ns": time} for time in (1_700_000_001_234_567_891, copy))
+    assert same_file(original, copy) == same_file(copy, original) == same
+    assert not same_file(original, {**copy, "size": 6}) and not same_file({}, original) and not same_file({}, {})
+
+
+def test_names_agree_whether_accents_are_composed_or_not(tmp_path, touch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    composed, apart = (unicodedata.normalize(form, "café/ñ") for form in ("NFC", "NFD"))
+    touch(f"in/{apart}.jpg", f"out/{composed}.png")
+    assert pair()[0] == [(composed, f"in/{apart}.jpg", f"out/{composed}.png")]
+    append_record(make_record(f"in/{apart}.jpg", {}, "out", f"{composed}.png"), f"out/{RECORDS}")
+    os.renames(f"out/{composed}.png", f"out/{apart}.png")
+    assert pair()[0] == [(composed, f"in/{apart}.jpg", f"out/{apart}.png")]
+    touch(f"in/{composed}.jpg")
+    assert sorted(named_images(["in"], RESULTS).values()) == sorted([f"in/{apart}.jpg", f"in/{composed}.jpg"])
+
+
+def test_many_left_out_images_are_counted(touch, add_result, capsys):
+    touch(*(f"in/{i:02d}.jpg" for i in range(30)))
+    add_result("in/07.jpg", "07.png")
+    assert len(pair()[1]["no result"]) == 29
+    assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no result"
 
 
 def test_record_that_a_kill_cut_short_is_ignored(tmp_path):

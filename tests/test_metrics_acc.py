@@ -2,9 +2,11 @@
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 
 from support.cli import EXIT_SKIPPED
+from support.folders import append_record, make_record
 
 import numpy as np
 import paddle
@@ -15,8 +17,10 @@ from PIL import Image
 from skimage import data
 
 import metrics_acc
+from dataset import RECORDS
 
 SYNSETS = metrics_acc.load_synsets()
+NUMBERS = {synset: i for i, synset in enumerate(SYNSETS)}
 # The shorter side is 256 and the longer one even: the center crop of 224 needs no resampling and is plain indexing.
 IMAGES = {
     "astronaut": data.astronaut()[:256, 100:400],
@@ -84,6 +88,8 @@ def test_synsets_are_1000_and_sorted():
         ("a.png\t5\n", 5),
         ("a.png, 5\n", 5),
         ("a.png 5\na.jpg 5\n", 5),
+        ("ImageId,PredictionString\na,n01443537 1 2 3 4 \n", 1),
+        ("\ufeffImageId,PredictionString\r\nb,n01440764 1 2 3 4\r\na,n01443537 1 2 3 4 n01443537 9 9 9 9\r\n", 1),
     ],
 )
 def test_labels_file_accepts_numbers_and_wordnet_ids(tmp_path, text, label):
@@ -99,6 +105,18 @@ def test_labels_file_with_a_bad_line_is_refused(tmp_path, error_message, line):
     (tmp_path / "labels.txt").write_text(f"fine.png 3\n{line}\n", "utf-8")
     message = error_message(metrics_acc.find_labels, ["fine"], ".", tmp_path / "labels.txt")
     assert "labels.txt, line 2: not a name and a class" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("boxes", ["n01443537 1 2 3 4 n01440764 5 6 7 8", "", "n99999999 1 2 3 4"])
+def test_line_of_boxes_without_a_single_class_is_refused(tmp_path, error_message, boxes):
+    (tmp_path / "labels.csv").write_text(f"ImageId,PredictionString\na,{boxes}\n")
+    assert "line 2: not a name and a class" in error_message(metrics_acc.read_labels, tmp_path / "labels.csv", NUMBERS)
+
+
+def test_names_in_a_labels_file_may_have_accents_in_another_form(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (tmp_path / "labels.txt").write_text(f"{apart}.png 5\n", "utf-8")
+    assert metrics_acc.find_labels([composed], ".", tmp_path / "labels.txt") == {composed: 5}
 
 
 def test_labels_file_with_two_classes_of_one_name_is_refused(tmp_path, error_message):
@@ -224,6 +242,19 @@ def test_unreadable_and_missing_images_are_excluded_from_all_versions(tmp_path, 
     assert all(line in printed for line in lines)
     (colored / "astronaut.png").unlink()
     assert "none of the 2 images can be read" in error_message(run, tmp_path, weights, *where)
+
+
+def test_only_results_with_the_settings_of_the_newest_one_are_classified(tmp_path, weights):
+    for name in ("coffee", "rocket"):
+        save_image(tmp_path / "t" / SYNSETS[7] / f"{name}.png", IMAGES[name])
+        result = f"{SYNSETS[7]}/{name}.png"
+        save_image(tmp_path / "c" / result, IMAGES[name])
+        record = make_record(tmp_path / "t" / result, {"sha256": name}, tmp_path / "c", result)
+        append_record(record, tmp_path / "c" / RECORDS)
+    for where in (["--result_path", tmp_path / "c"], ["--result_path", tmp_path / "c", "--image_dir", tmp_path / "t"]):
+        code, summary = run(tmp_path, weights, *where)
+        assert (code, summary["images"], summary["coloring"]) == (EXIT_SKIPPED, 1, {"sha256": "rocket"})
+        assert [*summary["left_out"].values()] == [[f"{SYNSETS[7]}/coffee"]]
 
 
 @pytest.mark.parametrize(

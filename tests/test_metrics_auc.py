@@ -7,6 +7,7 @@ import math
 import os
 
 from support.cli import EXIT_SKIPPED
+from support.folders import append_record, make_record
 from support.images import crop_resized
 
 import numpy as np
@@ -20,6 +21,7 @@ from skimage.color import rgb2lab
 from skimage.metrics import peak_signal_noise_ratio
 
 import metrics_auc
+from dataset import RECORDS
 from utils import load_ab_bins
 
 IMAGES = {"astronaut": data.astronaut(), "coffee": data.coffee(), "chelsea": data.chelsea(), "rocket": data.rocket()}
@@ -261,6 +263,39 @@ def test_images_are_paired_by_path_and_missing_ones_reported(tmp_path, capsys):
     assert summary["left_out"] == {"no result": ["rocket/x"], "no original": ["stray"]}
     error = capsys.readouterr().err
     assert "rocket/x: no result\n" in error and "stray: no original\n" in error
+
+
+def test_only_results_with_the_settings_of_the_newest_one_are_measured(tmp_path, capsys):
+    """A second run with another checkpoint was stopped after two images: the mean of both would be nobody's."""
+    true = save_images(tmp_path / "t", SMALL)
+    colored = save_images(tmp_path / "c", recolored(SMALL))
+    settings = {"crop_size": None, "load_size": 256}
+    for name in SMALL:
+        record(true, colored, name, {**settings, "sha256": "old"})
+    for name in ("coffee", "rocket"):
+        save_image(colored / f"{name}.png", SMALL[name])
+        record(true, colored, name, {**settings, "sha256": "new"})
+    code, summary = run(true, colored, tmp_path)
+    assert (code, summary["images"], summary["auc_raw"]) == (EXIT_SKIPPED, 2, 1)
+    assert summary["left_out"] == {"made with other settings than the newest result": ["astronaut", "chelsea"]}
+    assert summary["coloring"] == {**settings, "sha256": "new"}
+    save_image(true / "rocket.png", SMALL["chelsea"][:40])  # exchanged later
+    assert run(true, colored, tmp_path)[1]["images"] == 1
+    assert "rocket: original changed since it was recorded\n" in capsys.readouterr().err
+
+
+def record(true, colored, name, settings):
+    append_record(make_record(true / f"{name}.png", settings, colored, f"{name}.png"), colored / RECORDS)
+
+
+def test_values_of_another_folder_are_replaced_with_a_warning(tmp_path, capsys):
+    true = save_images(tmp_path / "t", SMALL)
+    first, second = (save_images(tmp_path / name, recolored(SMALL)) for name in ("first", "second"))
+    for folder, lines in ((first, 0), (first, 0), (second, 1)):
+        run(true, folder, tmp_path)
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "replaced" in line]
+        assert len(warnings) == lines
+    assert f"auc.json: is about {first} and will be replaced; to keep it, choose another --save_path" in warnings[0]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
