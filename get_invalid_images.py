@@ -8,16 +8,16 @@ Gray images have no colors to compare with. There are three reasons to list an i
 
     single channel   the file is stored without color
     gray in color    stored in color, but all pixels are gray
-    unreadable       truncated, empty or not an image
+    unreadable       damaged, as the file itself proves: empty, truncated, a wrong checksum, an HTML page
 
 Prints the number of images for each reason, and writes `invalid_images.csv` (path, reason) and `remove_invalid.sh`. The
 script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders; it calls
 this one with --remove_listed, the way for systems without bash. It can be run twice, replaces no file, and continues
 after an error. No image is touched before, except with --remove.
 
-Only gray and damaged images are listed. A file that cannot be read for another reason (a format whose package is
-missing, an unsupported kind of TIFF, too many pixels) is reported as not checked, and the exit code is 3. Decoders do
-not notice all damage: a JPEG that is damaged in the middle may decode to a wrong picture, and is not found.
+A file that cannot be read for another reason (a format whose package is missing, an unsupported kind of TIFF, too many
+pixels, too little memory) is reported as not checked, and the exit code is 3. Not all damage is found: a JPEG that is
+damaged in the middle may decode to a wrong picture.
 """
 
 import csv
@@ -33,6 +33,7 @@ from pathlib import Path
 from support import cli
 from support.cli import EXIT_SKIPPED, UserError, note, printable, report_os_errors, run_script
 from support.cpu import available_cores
+from support.damage import find_damage
 from support.files import atomic_text, make_folder, open_text
 from support.folders import relative_path
 from support.images import InvalidImageError, open_image, to_rgb
@@ -55,7 +56,8 @@ def why_invalid(path, tolerance):
             single_channel = Image.getmodebase(image.mode) == "L"
             rgb = np.asarray(to_rgb(image, path))
     except InvalidImageError as error:
-        return f"{UNREADABLE if error.damaged else NOT_CHECKED}: {error.reason}"
+        damage = find_damage(path)
+        return f"{UNREADABLE}: {damage}" if damage else f"{NOT_CHECKED}: {error.reason}"
     if single_channel:
         return SINGLE_CHANNEL
     spread = (rgb.max(axis=2) - rgb.min(axis=2)).max()  # the largest difference between two channels of a pixel

@@ -5,8 +5,10 @@ import math
 import os
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 
+from PIL import PngImagePlugin
 from tqdm import tqdm
 
 EXIT_SKIPPED = 3  # finished, but some files were skipped
@@ -87,6 +89,7 @@ def run_script(main, parse_args, after_stop=""):
 
     `after_stop` is added to that line when a signal stopped the script. Unexpected errors keep their traceback.
     """
+    _set_up_pillow()
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
         handle_signals(_raise_stopped)
@@ -109,6 +112,12 @@ def run_script(main, parse_args, after_stop=""):
         name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         note(f"{name}{(error.strerror or str(error)).lower()}")
     return 1
+
+
+def _set_up_pillow():
+    """Set what Pillow keeps for the whole process, and what only a script may decide."""
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes of a text or a color profile
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about harmless damage and half the largest number of pixels
 
 
 def _raise_stopped(number, _):

@@ -40,19 +40,36 @@ def atomic_path(path):
     Raises UserError when the file cannot be written or the disk is full.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(target)
     try:
         with report_os_errors(f"{path}: cannot be written"):
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with open(temporary, "r+b") as file:  # Windows syncs only files that are open for writing
-                os.fsync(file.fileno())  # otherwise a power cut could leave an empty file with the new name
-            with suppress(FileNotFoundError):
+            _sync(temporary)
+            with suppress(OSError):  # no such file, or file systems without permission bits
                 shutil.copymode(target, temporary)
             _replace(temporary, target)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _temporary(path):
+    """Return a new name next to `path`, which matches TEMPORARY."""
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+
+
+def _sync(path):
+    """Have a file written to the disk; otherwise a power cut could leave an empty one with the new name.
+
+    Raises OSError only if data are lost: some network file systems refuse this, or to open a file again.
+    """
+    try:
+        with open(path, "r+b") as file:  # Windows syncs only files that are open for writing
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _replace(source, target):
@@ -79,8 +96,9 @@ def make_folder(path):
     """
     with report_os_errors(f"{path}: cannot be written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(None, "permission denied")
+        probe = _temporary(Path(path, "probe"))  # on network file systems, permission bits do not tell
+        probe.touch()
+        probe.unlink()
     remove_temporaries(path)
 
 

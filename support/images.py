@@ -3,9 +3,9 @@
 import os
 import re
 import struct
-import warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib import import_module
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -14,39 +14,32 @@ from support.cli import UserError, note
 from support.files import atomic_path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
-
-Image.init()  # registers all formats of Pillow; the others follow, where their packages are installed
-with suppress(ImportError):
-    __import__("pillow_heif").register_heif_opener()
-with suppress(ImportError):
-    __import__("pillow_jxl")
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # Pillow's other formats stay closed: EPS would start Ghostscript, and ICO and ICNS decode before their size is known.
 READ_FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
-PACKAGES = {  # that Pillow needs for some formats, by the first bytes of a file
-    b"....ftyp(avif|avis)": "AVIF, which needs Pillow 11.3 or newer",
-    b"....ftyp(hei.|hev.|mif1|msf1)": "HEIC, which needs the package pillow-heif",
-    b"\xff\x0a|....JXL ": "JPEG XL, which needs the package pillow-jxl-plugin",
+HEIC, JXL = rb"....ftyp(hei.|hev.|mif1|msf1)", rb"\xff\x0a|....JXL "  # first bytes of files that need packages
+REMEDIES = {  # for files that Pillow does not open, by their first bytes
+    HEIC: "HEIC, which needs the package pillow-heif",
+    JXL: "JPEG XL, which needs the package pillow-jxl-plugin",
+    rb"....ftyp(avif|avis)": "AVIF, which needs Pillow 11.3 or newer",
+    rb"version https://git-lfs": "Git LFS pointer instead of the image, which `git lfs pull` fetches",
 }
-MAX_PIXELS = 200_000_000  # per image: 0.6 GB when decoded; larger ones are treated as decompression bombs
-Image.MAX_IMAGE_PIXELS = None  # `open_image` checks, and raises an error instead of a warning
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes of a text or a color profile
-warnings.filterwarnings("ignore", module=r"PIL\.")  # about harmless damage
+HEAD = 2**16  # bytes of a file in which these and the kind of color are found
+# Transfer functions (ITU-T H.273) in a PNG's cICP chunk or an AVIF's or HEIC's first colr box; 16 is PQ, 18 HLG
+TRANSFER = re.compile(rb"(?:\x00\x00\x00\x04cICP.|colrnclx..\x00)(.)", re.DOTALL)
+HDR = (b"\x10", b"\x12")
 
 
 class InvalidImageError(ValueError):
-    """A file that cannot be read as an image. The message contains the path and the reason.
+    """A file that cannot be read as an image. The message contains the path and the reason."""
 
-    `damaged` is True if the file is known to be damaged or not an image; otherwise another installation may read it.
-    """
+    def __init__(self, path, reason):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
 
-    def __init__(self, path, reason, damaged=False):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason, self.damaged = path, reason, damaged
-
-    def __reduce__(self):  # to be sent from a worker process
-        return InvalidImageError, (self.path, self.reason, self.damaged)
+    def __str__(self):
+        return f"{self.path}: {self.reason}"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -82,13 +75,17 @@ def read_image(image):
 
     Raises:
         InvalidImageError: If the file cannot be read.
-        ValueError: If an array has another shape or type.
+        ValueError: If it is something else, or an array of another shape or type.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    return to_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
+    if isinstance(image, (str, os.PathLike)):
+        return open_rgb(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"an image must be a path, a Pillow image or an array, not {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    return to_rgb(Image.fromarray(image))
 
 
 def image_size(path):
@@ -105,38 +102,53 @@ def has_more_frames(image):
 
 @contextmanager
 def open_image(path, least_side=None):
-    """Open an image without decoding it. Any error in the block is raised as an InvalidImageError."""
+    """Open an image without decoding it. Any error in the block is raised as an InvalidImageError.
+
+    Pillow's limit of the number of pixels (`PIL.Image.MAX_IMAGE_PIXELS`) holds.
+    """
     if not os.path.isfile(path):
         raise InvalidImageError(path, "no such file, or not a regular one")
-    image = None
+    head = b""
     try:
-        with Image.open(path, formats=sorted(READ_FORMATS & Image.OPEN.keys())) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
-            if least_side:
-                image.draft(None, (least_side, least_side))
-            yield image
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            file.seek(0)
+            with Image.open(file, formats=_formats(head)) as image:
+                transfer = TRANSFER.search(head) if image.format in ("PNG", "AVIF", "HEIF") else None
+                if transfer and transfer[1] in HDR:
+                    raise ValueError("HDR (PQ or HLG): convert it to sRGB first")
+                if least_side:
+                    image.draft(None, (least_side, least_side))
+                yield image
     except UnidentifiedImageError as error:
-        raise InvalidImageError(path, *_why_unidentified(path)) from error
+        raise InvalidImageError(path, _why_unidentified(head)) from error
+    except MemoryError as error:
+        raise InvalidImageError(path, "not enough memory to decode it") from error
     except Exception as error:  # plugins raise OSError, ValueError, KeyError and others
-        # Decoders report damage by an OSError without a number or by a SyntaxError; `to_rgb` raises ValueError.
-        strerror = getattr(error, "strerror", None)
-        damaged = image is not None and isinstance(error, (OSError, SyntaxError)) and not strerror
-        reason = strerror.lower() if strerror else str(error) or type(error).__name__
-        raise InvalidImageError(path, reason, damaged) from error
+        reason = (getattr(error, "strerror", None) or "").lower() or str(error) or type(error).__name__
+        raise InvalidImageError(path, reason) from error
 
 
-def _why_unidentified(path):
-    """Return why Pillow does not open a file, and whether the file is known to be damaged."""
-    with open(path, "rb") as file:
-        head = file.read(32)
-    for pattern, format in PACKAGES.items():
+def _formats(head):
+    """Return the names of the formats to open, and register the optional package that a file with these bytes needs."""
+    Image.init()  # registers all formats of Pillow itself
+    with suppress(ImportError):
+        if re.match(HEIC, head, re.DOTALL):
+            import_module("pillow_heif").register_heif_opener()
+        elif re.match(JXL, head, re.DOTALL):
+            import_module("pillow_jxl")
+    return sorted(READ_FORMATS & Image.OPEN.keys())
+
+
+def _why_unidentified(head):
+    """Return why Pillow does not open a file with these first bytes."""
+    for pattern, remedy in REMEDIES.items():
         if re.match(pattern, head, re.DOTALL):
-            return format, False
+            return remedy
     for format, (_, accept) in Image.OPEN.items():
-        if accept and accept(head.ljust(32, b"\0")):  # the header may be damaged, or of a kind newer than Pillow
-            return f"{format} of a kind that cannot be read, or damaged", False
-    return "not an image" if head else "empty file", True
+        if accept and accept(head[:32].ljust(32, b"\0")):  # the header may be damaged, or of a kind newer than Pillow
+            return f"{format} of a kind that cannot be read, or damaged"
+    return "not an image in a known format" if head else "empty file"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -203,9 +215,12 @@ def _check_tiff(tags):
     photometric, planar, compression = tags.get(262, 0), tags.get(284, 1), tags.get(259, 1)
     samples = product(tags.get(339, (1,)), tags.get(258, (1,)))
     kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{bits}" for format, bits in samples}
-    stripes = (kinds, planar, compression) == ({"uint16"}, 2, 1)  # of which Pillow would make one picture
-    if stripes or not kinds <= TIFF_SAMPLES.get(photometric, set()):
+    uncompressed = compression == 1
+    stripes = uncompressed and planar == 2 and kinds == {"uint16"}  # of which Pillow would make one picture
+    ycbcr = uncompressed and photometric == 6  # which Pillow leaves to libtiff, and that decompresses only
+    if stripes or ycbcr or not kinds <= TIFF_SAMPLES.get(photometric, set()):
         kinds = f"{' '.join(sorted(kinds))} samples, photometric interpretation {photometric}"
+        kinds += ", uncompressed" if uncompressed else ""
         raise ValueError(f"TIFF with {kinds} and planar configuration {planar} is not supported")
 
 

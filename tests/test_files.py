@@ -1,5 +1,6 @@
 """Files: written whole or not at all, with their permissions, and names of any length."""
 
+import errno
 import os
 import time
 
@@ -24,6 +25,46 @@ def test_replaced_file_keeps_its_permissions_and_links_to_it(tmp_path):
     with atomic_path(link) as temporary:
         temporary.write_text("new")
     assert link.is_symlink() and file.read_text() == "new" and file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("refused", ["chmod", "fsync", "access"])
+def test_file_systems_that_refuse_courtesies_hold_results(tmp_path, monkeypatch, refused):
+    """As network file systems do. `shutil.copymode` calls `chmod`."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, refused, refuse)
+    make_folder(tmp_path)
+    for text in ("old", "new"):
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text(text)
+    assert (tmp_path / "a").read_text() == "new" and os.listdir(tmp_path) == ["a"]
+
+
+def test_sync_that_reports_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, error_message):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+
+    def write():
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("new")
+
+    assert error_message(write) == f"{tmp_path / 'a'}: cannot be written: no space left on device"
+    assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_folder_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch, error_message):
+    """Even if its permission bits allow it."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert error_message(make_folder, tmp_path) == f"{tmp_path}: cannot be written to: permission denied"
 
 
 def test_file_that_another_program_holds_briefly_is_replaced(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from support.cli import EXIT_SKIPPED
 import numpy as np
 import pytest
 from conftest import png_bomb, save_image
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from skimage import data
 
 import get_invalid_images
@@ -72,7 +72,7 @@ def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     (damaged / "truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
     whole = save_image(damaged / "truncated.png", COLOR).read_bytes()
     (damaged / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    (damaged / "text.jpg").write_text("not an image")
+    (damaged / "page.jpg").write_text("<html><body>Not found</body></html>")
     (damaged / "empty.jpg").touch()
     before = sorted(images.rglob("*"))
 
@@ -182,14 +182,22 @@ def test_missing_file_is_not_listed(tmp_path, capsys):
     assert "link" not in (tmp_path / "remove_invalid.sh").read_text()
 
 
-def test_image_that_cannot_be_read_but_may_be_intact_is_not_listed(tmp_path, capsys):
+def test_image_that_cannot_be_read_but_may_be_intact_is_not_listed(tmp_path, monkeypatch, capsys):
+    """A decoder that lacks memory calls an intact JPEG broken."""
+
+    def broken(_):
+        raise OSError("broken data stream when reading image file")
+
     images = tmp_path / "images"
     save_image(images / "float.tif", np.linspace(-1, 300, 12, dtype=np.float32).reshape(3, 4))
+    save_image(images / "too_large_for_the_memory.jpg", COLOR, progressive=True)
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", broken)
     for name, content in {
         "large.png": png_bomb(),
+        "text.jpg": b"not an image",
+        "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
         "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         "kind.tif": b"II*\0\x08\0\0\0" + bytes(100),
-        "cut_in_the_header.jpg": b"\xff\xd8\xff\xe0\0\x10JFIF\0",
     }.items():
         (images / name).write_bytes(content)
     unsupported = sorted(images.iterdir())

@@ -328,7 +328,7 @@ def test_unreadable_images_are_skipped_and_the_others_colorized(colorize_files, 
     code, result = colorize_files("in")
     printed = capsys.readouterr()
     assert code == EXIT_SKIPPED and found(result) == ["a.png", "c.png"]
-    assert printed.err == "skipped in/b.png: empty file\nskipped in/d.jpg: not an image\n"
+    assert printed.err == "skipped in/b.png: empty file\nskipped in/d.jpg: not an image in a known format\n"
     assert ": 2 images colorized with " in printed.out and printed.out.endswith(", 2 skipped\n")
 
 
@@ -338,10 +338,10 @@ def test_images_are_opened_once_and_written_in_the_order_of_their_names(colorize
         Image.open(path).rotate(angle, expand=True).save(path)
     opened, original = [], Image.open
     monkeypatch.setattr(
-        Image, "open", lambda path, *args, **settings: opened.append(path) or original(path, *args, **settings)
+        Image, "open", lambda file, *args, **settings: opened.append(file) or original(file, *args, **settings)
     )
     _, result = colorize_files("in")
-    assert [os.path.basename(path) for path in opened] == ["a.png", "b.png", "c.png", "d.png"]
+    assert [os.path.basename(file.name) for file in opened] == ["a.png", "b.png", "c.png", "d.png"]
     records = [json.loads(line) for line in (result / "coloring.jsonl").read_text().splitlines() if line]
     assert [record["result"]["path"] for record in records] == ["a.png", "b.png", "c.png", "d.png"]
 
