@@ -19,7 +19,7 @@ import paddle
 from PIL import Image
 
 from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
-from pretrained import find_weights, read_weights
+from pretrained import check_entry, find_weights, read_weights
 from utils import annealed_mean, load_ab_bins, upsample_ab
 
 SMALLEST_INPUT = [1, 1, 8, 8]  # of the network
@@ -53,20 +53,20 @@ class Colorizer:
 
         Args:
             image (str | Path | Image | ndarray): A file, a Pillow image, or uint8 [H, W, 3].
-            temperature (float, optional): Temperature of the annealed mean, > 0; by default the checkpoint's own,
-                otherwise 0.38.
-            load_size (int, optional): Shorter side of the network's input in pixels; by default the checkpoint's own,
-                otherwise 256.
+            temperature (float, optional): Temperature of the annealed mean, 0.001 to 1,000,000; by default the
+                checkpoint's own, otherwise 0.38. It does not apply to a network that predicts ab itself.
+            load_size (int, optional): Shorter side of the network's input in pixels, 1 to 4096; by default the
+                checkpoint's own, otherwise 256.
 
         Returns:
             Image: An RGB image of the same size. Its `info` holds the metadata that `save` writes.
 
         Raises:
             InvalidImageError: If the file cannot be read.
-            ValueError: If an array has another shape or type.
+            ValueError: If an argument is out of range or has a wrong type or shape.
         """
         image = read_image(image)
-        (ab,) = self.predict_ab(network_input(image, load_size or self.load_size)[None], temperature)
+        (ab,) = self.predict_ab(network_input(image, self._load_size(load_size))[None], temperature)
         return colored(image, ab)
 
     def logits(self, image, load_size=None):
@@ -81,9 +81,11 @@ class Colorizer:
 
         Raises:
             InvalidImageError: If the file cannot be read.
-            ValueError: If an array has another shape or type.
+            ValueError: If an argument is out of range or has a wrong type or shape, or the network predicts ab itself.
         """
-        return self.predict_logits(network_input(read_image(image), load_size or self.load_size)[None])
+        if self.temperature is None:
+            raise ValueError(f"{self.path}: this network predicts ab itself and has no logits")
+        return self._predict(network_input(read_image(image), self._load_size(load_size))[None])
 
     def predict_ab(self, inputs, temperature=None):
         """Predict ab.
@@ -95,12 +97,22 @@ class Colorizer:
         Returns:
             Tensor: float32 [N, 2, h/4, w/4].
         """
-        return annealed_mean(self.predict_logits(inputs), self.ab_bins, temperature or self.temperature)
+        temperature = self._temperature(temperature)
+        output = self._predict(inputs)
+        return output if temperature is None else annealed_mean(output, self.ab_bins, temperature)
 
     @paddle.no_grad()
-    def predict_logits(self, inputs):
-        """Predict logits: uint8 [N, h, w, 3], h and w multiples of 8 -> float32 [N, 313, h/4, w/4]."""
+    def _predict(self, inputs):
+        """Run the network: uint8 [N, h, w, 3] -> float32 [N, 313 or 2, h/4, w/4], logits or ab."""
         return self.network(rgb_to_lightness(paddle.to_tensor(inputs).transpose([0, 3, 1, 2])) - 50)
+
+    def _load_size(self, value):
+        return self.load_size if value is None else check_entry("load_size", value)
+
+    def _temperature(self, value):
+        if value is not None and self.temperature is None:
+            raise ValueError(f"temperature: does not apply to {self.path}, whose network predicts ab itself")
+        return self.temperature if value is None else check_entry("temperature", value)
 
 
 def network_input(image, load_size):

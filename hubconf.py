@@ -9,7 +9,7 @@ From GitHub: "OWNER/REPOSITORY:main" for DIR, without `source`.
 import os as _os
 import sys as _sys
 
-dependencies = ["paddle", "numpy", "PIL", "tqdm"]
+dependencies = ["paddle", "numpy", "PIL", "safetensors", "tqdm"]
 
 _HERE = _os.path.dirname(_os.path.abspath(__file__))
 _OURS = {"colorizer", "dataset", "model", "pretrained", "support", "utils"}
@@ -30,7 +30,7 @@ def colorizer(weights=None, **settings):
 
 
 def network(weights=None, model_path="./model"):
-    """Return the network in evaluation mode: float32 [N, 1, H, W] of L - 50 -> logits [N, 313, H/4, W/4].
+    """Return the network in evaluation mode: float32 [N, 1, H, W] of L - 50 -> logits [N, 313, H/4, W/4], or ab.
 
     Args:
         weights (str, optional): As for `colorizer`.

@@ -1,10 +1,13 @@
 """The colorization network of the paper (Zhang, Isola, Efros, ECCV 2016; Fig. 2 and Table 4).
 
 A VGG-style stack of 3x3 convolutions, downsampled by 8 at its deepest (dilation replaces further downsampling),
-predicts a distribution over the 313 ab bins at a quarter of the input's resolution.
+predicts a distribution over the 313 ab bins at a quarter of the input's resolution. The paper's baseline
+predicts ab itself.
 """
 
 from paddle import nn
+
+HEADS = {"conv8_313": 313, "conv8_ab": 2}  # names of the last layer, and its channels
 
 
 def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
@@ -29,12 +32,15 @@ def conv_stage(in_channels, channels, convs, stride=1, dilation=1):
 
 
 class CIC(nn.Layer):
-    """Predict logits over the ab bins from lightness, with 32,240,377 parameters.
+    """Predict logits over the ab bins from lightness, with 32,240,377 parameters; or ab, with the head conv8_ab.
 
     Weights have Paddle's default initialization: He-normal, or Xavier-uniform for the transposed convolution.
+
+    Args:
+        head (str): Name of the last layer: conv8_313 (classification) or conv8_ab (regression, the paper's baseline).
     """
 
-    def __init__(self):
+    def __init__(self, head="conv8_313"):
         super().__init__()
         self.conv1 = conv_stage(1, 64, convs=2, stride=2)
         self.conv2 = conv_stage(64, 128, convs=2, stride=2)
@@ -51,7 +57,8 @@ class CIC(nn.Layer):
             nn.Conv2D(256, 256, kernel_size=3, padding=1),
             nn.ReLU(),
         )
-        self.conv8_313 = nn.Conv2D(256, 313, kernel_size=1)
+        self.head = head
+        self.add_sublayer(head, nn.Conv2D(256, HEADS[head], kernel_size=1))
 
     def forward(self, lightness):
         """Run the network.
@@ -60,7 +67,7 @@ class CIC(nn.Layer):
             lightness (Tensor): float32 [N, 1, H, W]. L - 50, with L in [0, 100]; H and W are multiples of 8.
 
         Returns:
-            Tensor: Logits, float32 [N, 313, H/4, W/4].
+            Tensor: Logits, float32 [N, 313, H/4, W/4]; or ab, float32 [N, 2, H/4, W/4].
         """
         x = self.conv1(lightness)  #                               [N, 64, H/2, W/2]
         x = self.conv2(x)  #                                       [N, 128, H/4, W/4]
@@ -70,4 +77,4 @@ class CIC(nn.Layer):
         x = self.conv6(x)
         x = self.conv7(x)
         x = self.conv8(x)  #                                       [N, 256, H/4, W/4]
-        return self.conv8_313(x)  #                                [N, 313, H/4, W/4]
+        return getattr(self, self.head)(x)  #                      [N, 313 or 2, H/4, W/4]

@@ -33,6 +33,15 @@ LOAD_SIZE = 256  # shorter side of the network's input in pixels, unless the wei
 # metadata of a safetensors file may also contain the temperature of the annealed mean that suits the weights.
 ENTRIES = {"load_size": SIDE, "temperature": number(1e-3, 1e6), "epoch": whole(0), "step": whole(0)}
 
+
+def check_entry(name, value):
+    """Return the number that is the value of an entry. Raises ValueError if it is none or out of range."""
+    try:
+        return ENTRIES[name](str(value))
+    except (ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 # -------------------------------------------------------------------------------------------------
 # From a name to a file
 
@@ -44,7 +53,7 @@ def find_weights(model_path, name=None):
     downloaded to Paddle's cache on first use. Raises UserError if there are no such weights.
     """
     folder = Path(model_path)
-    name = name or default_name(folder)
+    name = default_name(folder) if name is None else str(name)
     candidates = (
         Path(name),
         folder / name,
@@ -124,9 +133,10 @@ class Weights:
     path: Path
     sha256: str  # of the file
     state: dict  # arrays, under this project's names
+    head: str  # of the network: conv8_313 or conv8_ab
     extra_relu: bool  # whether the network has the earlier port's additional ReLU before conv6
+    temperature: float  # of the annealed mean; None if the network predicts ab itself
     load_size: int = LOAD_SIZE  # shorter side of the network's input in pixels
-    temperature: float = TEMPERATURE  # of the annealed mean
     epoch: int = None  # how long the weights were trained, if known
     step: int = None
 
@@ -135,7 +145,7 @@ class Weights:
         # Paddle does not return the current global initializer: a caller's own is lost.
         nn.initializer.set_global_initializer(_Unset(), _Unset())
         try:
-            network = CIC()
+            network = CIC(self.head)
         finally:
             nn.initializer.set_global_initializer(None)
         if self.extra_relu:
@@ -157,11 +167,24 @@ def load_network(path):
 
 
 def initialize(network, path):
-    """Put the weights in a file of any known format into a network of this project, to train it further."""
+    """Put the weights in a file of any known format into a network of this project, to train it further.
+
+    Returns:
+        str: The network's head, if it keeps its random weights because the file's network has a different one, or None.
+
+    Raises:
+        UserError: If the weights are damaged or another network's.
+    """
     weights = read_weights(path)
     if weights.extra_relu:
         raise UserError(f"{path}: has the earlier port's additional ReLU before conv6 and can only colorize")
-    set_weights(network, weights.state, path)
+    if weights.head == network.head:
+        set_weights(network, weights.state, path)
+        return None
+    kept = {name: array for name, array in weights.state.items() if not name.startswith(weights.head)}
+    random = {name: tensor.numpy() for name, tensor in network.state_dict().items() if name.startswith(network.head)}
+    set_weights(network, {**kept, **random}, path)
+    return network.head
 
 
 def read_weights(path):
@@ -172,11 +195,10 @@ def read_weights(path):
     checkpoint = read_checkpoint(path)
     state = {re.sub(r"^_layers\.", "", str(name)): value for name, value in checkpoint.state.items()}
     entries = {name: source.pop(name) for source in (checkpoint.metadata, state) for name in ENTRIES if name in source}
-    for name, value in entries.items():
-        try:
-            entries[name] = ENTRIES[name](str(np.asarray(value).item()))
-        except (ArgumentTypeError, ValueError) as error:
-            raise UserError(f"{path}: {name} {error}") from None
+    try:
+        entries = {name: check_entry(name, np.asarray(value).item()) for name, value in entries.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     extra_relu = "features.0.weight" in state
     if extra_relu:
         state = _from_port(state)
@@ -184,7 +206,9 @@ def read_weights(path):
         state = _from_pytorch(state, path)
     elif "bw_conv1_1.0" in state:
         state = _from_caffe(state)
-    return Weights(Path(path), checkpoint.sha256, state, extra_relu, **entries)
+    head = "conv8_ab" if "conv8_ab.weight" in state else "conv8_313"
+    temperature = entries.pop("temperature", TEMPERATURE) if head == "conv8_313" else None
+    return Weights(Path(path), checkpoint.sha256, state, head, extra_relu, temperature, **entries)
 
 
 # -------------------------------------------------------------------------------------------------

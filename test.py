@@ -300,6 +300,8 @@ def main(args):
     named = named_images(*args.images)
     colorizer = Colorizer(args.load_model, args.model_path, args.precision)
     args.load_size = args.load_size or colorizer.load_size
+    if args.temperature and colorizer.temperature is None:
+        raise UserError(f"--temperature: does not apply to {colorizer.path}, whose network predicts ab itself")
     args.temperature = args.temperature or colorizer.temperature
     cli.check_crop(args, multiple=8)
     method = {name: getattr(args, name) for name in METHOD}

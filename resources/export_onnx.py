@@ -3,9 +3,9 @@
     pip install paddle2onnx                                  once; it needs Paddle 3
     python resources/export_onnx.py --load_model small       writes small.onnx
 
-Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and `temperature`, float32 [1]. The
-output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to colorize an image with it. The last line names
-the file and the shorter side that the network's input should have:
+Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and, except for a network that predicts
+ab itself, `temperature`, float32 [1]. The output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to
+colorize an image with it. The last line names the file and the shorter side that the network's input should have:
 
     small.onnx: 129 MB, for images with a shorter side of 112 pixels
 """
@@ -55,10 +55,12 @@ def convert(network):
         import paddle2onnx
     except ImportError:
         raise UserError("Paddle 3 and paddle2onnx are needed: pip install paddle2onnx") from None
-    sides = {"lightness": [None, 1, None, None], "temperature": [1]}
-    inputs = [paddle.static.InputSpec(shape, name=name) for name, shape in sides.items()]
+    layer, shapes = network, {"lightness": [None, 1, None, None]}
+    if network.head == "conv8_313":
+        layer, shapes = NetworkToAb(network), {**shapes, "temperature": [1]}
+    inputs = [paddle.static.InputSpec(shape, name=name) for name, shape in shapes.items()]
     with tempfile.TemporaryDirectory() as folder:
-        inference.export(NetworkToAb(network), inputs, folder)
+        inference.export(layer, inputs, folder)
         files = [os.path.join(folder, f"program.{suffix}") for suffix in ("json", "pdiparams")]
         try:  # without the optimizer, which would install packages
             converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)

@@ -146,9 +146,10 @@ def main(args):
     figures = {
         "prior": plot_prior(ab_bins.numpy(), prior.numpy()),
         "weights": plot_weights(ab_bins.numpy(), prior),
-        "annealed_mean": plot_annealed_mean(colorize, image, ab_bins),
         "soft_encoding": plot_soft_encoding(image, ab_bins),
     }
+    if colorize.temperature is not None:  # the network predicts a distribution
+        figures["annealed_mean"] = plot_annealed_mean(colorize, image, ab_bins)
     folders = {printable(x): Path(x) for x in args.results}
     if folders:
         metrics_auc.plot(read_curves(folders), Path(args.save_path, "auc.png"))

@@ -23,7 +23,12 @@ def make_predictor(load_layer, example, precision="auto"):
 
     Returns:
         (Callable, str): The layer as a function, which takes and returns a float32 tensor, and "float32" or "bf16".
+
+    Raises:
+        ValueError: If the precision is a different one.
     """
+    if precision not in ("auto", "float32", "bf16"):
+        raise ValueError(f"precision must be auto, float32 or bf16, not {precision!r:.80}")
     on_cpu = paddle.get_device() == "cpu"
     has_bf16 = computes_bf16() if on_cpu else "bf16" in half_types()
     if precision == "auto":

@@ -86,6 +86,15 @@ def small_checkpoint(small_network, tmp_path):
 
 
 @pytest.fixture
+def ab_checkpoint(small_network, tmp_path):
+    """Write a checkpoint of the small network with the head that predicts ab itself."""
+    paddle.seed(0)
+    path = tmp_path / "model" / "epoch_ab_model.pdparams"
+    save_checkpoint({**small_network("conv8_ab").state_dict(), "load_size": np.array(64)}, path)
+    return path
+
+
+@pytest.fixture
 def colorize_files(small_checkpoint, tmp_path, monkeypatch):
     """Run `test.py` in tmp_path with the small network. Return its exit code and the folder of results."""
     monkeypatch.chdir(tmp_path)

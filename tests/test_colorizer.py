@@ -10,11 +10,14 @@ from support.cli import UserError
 from support.images import InvalidImageError, save
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 from small_network import SmallNetwork
 
 import colorizer
+from dataset import rgb_to_lab
+from pretrained import load_network
 from utils import annealed_mean, load_ab_bins
 
 
@@ -98,3 +101,50 @@ def test_weights_are_read_once(small_checkpoint, image_folder, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or original(path))
     colorizer.Colorizer(small_checkpoint)(image_folder / "coffee.png")
     assert opened.count(small_checkpoint) == 1
+
+
+# Networks that predict ab itself
+
+
+def test_predicted_ab_of_regression_is_the_output_of_the_network(ab_checkpoint, image_folder):
+    colorize = colorizer.Colorizer(ab_checkpoint, precision="float32")
+    inputs = colorizer.network_input(Image.open(image_folder / "coffee.png"), 64)[None]
+    network = load_network(ab_checkpoint)
+    network.eval()
+    lightness = rgb_to_lab(paddle.to_tensor(inputs.transpose(0, 3, 1, 2)))[:, :1]
+    expected = network(lightness - 50).numpy()
+    assert np.abs(colorize.predict_ab(inputs).numpy() - expected).max() < 1e-3
+    assert colorize(image_folder / "coffee.png").size == Image.open(image_folder / "coffee.png").size
+
+
+def test_temperature_and_logits_of_regression_are_refused(ab_checkpoint, image_folder):
+    colorize = colorizer.Colorizer(ab_checkpoint)
+    with pytest.raises(ValueError, match="temperature: does not apply to .*epoch_ab_model.pdparams"):
+        colorize(image_folder / "coffee.png", temperature=0.38)
+    with pytest.raises(ValueError, match="predicts ab itself and has no logits"):
+        colorize.logits(image_folder / "coffee.png")
+
+
+# Wrong arguments
+
+
+IMAGE = np.zeros((8, 8, 3), np.uint8)
+WRONG = [
+    *({"temperature": x} for x in (float("nan"), -1, 0, "a", float("inf"), [1], True)),
+    *({"load_size": x} for x in (-8, 0, "a", 64.5, float("nan"), 10**9, [64])),
+    *({"image": x} for x in (np.zeros((0, 8, 3), np.uint8), np.zeros((8, 0, 3), np.uint8), b"x" * 10**6, None, 3)),
+    {"image": Image.new("RGB", (0, 8))},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong!r:.40}")
+def test_wrong_argument_raises_a_value_error(small_checkpoint, wrong):
+    colorize = colorizer.Colorizer(small_checkpoint, precision="float32")
+    with pytest.raises(ValueError, match=".") as error:
+        colorize(**{"image": IMAGE, **wrong})
+    assert len(str(error.value)) < 200
+
+
+def test_wrong_precision_raises_a_value_error(small_checkpoint):
+    with pytest.raises(ValueError, match="precision must be .*, not 'fp8'"):
+        colorizer.Colorizer(small_checkpoint, precision="fp8")

@@ -62,3 +62,16 @@ def test_onnx_gives_the_same_ab_at_any_size_and_the_same_colors(folder):
     # The example uses scikit-image's Lab in float64. test.py uses bf16 where the CPU supports it.
     steps = difference(folder, EXAMPLES[2])
     assert steps.mean() < 1 and np.quantile(steps, 0.99) <= 4
+
+
+@pytest.mark.slow
+def test_onnx_of_a_network_that_predicts_ab_has_no_temperature(ab_checkpoint, tmp_path):
+    pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    output = tmp_path / "ab.onnx"
+    export_onnx.main(export_onnx.parse_args(["--load_model", str(ab_checkpoint), "--output", str(output)]))
+    network = load_network(ab_checkpoint)
+    network.eval()
+    lightness = np.random.default_rng(0).uniform(-50, 50, (2, 1, 24, 40)).astype(np.float32)
+    (ab,) = onnxruntime.InferenceSession(str(output)).run(["ab"], {"lightness": lightness})
+    assert np.abs(ab - network(paddle.to_tensor(lightness)).numpy()).max() < 1e-3

@@ -20,6 +20,14 @@ def test_network_has_the_published_number_of_parameters(network):
     assert sum(int(np.prod(p.shape)) for p in network.parameters()) == 32_240_377
 
 
+def test_network_for_regression_differs_in_its_head():
+    network = CIC("conv8_ab")
+    assert sum(int(np.prod(p.shape)) for p in network.parameters()) == 32_240_377 - 311 * (256 + 1)
+    assert [name for name, _ in network.named_parameters()][-2:] == ["conv8_ab.weight", "conv8_ab.bias"]
+    with paddle.no_grad():
+        assert network(paddle.zeros([2, 1, 16, 24])).shape == [2, 2, 4, 6]
+
+
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 64, 64), (1, 40, 72)])
 def test_output_has_a_quarter_of_the_input_size(network, size):
     n, h, w = size

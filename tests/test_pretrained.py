@@ -331,6 +331,32 @@ def test_weights_are_written_as_safetensors_by_the_call_in_the_documentation(cic
 
 
 # -------------------------------------------------------------------------------------------------
+# The head that predicts ab itself
+
+
+def test_network_that_predicts_ab_is_recognized_by_its_parameters(ab_checkpoint, small_checkpoint):
+    weights = read_weights(ab_checkpoint)
+    assert (weights.head, weights.temperature, weights.load_size) == ("conv8_ab", None, 64)
+    assert weights.network()(paddle.zeros([1, 1, 16, 24])).shape == [1, 2, 4, 6]
+    assert read_weights(small_checkpoint).head == "conv8_313"
+
+
+def test_head_stays_random_when_training_starts_from_a_network_with_the_other_head(
+    ab_checkpoint, small_checkpoint, small_network
+):
+    for path, other in ((small_checkpoint, "conv8_ab"), (ab_checkpoint, "conv8_313")):
+        network = small_network(other)
+        before = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+        assert initialize(network, path) == other
+        loaded = load_checkpoint(path)
+        for name, tensor in network.state_dict().items():
+            expected = before[name] if name.startswith(other) else loaded[name]
+            assert np.array_equal(tensor.numpy(), expected), name
+        assert not np.array_equal(before["up.weight"], loaded["up.weight"])
+    assert initialize(small_network(), small_checkpoint) is None
+
+
+# -------------------------------------------------------------------------------------------------
 # --load_model official
 
 
@@ -489,4 +515,4 @@ def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, erro
         *(("step", -1), ("epoch", 1.5)),
     ):
         write({name: wrong})
-        assert re.search(rf"^{path}: {name} .*{wrong}", error_message(read_weights, path))
+        assert re.search(rf"^{path}: {name}: .*{wrong}", error_message(read_weights, path))

@@ -413,3 +413,13 @@ def test_last_line_reports_how_long_the_weights_were_trained(colorize_files, sma
     save_checkpoint({**load_checkpoint(small_checkpoint), **trained}, small_checkpoint)
     colorize_files(image_folder / "coffee.png")
     assert capsys.readouterr().out.endswith("epoch_19_model.pdparams (epoch 0, 3 steps) in float32\n")
+
+
+def test_network_that_predicts_ab_has_no_temperature(colorize_files, ab_checkpoint, image_folder, error_message):
+    coffee = image_folder / "coffee.png"
+    code, result = colorize_files(coffee, "--load_model", "ab")
+    assert code == 0 and pixels(result / "coffee.png").shape == pixels(coffee).shape
+    assert json.loads((result / "coloring.json").read_text())["temperature"] is None
+    assert colorize_files(coffee, "--load_model", "ab", "--skip_existing")[0] == 0
+    message = error_message(colorize_files, coffee, "--load_model", "ab", "--temperature", 0.38)
+    assert message.startswith("--temperature: does not apply to ")
