@@ -26,6 +26,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -34,7 +35,7 @@ from support import cli
 from support.cli import EXIT_SKIPPED, UserError, note, printable, report_os_errors, run_script
 from support.cpu import available_cores
 from support.damage import find_damage
-from support.files import atomic_text, make_folder, open_text
+from support.files import atomic_path, atomic_text, make_folder, open_text
 from support.folders import relative_path
 from support.images import InvalidImageError, open_image, to_rgb
 from support.workers import parallel_map
@@ -100,24 +101,40 @@ def remove(paths, args):
     Missing files are ignored, so the same list can be used twice.
     """
     removed = failed = 0
-    for path in filter(os.path.lexists, paths):
+    present = filter(os.path.lexists, paths)
+    for path in sorted(present, key=os.path.islink, reverse=True):  # links first, while their images are there
         try:
             if args.move_to:
                 move(path, os.path.join(args.move_to, relative_path(path, args.image_dir)))
             else:
                 os.remove(path)
             removed += 1
-        except OSError as error:
-            note(f"{path}: not removed: {error.strerror}")
+        except (OSError, UserError) as error:
+            note(f"{path}: not removed: {getattr(error, 'strerror', None) or error}")
             failed += 1
     return removed, failed
 
 
 def move(source, target):
+    """Move an image. A symbolic link is replaced by a copy of its image: where it is moved to, it might lead nowhere.
+
+    Raises OSError or UserError. No part of an image is then left at the target.
+    """
     if os.path.lexists(target):
         raise FileExistsError(None, f"there is already {target}")
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    shutil.move(source, target)
+    if os.path.islink(source):
+        copy(source, target)
+        os.remove(source)
+    else:
+        shutil.move(source, target, copy_function=copy)  # it copies to another disk only
+
+
+def copy(source, target):
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+        with suppress(OSError):  # some file systems refuse times and permission bits
+            shutil.copystat(source, temporary)
 
 
 def parse_args(argv=None):
@@ -183,4 +200,4 @@ def remove_listed(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, parse_args, cli.AT_THE_END))
+    sys.exit(run_script(main, parse_args, after_stop="to continue: the same command again"))

@@ -13,7 +13,9 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm",
     ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx",
 )  # fmt: skip
-HIDDEN = (".", "@eaDir", "#recycle")  # beginnings of skipped names; two are thumbnails and trash on a NAS
+OF_THE_SYSTEM = {  # names of folders with thumbnails, trash, snapshots and metadata, on a NAS, Windows and macOS
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "__macosx"),
+}
 
 # -------------------------------------------------------------------------------------------------
 # Lists of images
@@ -36,7 +38,7 @@ def list_images(root, results_file):
     Raises:
         UserError: If `root` does not exist or contains no images.
     """
-    root, hidden = os.fspath(root), (*HIDDEN, results_file)
+    root = os.fspath(root)
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
@@ -52,9 +54,9 @@ def list_images(root, results_file):
                 folders.clear()
                 continue
             visited.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith(hidden))
+            folders[:] = sorted(name for name in folders if not (name[0] == "." or name.lower() in OF_THE_SYSTEM))
             tops += [within + name for name in folders if os.path.islink(within + name)]
-            paths += [within + name for name in files if not name.startswith(hidden)]
+            paths += [within + name for name in files if not name.startswith((".", results_file))]
     images = sorted(path for path in paths if path.lower().endswith(IMAGE_SUFFIXES))
     if others := len(paths) - len(images):
         suffixes = sorted({os.path.splitext(path)[1].lower() for path in paths} - {*IMAGE_SUFFIXES})

@@ -40,8 +40,9 @@ def listed(folder):
 
 
 def test_images_in_nested_folders_are_listed_sorted_without_hidden_ones(tmp_path, touch):
-    """Thumbnails and trash of network drives count as hidden."""
-    hidden = (".hidden.jpg", ".cache/x.jpg", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "#recycle/b.png")
+    """Thumbnails, trash and snapshots of network drives, Windows and macOS count as hidden."""
+    hidden = [".hidden.jpg", "._2.JPEG", ".cache/x.jpg", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "#recycle/b.png"]
+    hidden += [f"{name}/a.jpg" for name in ("@Recycle", "b/$RECYCLE.BIN", "__MACOSX", "#snapshot/b", "$Recycle.Bin")]
     touch("b/2.JPEG", "b/1.png", "a/c/3.tif", "0.jpg", "notes.txt", *hidden)
     assert listed(tmp_path) == ["0.jpg", "a/c/3.tif", "b/1.png", "b/2.JPEG"]
 

@@ -1,9 +1,11 @@
 """get_invalid_images.py: the listed images, and removing files of any name, by the list and by the script."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +167,74 @@ def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys, flag):
     assert capsys.readouterr().err == f"{images}/a.png: not removed: there is already {target}/a.png\n"
     assert (target / "a.png").read_bytes() == before and (images / "a.png").exists()
     assert (target / "b.png").exists() and not (images / "b.png").exists()
+
+
+@pytest.fixture
+def another_disk(monkeypatch):
+    """Let no file be renamed into another folder, as if each folder was on a disk of its own."""
+    rename, replace = os.rename, os.replace
+
+    def on_one_disk(function):
+        def call(source, target, **more):
+            if os.path.dirname(source) != os.path.dirname(target):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            function(source, target, **more)
+
+        return call
+
+    monkeypatch.setattr(os, "rename", on_one_disk(rename))
+    monkeypatch.setattr(os, "replace", on_one_disk(replace))
+
+
+def test_image_moved_to_another_disk_keeps_its_time(tmp_path, another_disk):
+    path = save_image(tmp_path / "images" / "gray.png", GRAY)
+    content = path.read_bytes()
+    os.utime(path, (1_000_000_000,) * 2)
+    assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
+    moved = tmp_path / "moved" / "gray.png"
+    assert moved.read_bytes() == content and moved.stat().st_mtime == 1_000_000_000 and not path.exists()
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_failed_move_to_another_disk_leaves_the_image_and_no_part_of_it(
+    tmp_path, another_disk, monkeypatch, capsys, stop
+):
+    path = save_image(tmp_path / "images" / "gray.png", GRAY)
+    content = path.read_bytes()
+
+    def fail(source, target, **_):
+        Path(target).write_bytes(b"part")
+        raise stop
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with nullcontext() if isinstance(stop, OSError) else pytest.raises(KeyboardInterrupt):
+        assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == EXIT_SKIPPED
+        assert "gray.png: cannot be written: no space left on device" in capsys.readouterr().err
+    assert path.read_bytes() == content and not os.listdir(tmp_path / "moved")
+
+
+def test_times_and_permissions_that_a_disk_refuses_do_not_prevent_moving(tmp_path, another_disk, monkeypatch):
+    path = save_image(tmp_path / "images" / "gray.png", GRAY)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("shutil.copystat", refuse)
+    assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
+    assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
+
+
+def test_moved_links_are_images_even_if_their_targets_are_moved_too(tmp_path):
+    images, moved = tmp_path / "images", tmp_path / "else" / "where"
+    outside, inside = save_image(tmp_path / "pool" / "1.png", GRAY), save_image(images / "a" / "1.png", GRAY)
+    (images / "b").mkdir()
+    (images / "b" / "outside.png").symlink_to("../../pool/1.png")
+    (images / "b" / "inside.png").symlink_to("../a/1.png")
+    content = inside.read_bytes()
+    assert run(images, tmp_path, f"--move_to={moved}", "--remove")[0] == 0
+    for name in ("a/1.png", "b/outside.png", "b/inside.png"):
+        assert (moved / name).read_bytes() == content and not os.path.lexists(images / name)
+    assert outside.exists()
 
 
 def test_image_dir_that_is_a_single_file_is_moved(tmp_path):
