@@ -79,10 +79,12 @@ def read_image(image):
     """
     if isinstance(image, (str, os.PathLike)):
         return open_rgb(image)
-    if isinstance(image, Image.Image) and 0 not in image.size:
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"an image must not be empty, but this one has {image.width}x{image.height} pixels")
         return to_rgb(image)
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"an image must be a path, a Pillow image or an array and not be empty: {image!r:.80}")
+        raise ValueError(f"an image must be a path, a Pillow image or an array, not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     return to_rgb(Image.fromarray(image))
