@@ -105,7 +105,7 @@ def targets(rgb):
 
 
 # -------------------------------------------------------------------------------------------------
-# Soft-encoding of ab (Section 2.2)
+# Soft-encoding of ab (Section 2.1)
 
 
 def soft_encode(ab, ab_bins, neighbors=5, sigma=5.0, lookup=None):

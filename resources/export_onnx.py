@@ -4,8 +4,8 @@
     python resources/export_onnx.py --load_model small       writes small.onnx
 
 Inputs are `lightness`, float32 [N, 1, H, W] of L - 50, H and W multiples of 8, and, except for a network that predicts
-ab itself, `temperature`, float32 [1]. The output is `ab`, float32 [N, 2, H/4, W/4]. docs/coloring.md shows how to
-colorize an image with it. The last line names the file and the shorter side that the network's input should have:
+ab itself, `temperature`, float32 [1]. The output is `ab`, float32 [N, 2, H/4, W/4]. resources/README.md shows how
+to colorize an image with it. The last line names the file and the shorter side that the network's input should have:
 
     small.onnx: 129 MB, for images with a shorter side of 112 pixels
 """

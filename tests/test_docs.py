@@ -1,14 +1,23 @@
-"""README, README_cn and docs/: links lead somewhere, flags exist, and the Chinese page is in step with the English."""
+"""README, README_cn and docs/: links, flags and functions exist, examples run, and the Chinese page is in step."""
 
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import paddle
 import pytest
-from conftest import ROOT
+from conftest import ROOT, same_values
+from PIL import Image
+from skimage import data
+
+import test
+from pretrained import SMALL, load_network
+from resources import export_onnx
 
 LINK = r"""(?:\]\(|(?:src|href)=")(?!https?://)([^)"]+)"""
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("resources/*.md"), *ROOT.glob("tests/**/*.md")]
@@ -75,6 +84,74 @@ def test_commands_in_documents_have_existing_flags(capsys):
     assert {"train", "test", "metrics_auc", "metrics_acc", "resources/ablation"} <= set(known)
 
 
+# -------------------------------------------------------------------------------------------------
+# Examples, unchanged: each colorizes an image as test.py does
+
+
+def examples(page):
+    return re.findall("```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Write photo.jpg and its result by test.py. Return their folder."""
+    folder = tmp_path_factory.mktemp("examples")
+    Image.fromarray(data.coffee()).save(folder / "photo.jpg")
+    flags = ["--load_model", "small", "--result_path", str(folder / "result")]
+    assert test.main(test.parse_args([str(folder / "photo.jpg"), *flags])) == 0
+    return folder
+
+
+def difference(folder, example, *path):
+    """Run an example. Return the absolute difference of its result and that of test.py: uint8 steps, [H, W, 3]."""
+    setup = f"import sys; DIR = {str(ROOT)!r}; sys.path[:0] = {list(path)!r}\n"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", setup + example], cwd=folder, check=True)
+    images = (Image.open(folder / name) for name in ("colored.png", "result/photo.png"))
+    return np.abs(np.subtract(*(np.asarray(image).astype(int) for image in images)))
+
+
+@pytest.mark.slow
+def test_python_and_the_hub_give_the_same_pixels(folder):
+    python, hub, *_ = examples("docs/coloring.md")
+    assert not difference(folder, python, str(ROOT)).any()
+    assert not difference(folder, hub).any()
+
+
+@pytest.mark.slow
+def test_onnx_gives_the_same_ab_at_any_size_and_the_same_colors(folder):
+    pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    output = folder / "small.onnx"
+    assert export_onnx.main(export_onnx.parse_args(["--load_model", "small", "--output", str(output)])) == 0
+    session = onnxruntime.InferenceSession(str(output))
+    network = export_onnx.NetworkToAb(load_network(SMALL))
+    network.eval()
+    for shape in ((1, 1, 112, 168), (3, 1, 64, 40), (2, 1, 8, 8)):
+        lightness = np.random.default_rng(0).uniform(-50, 50, shape).astype(np.float32)
+        for temperature in np.float32([[0.38], [1]]):
+            (ab,) = session.run(None, {"lightness": lightness, "temperature": temperature})
+            with paddle.no_grad():
+                expected = network(paddle.to_tensor(lightness), paddle.to_tensor(temperature))
+            assert np.abs(ab - expected.numpy()).max() < 0.01
+    # The example uses scikit-image's Lab in float64. test.py uses bf16 where the CPU supports it.
+    steps = difference(folder, *examples("resources/README.md"))
+    assert steps.mean() < 1 and np.quantile(steps, 0.99) <= 4
+
+
+@pytest.mark.slow
+def test_weights_are_published_as_safetensors(cic_checkpoint, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(cic_checkpoint, tmp_path / "model" / "epoch_19_model.pdparams")
+    (example,) = examples("docs/weights.md")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, check=True)
+    published, weights = load_network(tmp_path / "epoch_19_model.safetensors"), load_network(cic_checkpoint)
+    assert same_values(published.state_dict(), weights.state_dict())
+
+
+# -------------------------------------------------------------------------------------------------
+# The notebook
+
 CELL = """
 import sys
 from IPython.core.interactiveshell import InteractiveShell
@@ -97,5 +174,5 @@ def test_all_cells_of_the_notebook_run(tmp_path):
     environment = {**os.environ, "PATH": path, "IPYTHONDIR": str(tmp_path)}
     command = [sys.executable, "-c", CELL, *cells]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert len(cells) == 2 and done.returncode == 0, done.stdout + done.stderr
+    assert len(cells) == 1 and done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "demo" / "compare.png").exists() and "Image object" in done.stdout

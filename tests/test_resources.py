@@ -3,12 +3,14 @@
 from support.checkpoints import load_checkpoint, save_safetensors
 
 import numpy as np
+import paddle
+import pytest
 from conftest import ROOT
 from PIL import Image
 from skimage import color
 
-from pretrained import SMALL, read_weights
-from resources import demo, estimate_prior, make_pts_in_hull, make_small
+from pretrained import SMALL, load_network, read_weights
+from resources import demo, estimate_prior, export_onnx, make_pts_in_hull, make_small
 from utils import load_ab_bins, load_prior, rebalancing_weights
 
 
@@ -106,3 +108,16 @@ def test_demo_uses_the_images_bundled_with_installed_packages(tmp_path, monkeypa
     assert names >= {"astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "grace_hopper.jpg"}
     monkeypatch.setattr(demo, "IMAGES", {"skimage": demo.IMAGES["skimage"], "nobody_has_this": ("a.png",)})
     assert demo.copy_images(tmp_path / "five") == 5
+
+
+@pytest.mark.slow
+def test_onnx_of_a_network_that_predicts_ab_has_no_temperature(ab_checkpoint, tmp_path):
+    pytest.importorskip("paddle2onnx", reason="paddle2onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    output = tmp_path / "ab.onnx"
+    export_onnx.main(export_onnx.parse_args(["--load_model", str(ab_checkpoint), "--output", str(output)]))
+    network = load_network(ab_checkpoint)
+    network.eval()
+    lightness = np.random.default_rng(0).uniform(-50, 50, (2, 1, 24, 40)).astype(np.float32)
+    (ab,) = onnxruntime.InferenceSession(str(output)).run(["ab"], {"lightness": lightness})
+    assert np.abs(ab - network(paddle.to_tensor(lightness)).numpy()).max() < 1e-3
