@@ -11,8 +11,14 @@ An image's class is its folder's name, a WordNet id such as n01440764. For a fla
 an image's name and its class (a WordNet id, or a number, from 0, in the sorted list of ids,
 resources/imagenet_synsets.txt). Kaggle's LOC_val_solution.csv can be passed as it is.
 
-Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_per_class.csv and accuracy_images.csv
-(which images were recognized) to --save_path.
+Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_images.csv (which images were recognized)
+and accuracy_per_class.csv to --save_path. With originals and results, as in the paper's analysis per class, also prints
+the classes whose top-5 accuracy colorization raises and lowers most compared with gray (the file is sorted by it), and
+the confusions that it adds; all are in accuracy_confusions.csv:
+
+    raised most (top-5 minus gray's): n02979186 +13.3, ...
+    lowered most (top-5 minus gray's): n03888257 -10.0, ...
+    added most (top-5 confusions minus the originals'): n03417042 as n03930630 +16.7, ...
 """
 
 import logging
@@ -40,6 +46,7 @@ from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
 TOP = (1, 5)
+SHOWN = 10  # classes and confusions that are printed
 BOXES_HEADER = "ImageId,PredictionString"  # of Kaggle's file of labels
 
 # -------------------------------------------------------------------------------------------------
@@ -237,6 +244,43 @@ def find_hits(classes, labels):
 
 
 # -------------------------------------------------------------------------------------------------
+# Analysis per class (the paper's appendix)
+
+
+def rank_classes(hits, labels):
+    """Return {class: top-5 accuracy on results minus that on gray images}, in descending order."""
+    change = hits["colored"][:, 1].astype(int) - hits["gray"][:, 1]
+    gains = {c: change[labels == c].mean() for c in np.unique(labels)}
+    return dict(sorted(gains.items(), key=lambda item: -item[1]))
+
+
+def confusion_rates(classes, labels):
+    """Return at [c, d] the share of images of class c for which d is among the five most likely classes."""
+    counts = np.zeros([len(load_synsets())] * 2)
+    np.add.at(counts, (labels[:, None], classes), 1)
+    return counts / np.bincount(labels, minlength=len(counts)).clip(min=1)[:, None]
+
+
+def rank_confusions(classes, labels):
+    """Sort the confusions of two classes by how much colorization adds to those of the originals.
+
+    Args:
+        classes (dict): Result of `measure`.
+        labels (ndarray): int64 [N]. The classes of the images.
+
+    Returns:
+        tuple[ndarray, ndarray]: Pairs (c, d) of different classes, int64 [M, 2], and their rates in results and in
+        originals, float64 [M, 2], in descending order of the difference.
+    """
+    rates = np.stack([confusion_rates(classes[version], labels) for version in ("colored", "true")], axis=2)
+    rates[np.diag_indices(len(rates))] = 0
+    pairs = np.argwhere(rates.any(axis=2))
+    rates = rates[tuple(pairs.T)]
+    order = np.argsort(rates[:, 1] - rates[:, 0], kind="stable")
+    return pairs[order], rates[order]
+
+
+# -------------------------------------------------------------------------------------------------
 # Output files
 
 
@@ -250,12 +294,17 @@ def by_heading(hits):
     return {f"{version}_top{top}": right[:, i] for version, right in hits.items() for i, top in enumerate(TOP)}
 
 
-def write_per_class(hits, labels, synsets, path):
-    classes, images = np.unique(labels, return_counts=True)
-    columns = {"class": [synsets[label] for label in classes], "images": images}
+def write_per_class(hits, labels, classes, synsets, path):
+    columns = {"class": [synsets[c] for c in classes], "images": [np.sum(labels == c) for c in classes]}
     for heading, right in by_heading(hits).items():
-        columns[heading] = [f"{right[labels == label].mean():.4f}" for label in classes]
+        columns[heading] = [f"{right[labels == c].mean():.4f}" for c in classes]
     write_csv(columns, path)
+
+
+def write_confusions(pairs, rates, synsets, path):
+    colored, true = ([f"{rate:.4f}" for rate in column] for column in rates.T)
+    names, others = ([synsets[c] for c in column] for column in pairs.T)
+    write_csv({"class": names, "taken_for": others, "colored": colored, "true": true}, path)
 
 
 def write_images(names, hits, labels, synsets, path):
@@ -268,6 +317,21 @@ def print_table(hits):
     print(f"{'':8s}   top-1   top-5")
     for name, values in hits.items():
         print(f"{name:8s}" + "".join(f"{share:8.2%}" for share in values.mean(axis=0)))
+
+
+def print_extremes(gains, pairs, rates, synsets):
+    """Print the first and last of `rank_classes` and the first of `rank_confusions`, in percentage points."""
+    ranked = [(f"{synsets[c]} {100 * gain:+.1f}", gain) for c, gain in gains.items()]
+    raised = [text for text, gain in ranked if gain > 0]
+    lowered = [text for text, gain in reversed(ranked) if gain < 0]
+    added = [
+        f"{synsets[c]} as {synsets[d]} {100 * (colored - true):+.1f}"
+        for (c, d), (colored, true) in zip(pairs[:SHOWN], rates)
+        if colored > true
+    ]
+    print(f"raised most (top-5 minus gray's): {', '.join(raised[:SHOWN]) or 'none'}")
+    print(f"lowered most (top-5 minus gray's): {', '.join(lowered[:SHOWN]) or 'none'}")
+    print(f"added most (top-5 confusions minus the originals'): {', '.join(added) or 'none'}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -317,9 +381,9 @@ def main(args):
         "true_images": absolute_or_none(args.image_dir),
         "colored_images": None if args.controls_only else absolute_or_none(args.result_path),
     }
-    json_path = os.path.join(args.save_path, "accuracy.json")
+    base = os.path.join(args.save_path, "accuracy")
     make_folder(args.save_path)
-    warn_replaced(json_path, subject)
+    warn_replaced(f"{base}.json", subject)
 
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
@@ -331,6 +395,7 @@ def main(args):
     hits = {version: find_hits(found, labels) for version, found in classes.items()}
 
     # Write and print
+    synsets = load_synsets()
     summary = {
         "accuracy": {name: accuracies(values) for name, values in hits.items()},
         "images": len(labels),
@@ -344,13 +409,18 @@ def main(args):
         "left_out": cli.printable_names(left_out),
         **provenance(),
     }
-    class_path, image_path = (os.path.join(args.save_path, f"accuracy_{x}.csv") for x in ("per_class", "images"))
-    write_json(summary, json_path)
-    write_per_class(hits, labels, load_synsets(), class_path)
-    write_images(names, hits, labels, load_synsets(), image_path)
+    write_json(summary, f"{base}.json")
+    write_images(names, hits, labels, synsets, f"{base}_images.csv")
     print_table(hits)
+    ranked, files = np.unique(labels), ".json, _images.csv, _per_class.csv"
+    if "colored" in classes and "true" in classes:
+        gains, (pairs, rates) = rank_classes(hits, labels), rank_confusions(classes, labels)
+        write_confusions(pairs, rates, synsets, f"{base}_confusions.csv")
+        print_extremes(gains, pairs, rates, synsets)
+        ranked, files = list(gains), f"{files}, _confusions.csv"
+    write_per_class(hits, labels, ranked, synsets, f"{base}_per_class.csv")
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
-    print(f"written: {cli.printable(json_path)}, {cli.printable(class_path)}, {cli.printable(image_path)}")
+    print(f"written: {cli.printable(base)}{files}")
     return cli.EXIT_SKIPPED if left_out else 0
 
 

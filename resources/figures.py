@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import Parser, UserError, printable, run_script
+from support.cli import Parser, UserError, printable, report_os_errors, run_script
 from support.files import atomic_path
 from support.images import open_rgb
 
@@ -28,6 +28,7 @@ from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
 
 TEMPERATURES = (1, 0.77, 0.58, 0.38, 0.29, 0.14, 0.1)
 IMAGE_SIZE = (400, 400)  # in pixels; larger images are resized to fit
+HIGHLIGHTED_CLASSES, HIGHLIGHTED_PAIRS = 50, 100  # first and last ones in the plots per class, as in the paper
 MAX_CLASSES = 20  # in the accuracy plot: at most the 20 largest losses and the 20 largest gains
 
 
@@ -97,14 +98,20 @@ def plot_soft_encoding(image, ab_bins):
     return figure
 
 
+def read_table(path, *columns):
+    """Read a CSV file of metrics_acc.py that must have the given columns."""
+    with report_os_errors(f"{path}: cannot be read"):
+        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
+    if not {*columns} <= {*table.dtype.names}:
+        raise UserError(f"{path}: needs both colorized and gray images; run metrics_acc.py with --image_dir")
+    return table
+
+
 def plot_gains(folders):
     """Plot each class's top-1 accuracy on colorized images minus that on gray images, in percentage points."""
     gains = {}
     for name, folder in folders.items():
-        path = folder / "accuracy_per_class.csv"
-        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
-        if not {"colored_top1", "gray_top1"} <= {*table.dtype.names}:
-            raise UserError(f"{path}: needs both colorized and gray images; run metrics_acc.py with --image_dir")
+        table = read_table(folder / "accuracy_per_class.csv", "colored_top1", "gray_top1")
         gains[name] = dict(zip(table["class"].tolist(), 100 * (table["colored_top1"] - table["gray_top1"])))
     classes = sorted(gains[name], key=gains[name].get)
     classes = classes[:MAX_CLASSES] + classes[MAX_CLASSES:][-MAX_CLASSES:]
@@ -117,6 +124,40 @@ def plot_gains(folders):
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     return figure
+
+
+def plot_classes(folders):
+    """Plot, as the paper's analysis per class, the effect of colorization on classes and on pairs of classes.
+
+    On the left, each class's top-5 accuracy on colorized images against that on gray images; on the right, the top-5
+    confusions of each pair of classes on colorized images against those on the originals. The first and the last in the
+    order of metrics_acc.py are highlighted.
+    """
+    figure = Figure(figsize=(9, 4.5 * len(folders)), layout="constrained")
+    panels = figure.subplots(len(folders), 2, squeeze=False)
+    for (left, right), (name, folder) in zip(panels, folders.items()):
+        table = read_table(folder / "accuracy_per_class.csv", "colored_top5", "gray_top5")
+        scatter(left, table["gray_top5"], table["colored_top5"], HIGHLIGHTED_CLASSES)
+        left.set(xlabel="top-5 accuracy on gray images", ylabel="on colorized images", title=f"{name}: classes")
+        table = read_table(folder / "accuracy_confusions.csv", "colored", "true")
+        scatter(right, table["true"], table["colored"], HIGHLIGHTED_PAIRS)
+        right.set(
+            xlabel="top-5 confusion on originals", ylabel="on colorized images", title=f"{name}: pairs of classes"
+        )
+    return figure
+
+
+def scatter(axes, before, after, highlighted):
+    """Draw points above and below the diagonal; highlight the first ones above it and the last ones below it."""
+    change, place = after - before, np.arange(len(before))
+    for chosen, color in (
+        (np.full(len(before), True), "0.6"),
+        ((change > 0) & (place < highlighted), "tab:blue"),
+        ((change < 0) & (place >= len(before) - highlighted), "tab:red"),
+    ):
+        axes.scatter(before[chosen], after[chosen], s=12, color=color)
+    axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
 
 
 def read_curves(folders):
@@ -153,7 +194,7 @@ def main(args):
     folders = {printable(x): Path(x) for x in args.results}
     if folders:
         metrics_auc.plot(read_curves(folders), Path(args.save_path, "auc.png"))
-        figures["accuracy_gains"] = plot_gains(folders)
+        figures["accuracy_gains"], figures["accuracy_classes"] = plot_gains(folders), plot_classes(folders)
     for name, figure in figures.items():
         with atomic_path(Path(args.save_path, f"{name}.png")) as temporary:
             figure.savefig(temporary, format="png", dpi=80)

@@ -35,6 +35,7 @@ def write_accuracy(folder, gains):
         writer = csv.writer(file)
         writer.writerow(("class", "images", "colored_top1", "colored_top5", "gray_top1", "gray_top5"))
         writer.writerows((name, 100, 0.5 + gain / 100, 1, 0.5, 1) for name, gain in gains.items())
+    (folder / "accuracy_confusions.csv").write_text("class,taken_for,colored,true\nn01440764,n01443537,0.5,0.1\n")
 
 
 def test_figures_of_one_image_are_drawn(draw):
@@ -51,7 +52,7 @@ def test_figures_of_results_are_drawn_from_the_files_of_the_metrics(draw, tmp_pa
     (tmp_path / "first" / "gray_auc.txt").rename("first/auc.txt")
     write_accuracy(tmp_path / "first", {"n01440764": 1, "n02102040": -2})
     shutil.copytree("first", "second")
-    assert {"auc.png", "accuracy_gains.png"} <= draw("--results", "first", "second")
+    assert {"auc.png", "accuracy_gains.png", "accuracy_classes.png"} <= draw("--results", "first", "second")
     curves = figures.read_curves({name: tmp_path / name for name in ("first", "second")})
     assert list(curves) == ["first", "second", metrics_auc.GRAY]
     for curve in curves.values():
@@ -71,6 +72,25 @@ def test_accuracy_gains_are_sorted_and_limited_to_both_ends(tmp_path):
 def test_accuracy_without_gray_is_rejected(tmp_path, error_message):
     (tmp_path / "accuracy_per_class.csv").write_text("class,images,colored_top1,colored_top5\nn01440764,1,0.5,1\n")
     assert "--image_dir" in error_message(figures.plot_gains, {"small": tmp_path})
+
+
+def test_first_and_last_classes_and_pairs_are_highlighted(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HIGHLIGHTED_CLASSES", 1)
+    monkeypatch.setattr(figures, "HIGHLIGHTED_PAIRS", 2)
+    (tmp_path / "accuracy_per_class.csv").write_text(
+        "class,images,colored_top5,gray_top5\nn1,5,0.8,0.2\nn2,5,0.6,0.4\nn3,5,0.6,0.6\nn4,5,0.2,0.6\n"
+    )
+    (tmp_path / "accuracy_confusions.csv").write_text(
+        "class,taken_for,colored,true\nn1,n2,0.8,0.0\nn1,n3,0.6,0.2\nn2,n1,0.4,0.2\nn3,n4,0.2,0.2\nn4,n1,0.0,0.2\n"
+    )
+    classes, pairs = figures.plot_classes({"small": tmp_path}).axes
+    drawn = [[points.get_offsets().tolist() for points in axes.collections] for axes in (classes, pairs)]
+    assert drawn[0] == [[[0.2, 0.8], [0.4, 0.6], [0.6, 0.6], [0.6, 0.2]], [[0.2, 0.8]], [[0.6, 0.2]]]
+    assert len(drawn[1][0]) == 5 and drawn[1][1:] == [[[0, 0.8], [0.2, 0.6]], [[0.2, 0]]]
+
+
+def test_missing_table_is_reported(tmp_path, error_message):
+    assert "accuracy_per_class.csv: cannot be read" in error_message(figures.plot_classes, {"small": tmp_path})
 
 
 def test_weights_figure_has_one_panel_per_lambda():

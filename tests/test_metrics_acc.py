@@ -1,6 +1,7 @@
 """Test metrics_acc.py with a random classifier whose answers are computed independently."""
 
 import csv
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path
     # The values per class
     with open(tmp_path / "accuracy_per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == sorted({path.parent.name for path in true.rglob("*.png")})
+    assert {row["class"] for row in rows} == {path.parent.name for path in true.rglob("*.png")}
     images = np.array([int(row["images"]) for row in rows])
     for version, share in shares.items():
         assert images @ [float(row[f"{version}_top1"]) for row in rows] / 4 == pytest.approx(share[0])
@@ -218,6 +219,56 @@ def test_first_of_several_classifier_outputs_is_used():
     for output in (logits, (logits, -logits, -logits), [logits]):
         top = metrics_acc.top_classes(lambda _, output=output: output, paddle.zeros([1, 3, 8, 8]))
         assert top.tolist() == [[4, 5, 1, 3, 2]]
+
+
+# -------------------------------------------------------------------------------------------------
+# Analysis per class
+
+
+def test_confusions_are_sorted_by_what_colorization_adds():
+    """Rates are counted image by image: entry (c, d) is the share of images of c for which d is among the five."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 60)
+    classes = {
+        version: random.permuted(np.tile(np.arange(8), (60, 1)), axis=1)[:, :5] for version in ("colored", "true")
+    }
+    expected = {}
+    for c, d in itertools.permutations(range(8), 2):
+        images = [i for i in range(60) if labels[i] == c]
+        shares = [np.mean([d in classes[version][i] for i in images] or [0]) for version in ("colored", "true")]
+        if any(shares):
+            expected[c, d] = shares
+    pairs, rates = metrics_acc.rank_confusions(classes, labels)
+    assert {tuple(pair): rate for pair, rate in zip(pairs.tolist(), rates.tolist())} == expected
+    added = rates[:, 0] - rates[:, 1]
+    assert (np.diff(added) <= 0).all() and added[0] > 0 > added[-1]
+
+
+def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusions(tmp_path, weights, ranking, capsys):
+    """Of the classes, one is found among the five only with its colors, one only without, one either way."""
+    true, colored = tmp_path / "t", tmp_path / "c"
+    order = {name: ranking(image) for name, image in IMAGES.items()}
+    results = {**IMAGES, "coffee": as_gray(IMAGES["coffee"]), "rocket": IMAGES["rocket"]}
+    gray = {name: ranking(as_gray(image))[:5] for name, image in IMAGES.items()}
+    raised = next(c for c in order["rocket"][:5] if c not in gray["rocket"])
+    lowered = next(c for c in gray["chelsea"] if c not in order["chelsea"][:5])
+    for name, label in (("rocket", raised), ("chelsea", lowered), ("coffee", gray["coffee"][0])):
+        save_image(true / SYNSETS[label] / f"{name}.png", IMAGES[name])
+        save_image(colored / SYNSETS[label] / f"{name}.png", results[name])
+    run(tmp_path, weights, "--result_path", colored, "--image_dir", true)
+    printed = capsys.readouterr().out
+    assert f"raised most (top-5 minus gray's): {SYNSETS[raised]} +100.0\n" in printed
+    assert f"lowered most (top-5 minus gray's): {SYNSETS[lowered]} -100.0\n" in printed
+    with open(tmp_path / "accuracy_per_class.csv", newline="") as file:
+        rows = [row["class"] for row in csv.DictReader(file)]
+    assert rows == [SYNSETS[raised], SYNSETS[gray["coffee"][0]], SYNSETS[lowered]]
+    with open(tmp_path / "accuracy_confusions.csv", newline="") as file:
+        added = [row for row in csv.DictReader(file) if float(row["colored"]) > float(row["true"])]
+    expected = {SYNSETS[c] for c in gray["coffee"] if c not in order["coffee"][:5] and c != gray["coffee"][0]}
+    assert {row["class"] for row in added} == {SYNSETS[gray["coffee"][0]]}
+    assert {row["taken_for"] for row in added} == expected and expected
+    first = f"added most (top-5 confusions minus the originals'): {added[0]['class']} as {added[0]['taken_for']} +100.0"
+    assert first in printed
 
 
 # -------------------------------------------------------------------------------------------------
