@@ -17,7 +17,7 @@ import glob
 import math
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ from pathlib import Path
 from support import cli, images
 from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
-from support.files import make_folder, provenance, remove_temporaries, write_json
-from support.folders import absolute, append_record, make_record, read_records
+from support.files import lock_folder, make_folder, provenance, remove_temporaries, write_json
+from support.folders import append_record, make_record, read_records, same_source, what_changed
 from support.gpu import check_gpu
-from support.sheets import Sheets, fit
+from support.sheets import CELL, fit, write_sheets
 
 import numpy as np
 from PIL import Image
@@ -52,53 +52,72 @@ COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
 # Plan
 
 
-def plan(named, args, settings):
-    """Return the images to colorize, {path: name of the result}, and why others are skipped, one line for each."""
-    if args.output and len(named) > 1:
+def result_names(named, args):
+    """Return the name of each image's result, {path: name}."""
+    if not args.output:
+        return {path: f"{Path(name).as_posix()}.{args.format}" for name, path in named.items()}
+    if len(named) > 1:
         raise UserError(f"--output names one file, but there are {len(named)} images: use --result_path FOLDER")
-    folder, output = result_folder(args), args.output and Path(args.output).name
-    results = {path: output or f"{Path(name).as_posix()}.{args.format}" for name, path in named.items()}
-    check_apart(results, args)
-    records = {} if args.output else read_records(folder / RECORDS)
-    todo, skipped = {}, []
-    for path, name in islice(results.items(), args.max_samples):
-        record = records.get(name)
-        if args.skip_existing and record == make_record(path, settings, folder, name):
-            continue
-        if problem := obstacle(folder / name, path, not args.skip_existing and record):
-            skipped.append(f"{path}: {folder / name} {problem}")
-        else:
-            todo[path] = name
-    return todo, skipped
-
-
-def result_folder(args):
-    return Path(args.output).parent if args.output else Path(args.result_path)
+    return {path: Path(args.output).name for path in named.values()}
 
 
 def check_apart(results, args):
     """Raise UserError if results would overwrite images or lie among them, where the next run would colorize them."""
-    folder = result_folder(args)
     for parent in {os.path.realpath(os.path.dirname(path)) for path in results}:
-        if not args.output and Path(os.path.realpath(folder)) in (Path(parent), *Path(parent).parents):
+        if not args.output and Path(os.path.realpath(args.folder)) in (Path(parent), *Path(parent).parents):
             raise UserError(
-                f"{folder}: contains input images, so results would mix with them; "
+                f"{args.folder}: contains input images, so results would mix with them; "
                 "choose another --result_path, or pass --output FILE for a single image"
             )
     for path, name in results.items():
-        if os.path.exists(folder / name) and os.path.exists(path) and os.path.samefile(folder / name, path):
+        target = args.folder / name
+        if os.path.exists(target) and os.path.exists(path) and os.path.samefile(target, path):
             raise UserError(f"{path}: the result would overwrite it; choose another name")
+    sheets = args.compare_folder
+    if args.compare and sheets.is_dir() and os.listdir(sheets) and not (sheets / COLORING).exists():
+        raise UserError(f"{sheets}: contains other files; move them, or choose another --result_path")
 
 
-def obstacle(target, path, record):
-    """Return why the result of `path` cannot be written to `target`, which may have the record of an earlier result."""
+def plan(results, settings, args):
+    """Compare the results with what the folder of results contains.
+
+    Returns:
+        (dict, dict, dict): The name of the result of each image to colorize, that of each one which is up to date, and
+        the reason why others are skipped, by path of the image.
+    """
+    todo, up_to_date, skipped, again = {}, {}, {}, Counter()
+    records = {} if args.output else read_records(args.folder / RECORDS)
+    for path, name in results.items():
+        before, now = records.get(name), make_record(path, settings, args.folder, name)
+        changed = what_changed(before, now) if before else ""
+        if args.skip_existing and before and not changed:
+            up_to_date[path] = name
+        elif problem := obstacle(args.folder / name, before, now, args):
+            skipped[path] = f"{args.folder / name} {problem}"
+        else:
+            todo[path] = name
+            again[changed] += 1
+    for reason in filter(None, again if args.skip_existing else ()):
+        note(f"{counted(again[reason], 'image')} to colorize again: {reason.replace('sha256', 'checkpoint')}")
+    return todo, up_to_date, skipped
+
+
+def obstacle(target, before, now, args):
+    """Return why a result cannot be written to `target`; `before` is the record of an earlier one, `now` the new one's.
+
+    Only files with a record are replaced, as others were not written by this script.
+    """
     if os.path.isdir(target):
         return "is a folder"
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         return "cannot be written: file name too long"
-    if record and record["source"]["path"] != absolute(path):
-        return f"is the result of {record['source']['path']}; choose another --result_path"
-    return None
+    if before and not same_source(before, now):
+        return f"is the result of {before['source']['path']}; choose another --result_path"
+    if not before and not args.output and os.path.lexists(target):
+        return (
+            f"is not recorded in {RECORDS}, so it was not written by test.py; move it, or choose another --result_path"
+        )
+    return ""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -114,7 +133,6 @@ class Item:
     image: Image.Image = None  # the image, or its crop, in RGB
     inputs: np.ndarray = None  # of the network, uint8 [h, w, 3]
     result: Image.Image = None
-    thumbnails: tuple = ()  # for the contact sheet: gray, colorized, original
     error: images.InvalidImageError = None
 
     @property
@@ -182,25 +200,27 @@ def batches(items, batch_size):
             yield batch
 
 
-def describe(items, made_by, folders):
-    """Yield the items, and write how results are made into the folders before the first one."""
-    described = False
+def record_first(items, made_by, settings, args):
+    """Yield the items. Before the first result, write how results are made; before each one, announce it."""
+    described = bool(args.output)
     for item in items:
         if item.result and not described:
-            for folder in folders:
-                write_json(made_by, folder / COLORING)
+            write_json(made_by, args.folder / COLORING)
             described = True
+        if item.result:
+            record(item, settings, args, written=False)
         yield item
 
 
-def write(item, folder, args):
-    """Write a result, and make its thumbnails for the contact sheet."""
-    if item.error:
-        return item
-    images.save(item.result, folder / item.name, args.format)
-    if args.compare:
-        original = fit(item.image)
-        item.thumbnails = (original.convert("L").convert("RGB"), fit(item.result), original)
+def record(item, settings, args, written=True):
+    """Record from which image a result is made."""
+    if not args.output:
+        append_record(make_record(item.path, settings, args.folder, item.name, written), args.folder / RECORDS)
+
+
+def write(item, args):
+    if not item.error:
+        images.save(item.result, args.folder / item.name, args.format)
     return item
 
 
@@ -233,6 +253,20 @@ def background_threads(count):
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)  # pending jobs are left if the run is stopped
+
+
+def thumbnails(path, name, args):
+    """Return an image's row of a contact sheet, its name and thumbnails; None if it cannot be read any more."""
+    try:
+        original = images.open_rgb(path, args.load_size if args.crop_size else max(CELL))
+        result = images.open_rgb(args.folder / name)
+    except images.InvalidImageError as error:
+        note(f"no thumbnail: {error}")
+        return None
+    if args.crop_size:
+        original = Image.fromarray(images.crop_resized(original, args.load_size, args.crop_size))
+    original = fit(original)
+    return printable(os.path.splitext(name)[0]), (original.convert("L").convert("RGB"), fit(result), original)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -288,16 +322,17 @@ def check_args(args):
     args.format = args.format or suffix or "png"
     if args.output and (suffix not in formats or formats[suffix] != formats[args.format]):
         raise UserError(f"--output {args.output}: must end in its format's name: {', '.join(formats)}")
+    args.folder = Path(args.output).parent if args.output else Path(args.result_path)
+    args.compare_folder = Path(f"{os.path.splitext(args.output)[0] if args.output else args.folder}_compare")
 
 
 def main(args):
-    # Setup
+    # Setup: usage errors appear before the network is loaded
     check_gpu()
     check_args(args)
     use_all_cores()
-
-    # Plan
-    named = named_images(*args.images)
+    results = result_names(dict(islice(named_images(*args.images).items(), args.max_samples)), args)
+    check_apart(results, args)
     colorizer = Colorizer(args.load_model, args.model_path, args.precision)
     args.load_size = args.load_size or colorizer.load_size
     if args.temperature and colorizer.temperature is None:
@@ -306,44 +341,50 @@ def main(args):
     cli.check_crop(args, multiple=8)
     method = {name: getattr(args, name) for name in METHOD}
     settings = {"sha256": colorizer.sha256, **method, "format": args.format}
-    todo, skipped = plan(named, args, settings)
-    result = result_folder(args)
-    for folder in {(result / name).parent for name in todo.values()}:
-        remove_temporaries(folder)
-    make_folder(result)
-    for line in skipped:
-        note(f"skipped {line}")
-    where = printable(args.output or args.result_path)
-    if not todo:
-        print(f"{where}: 0 images colorized, {len(skipped) or 'all'} {'skipped' if skipped else 'are up to date'}")
-        return cli.EXIT_SKIPPED if skipped else 0
-    compare = Path(f"{os.path.splitext(args.output)[0] if args.output else result}_compare")
     made_by = {"checkpoint": printable(colorizer.path), "sha256": colorizer.sha256, "precision": colorizer.precision}
     made_by.update(method, **provenance())
 
-    # Read, colorize and write simultaneously
-    done, sheets = 0, Sheets(compare, COLUMNS)
-    described = [*([] if args.output else [result]), *([compare] if args.compare else [])]
-    with background_threads(args.num_workers) as readers, background_threads(args.num_workers) as writers:
+    make_folder(args.folder)
+    with ExitStack() as stack:
+        if not args.output:
+            stack.enter_context(lock_folder(args.folder))
+        todo, up_to_date, skipped = plan(results, settings, args)
+        for folder in {(args.folder / name).parent for name in todo.values()}:
+            remove_temporaries(folder)
+        for path, reason in skipped.items():
+            note(f"skipped {path}: {reason}")
+
+        # Read, colorize and write simultaneously
+        readers = stack.enter_context(background_threads(args.num_workers))
+        writers = stack.enter_context(background_threads(args.num_workers))
         loaded = in_threads(readers, open_images(todo, args))
-        colorized = describe(colorize(loaded, colorizer, args), made_by, described)
-        writing = ((item.pixels, partial(write, item, result, args)) for item in colorized)
+        colorized = record_first(colorize(loaded, colorizer, args), made_by, settings, args)
+        writing = ((item.pixels, partial(write, item, args)) for item in colorized)
         for item in cli.progress(in_threads(writers, writing, at_once=True), len(todo)):
             if item.error:
                 note(f"skipped {item.error}")
-                skipped.append(item.path)
-                continue
-            done += 1
-            if not args.output:
-                append_record(make_record(item.path, settings, result, item.name), result / RECORDS)
-            if args.compare:
-                sheets.add(printable(os.path.splitext(item.name)[0]), item.thumbnails)
-    if args.compare:
-        sheets.flush()
-        print(f"{printable(compare)}: {counted(sheets.written, 'contact sheet')} ({', '.join(COLUMNS)})")
+                skipped[item.path] = item.error.reason
+            else:
+                record(item, settings, args)
+
+        # Draw contact sheets of all images, whenever they were colorized
+        if args.compare:
+            drawn = {path: name for path, name in results.items() if path not in skipped}
+            jobs = ((0, partial(thumbnails, path, name, args)) for path, name in drawn.items())
+            rows = cli.progress(in_threads(readers, jobs), len(drawn), "contact sheets")
+            write_json(made_by, args.compare_folder / COLORING)
+            count = write_sheets(filter(None, rows), COLUMNS, args.compare_folder)
+            print(f"{printable(args.compare_folder)}: {counted(count, 'contact sheet')} ({', '.join(COLUMNS)})")
+
+    # Report
     trained = "" if colorizer.step is None else f" (epoch {colorizer.epoch}, {counted(colorizer.step, 'step')})"
-    made_with = f"with {printable(colorizer.path)}{trained} in {colorizer.precision}"
-    print(f"{where}: {counted(done, 'image')} colorized {made_with}" + (f", {len(skipped)} skipped" if skipped else ""))
+    line = (
+        f"{printable(args.output or args.result_path)}: {counted(len(todo.keys() - skipped.keys()), 'image')} colorized"
+    )
+    line += f" with {printable(colorizer.path)}{trained} in {colorizer.precision}"
+    for state, paths in (("up to date", up_to_date), ("skipped", skipped)):
+        line += f", {len(paths)} {state}" if paths else ""
+    print(line)
     return cli.EXIT_SKIPPED if skipped else 0
 
 

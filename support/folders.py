@@ -113,9 +113,12 @@ def absolute(path):
     return os.path.join(os.path.realpath(folder), name)
 
 
-def make_record(source, settings, folder, name):
-    """Describe the result `name` in `folder`, made from the file `source`, with both files' sizes and times."""
-    result = {"path": name, **size_and_time(os.path.join(folder, name))}
+def make_record(source, settings, folder, name, written=True):
+    """Describe the result `name` in `folder`, made from the file `source`, with both files' sizes and times.
+
+    A record that is not `written` announces a result, so that it can be told from other files after a kill.
+    """
+    result = {"path": name, **(size_and_time(os.path.join(folder, name)) if written else {})}
     return {"source": {"path": absolute(source), **size_and_time(source)}, "settings": settings, "result": result}
 
 
@@ -140,11 +143,25 @@ def source_name(record):
     return one_form("/".join(PurePath(record["source"]["path"]).parts[-depth:]))
 
 
-def same_record(one, other):
-    """Return whether two records agree. The folders of their sources and results may have been moved or copied."""
-    same_files = same_file(one["source"], other["source"]) and same_file(one["result"], other["result"])
-    same_names = source_name(one) == source_name(other) and one["result"]["path"] == other["result"]["path"]
-    return same_files and same_names and one["settings"] == other["settings"]
+def same_source(one, other):
+    """Return whether two records are of one source, whose folder may have been moved or copied."""
+    one_source, other_source = one["source"], other["source"]
+    moved = source_name(one) == source_name(other) and same_file(one_source, other_source)
+    return moved or one_source["path"] == other_source["path"]
+
+
+def what_changed(before, now):
+    """Return in a few words why a result is out of date by its records before and now; "" if it is up to date."""
+    keys = sorted({*before["settings"], *now["settings"]})
+    if changed := [key for key in keys if before["settings"].get(key) != now["settings"].get(key)]:
+        return f"other settings ({', '.join(changed)})"
+    if not (same_source(before, now) and same_file(before["source"], now["source"])):
+        return "the original has changed"
+    if "size" not in now["result"]:
+        return "the result is missing"
+    if "size" not in before["result"]:
+        return "the result was not completed"
+    return "" if same_file(before["result"], now["result"]) else "the result has changed"
 
 
 def append_record(record, path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 from support.files import atomic_path
@@ -66,24 +67,14 @@ def shortened(name, draw, font, width):
     return text
 
 
-class Sheets:
-    """Collects rows of (name, thumbnails) and writes a contact sheet whenever one is full."""
-
-    def __init__(self, folder, columns):
-        self.folder, self.columns = Path(folder), columns
-        self.rows, self.written = [], 0
-
-    def add(self, name, pictures):
-        self.rows.append((name, pictures))
-        if len(self.rows) == ROWS:
-            self.flush()
-
-    def flush(self):
-        if self.rows:
-            self.written += 1
-            with atomic_path(self.folder / f"sheet_{self.written:03d}.png") as temporary:
-                contact_sheet(self.rows, self.columns).save(temporary, format="PNG")
-            self.rows = []
+def write_sheets(rows, columns, folder):
+    """Write contact sheets of rows of (name, thumbnails), sheet_001.png, sheet_002.png, …. Return their number."""
+    rows, count = iter(rows), 0
+    while page := list(islice(rows, ROWS)):
+        count += 1
+        with atomic_path(Path(folder) / f"sheet_{count:03d}.png") as temporary:
+            contact_sheet(page, columns).save(temporary, format="PNG")
+    return count
 
 
 def tile(panel):

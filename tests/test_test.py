@@ -4,12 +4,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
 from support.cli import EXIT_SKIPPED
+from support.folders import read_records
+from support.sheets import FOOT, HEAD
 
 import numpy as np
 import paddle
@@ -64,6 +71,20 @@ def make_images(write_image):
     return make
 
 
+@contextmanager
+def locked(folder):
+    """Let another process lock a folder, because one process may lock a file twice."""
+    code = f"from support.files import lock_folder; file = lock_folder({str(folder)!r}); print(flush=True); input()"
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
 def lowest_lightness(path):
     return color.rgb2lab(pixels(path))[..., 0].min()
 
@@ -110,10 +131,9 @@ def test_saturation_multiplies_predicted_ab_and_is_recorded(colorize_files, imag
     ab = {}
     for saturation in (0.5, 1, 0):
         _, result = colorize_files(image_folder, "--saturation", saturation, result=f"result_{saturation}")
-        (made_by, *records) = (result / name for name in ("coloring.json", "coloring.jsonl"))
-        assert json.loads(made_by.read_text())["saturation"] == saturation
-        lines = records[0].read_text().split("\n")[1:]
-        assert len(lines) == 4 and all(json.loads(x)["settings"]["saturation"] == saturation for x in lines)
+        assert json.loads((result / "coloring.json").read_text())["saturation"] == saturation
+        records = read_records(result / "coloring.jsonl").values()
+        assert [record["settings"]["saturation"] for record in records] == [saturation] * 4
         ab[saturation] = color.rgb2lab(np.asarray(Image.open(result / "coffee.png")))[..., 1:]
     assert np.abs(ab[0]).max() < 1 and np.abs(ab[1]).max() > 5
     assert np.median(np.abs(ab[0.5] - ab[1] / 2)) < 0.5
@@ -149,9 +169,9 @@ def test_images_with_names_of_any_bytes_are_colorized_and_recorded(colorize_file
         Image.new("RGB", (16, 16), "gray").save(os.fsdecode(os.path.join(os.fsencode(folder), name)))
     code, result = colorize_files(folder)
     assert code == 0
-    written = set(os.listdir(os.fsencode(result))) - {b"coloring.json", b"coloring.jsonl"}
+    written = set(os.listdir(os.fsencode(result))) - {b"coloring.json", b"coloring.jsonl", b".lock"}
     assert written == set(os.listdir(os.fsencode(folder)))
-    assert colorize_files(folder, "--skip_existing")[0] == 0 and "all are up to date" in capsys.readouterr().out
+    assert colorize_files(folder, "--skip_existing")[0] == 0 and ", 5 up to date" in capsys.readouterr().out
 
 
 def test_compare_flag_writes_contact_sheets_next_to_the_results(colorize_files, image_folder):
@@ -159,6 +179,31 @@ def test_compare_flag_writes_contact_sheets_next_to_the_results(colorize_files, 
     assert len(list(result.rglob("*.png"))) == 4
     sheet = pixels(result.with_name("result_compare") / "sheet_001.png")
     assert sheet.shape[1] > 3 * 320 and sheet.std() > 10
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_contact_sheet_shows_all_images_whenever_they_were_colorized(colorize_files, write_image, added):
+    for name in "abc":
+        write_image(f"in/{name}.png")
+    colorize_files("in", "--compare", result="whole")
+    colorize_files("in", *(["--max_samples", 2] if added else []), result="part")
+    _, part = colorize_files("in", "--compare", "--skip_existing", result="part")
+    sheet = part.with_name("part_compare") / "sheet_001.png"
+    assert np.array_equal(pixels(sheet), pixels(part.with_name("whole_compare") / "sheet_001.png"))
+
+
+def test_contact_sheet_leaves_out_skipped_images(colorize_files, write_image, capsys):
+    write_image("in/a.png")
+    (write_image("in/b.png")).write_bytes(b"")
+    code, result = colorize_files("in", "--compare", "--crop_size", 32)
+    assert code == EXIT_SKIPPED and len(capsys.readouterr().err.splitlines()) == 1
+    assert pixels(result.with_name("result_compare") / "sheet_001.png").shape[0] == HEAD + 240 + FOOT
+
+
+def test_contact_sheets_are_not_written_among_other_files(colorize_files, write_image, error_message):
+    own = write_image("result_compare/sheet_001.png")
+    assert "result_compare: contains other files" in error_message(colorize_files, write_image("in/a.png"), "--compare")
+    assert found(own.parent, "*") == ["sheet_001.png"]
 
 
 def test_nearly_black_images_and_further_frames_are_reported(tmp_path, colorize_files, image_folder, capsys):
@@ -211,7 +256,7 @@ def test_earlier_results_and_their_sheets_are_not_colorized(colorize_files, make
 def test_run_without_results_writes_nothing(tmp_path, colorize_files):
     (tmp_path / "a.png").write_bytes(b"x")
     code, result = colorize_files("a.png")
-    assert code == 3 and not found(result, "*")
+    assert code == 3 and found(result, "*") == [".lock"]
 
 
 def test_name_too_long_for_a_result_is_reported(colorize_files, make_images, capsys):
@@ -262,43 +307,106 @@ def test_skip_existing_colorizes_missing_results_and_those_of_other_settings(col
     second, printed = times_after("--temperature", 1)
     assert ": 2 images colorized" in printed and all(a != b for a, b in zip(first, second))
     assert json.loads((result / "coloring.json").read_text())["temperature"] == 1
-    assert "0 images colorized, all are up to date" in times_after("--temperature", 1)[1]
+    assert ": 0 images colorized with" in times_after("--temperature", 1)[1]
 
 
-@pytest.mark.parametrize("change", ["source", "result", "record", "format"])
-def test_skip_existing_colorizes_again_when_a_file_or_its_record_changed(colorize_files, write_image, capsys, change):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("source", "the original has changed"),
+        ("result", "the result has changed"),
+        ("deleted", "the result is missing"),
+        ("killed", "the result was not completed"),
+        ("record", "the result was not completed"),
+        ("settings", "other settings (saturation, temperature)"),
+        ("checkpoint", "other settings (checkpoint)"),
+    ],
+)
+def test_skip_existing_reports_why_an_image_is_colorized_again(
+    colorize_files, write_image, small_checkpoint, capsys, change, reason
+):
     _, result = colorize_files(write_image("in/a.png"))
-    flags = ("--skip_existing",)
+    records, flags = result / "coloring.jsonl", []
     if change == "source":
         write_image("in/a.png", 50)
     elif change == "result":
         os.utime(result / "a.png", ns=(0, 0))
+    elif change == "deleted":
+        (result / "a.png").unlink()
+    elif change == "killed":
+        records.write_text("\n".join(records.read_text().splitlines()[:-1]))
     elif change == "record":
-        records = result / "coloring.jsonl"
         records.write_text(records.read_text()[:-9])  # a kill cut it short
+    elif change == "settings":
+        flags = ["--temperature", 1, "--saturation", 2]
     else:
-        flags += ("--format", "jpg")
-    for done in (1, 0):
-        colorize_files("in", *flags)
-        assert f": {done} image" in capsys.readouterr().out.splitlines()[-1]
+        state = load_checkpoint(small_checkpoint)
+        save_checkpoint({**state, "load_size": np.array(64), "step": np.array(1)}, small_checkpoint)
+    capsys.readouterr()
+    for reported, done in ((f"1 image to colorize again: {reason}\n", 1), ("", 0)):
+        colorize_files("in", "--skip_existing", *flags)
+        printed = capsys.readouterr()
+        assert printed.err == reported and f": {done} image" in printed.out.splitlines()[-1]
 
 
-def test_result_of_another_source_is_not_overwritten(colorize_files, write_image, capsys):
+@pytest.mark.parametrize("change", ["renamed", "copied", "result renamed"])
+def test_skip_existing_recognizes_moved_and_copied_folders(colorize_files, write_image, tmp_path, capsys, change):
+    """Archives keep times in whole seconds."""
+    for name in ("in/a.png", "in/b/a.png"):
+        write_image(name)
+    _, result = colorize_files("in")
+    if change == "renamed":
+        os.rename("in", "new")
+    elif change == "copied":
+        shutil.copytree("in", "new", copy_function=shutil.copyfile)
+        for path in Path("in").rglob("*.png"):
+            seconds = int(path.stat().st_mtime)
+            os.utime(Path("new", path.relative_to("in")), (seconds, seconds))
+    else:
+        os.rename("in", "new")
+        os.rename("result", "result2")
+    capsys.readouterr()
+    assert colorize_files("new", "--skip_existing", result="result2" if "result" in change else "result")[0] == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and ": 0 images colorized" in printed.out and printed.out.endswith(", 2 up to date\n")
+
+
+@pytest.mark.parametrize("flags", [(), ("--skip_existing",)])
+def test_result_of_another_source_is_not_replaced(colorize_files, write_image, capsys, flags):
     a, b = write_image("a/x.png", 20), write_image("b/x.png", 200)
     _, result = colorize_files(a)
-    code, _ = colorize_files(b)
+    capsys.readouterr()
+    code, _ = colorize_files(b, *flags)
     assert code == EXIT_SKIPPED and lowest_lightness(result / "x.png") < 20
     printed = capsys.readouterr()
     assert printed.err == f"skipped {b}: {result}/x.png is the result of {a}; choose another --result_path\n"
-    assert printed.out.splitlines()[-1].endswith("0 images colorized, 1 skipped")
-    assert colorize_files(b, "--skip_existing")[0] == 0 and lowest_lightness(result / "x.png") > 70
-    assert colorize_files(b)[0] == 0  # now it is the result of b
+    assert ": 0 images colorized with" in printed.out and printed.out.endswith(", 1 skipped\n")
 
 
-def test_result_without_a_record_is_overwritten(colorize_files, write_image):
-    _, result = colorize_files(write_image("a/x.png", 20))
-    (result / "coloring.jsonl").unlink()
-    assert colorize_files(write_image("b/x.png", 200))[0] == 0 and lowest_lightness(result / "x.png") > 70
+@pytest.mark.parametrize("flags", [(), ("--skip_existing",)])
+def test_file_that_test_py_did_not_write_is_not_replaced(colorize_files, write_image, tmp_path, capsys, flags):
+    for name in ("a", "b", "c"):
+        write_image(f"in/{name}.jpg")
+    own = write_image("result/a.png").read_bytes()
+    (tmp_path / "result" / "b.png").symlink_to("nowhere")
+    code, result = colorize_files("in", *flags)
+    assert code == EXIT_SKIPPED and (result / "a.png").read_bytes() == own and (result / "b.png").is_symlink()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"skipped in{os.sep}a.jpg: {result}/a.png is not recorded in")
+    assert (result / "c.png").exists() and colorize_files("in/c.jpg")[0] == 0  # its own result
+
+
+def test_output_flag_replaces_the_named_file(colorize_files, write_image):
+    write_image("b.png", 20)
+    assert colorize_files(write_image("a.png", 200), "--output", "b.png")[0] == 0 and lowest_lightness("b.png") > 70
+
+
+def test_second_run_into_one_folder_is_refused(colorize_files, write_image, tmp_path, error_message):
+    write_image("in/a.png")
+    with locked(tmp_path / "result"):
+        message = error_message(colorize_files, "in")
+    assert message == f"{tmp_path / 'result'}: another run is writing to this folder"
+    assert colorize_files("in")[0] == 0
 
 
 # Formats of results
@@ -342,8 +450,7 @@ def test_images_are_opened_once_and_written_in_the_order_of_their_names(colorize
     )
     _, result = colorize_files("in")
     assert [os.path.basename(file.name) for file in opened] == ["a.png", "b.png", "c.png", "d.png"]
-    records = [json.loads(line) for line in (result / "coloring.jsonl").read_text().splitlines() if line]
-    assert [record["result"]["path"] for record in records] == ["a.png", "b.png", "c.png", "d.png"]
+    assert list(read_records(result / "coloring.jsonl")) == ["a.png", "b.png", "c.png", "d.png"]
 
 
 def test_threads_read_ahead_by_a_limited_number_of_pixels():
@@ -360,10 +467,10 @@ def test_threads_read_ahead_by_a_limited_number_of_pixels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_colorization_leaves_only_complete_results(tmp_path, image_folder, number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_colorization_leaves_only_complete_results_and_is_resumed(tmp_path, image_folder, number, code):
     (tmp_path / "many").mkdir()
-    for i in range(600):
+    for i in range(300):
         (tmp_path / "many" / f"{i}.png").symlink_to(image_folder / "coffee.png")
     result = tmp_path / "result"
     flags = [tmp_path / "many", "--load_model", "small", "--load_size", 32, "--result_path", result]
@@ -371,13 +478,17 @@ def test_stopped_colorization_leaves_only_complete_results(tmp_path, image_folde
         wait_for(lambda: len(list(result.glob("*.png"))) > 9, process)
         os.killpg(process.pid, number)
         assert process.wait(60) == code
-    lines = (tmp_path / "run" / "err").read_text().strip().splitlines()
-    assert re.fullmatch(r"stopped by .*; to resume: .* --skip_existing", lines[-1])
-    assert 0 < len(list(result.glob("*.png"))) < 600
-    assert "Traceback" not in "".join(lines) and (result / "coloring.json").exists()
-    assert not list(result.glob(".*"))
-    for path in result.glob("*.png"):
+    error = (tmp_path / "run" / "err").read_text()
+    assert "Traceback" not in error and (result / "coloring.json").exists()
+    if number != signal.SIGKILL:
+        assert re.fullmatch(r"stopped by .*; to resume: .* --skip_existing", error.splitlines()[-1])
+        assert [path.name for path in result.glob(".*")] == [".lock"]
+    done = list(result.glob("*.png"))
+    assert 0 < len(done) < 300
+    for path in done:
         Image.open(path).load()
+    assert test.main(test.parse_args([*map(str, flags), "--skip_existing"])) == 0
+    assert len(list(result.glob("*.png"))) == len(read_records(result / "coloring.jsonl")) == 300
 
 
 # Usage errors
