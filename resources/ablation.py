@@ -1,6 +1,6 @@
 """Compare folders of colorized images in one table with bootstrap intervals, such as the rebalancing variants.
 
-    for variant in non_rebalance full rebalance; do    trained with --rebalance False, --gamma 0.5 and --gamma 0
+    for variant in non_rebalance full rebalance l2_ft; do    the commands of docs/ablation.md train them
         python test.py --image_dir val --model_path runs/$variant --load_model latest --result_path results/$variant
     done
     python resources/ablation.py --val_dir val --results results/* --runs runs                accuracy by VGG-16
@@ -9,9 +9,9 @@
 The table has one row per folder, under the folder's name, and rows for gray and the originals. Rows may differ in
 anything, for example one checkpoint at several sizes or temperatures. The values are those of metrics_auc.py and
 metrics_acc.py, for the images that all rows have. The 95% intervals come from a bootstrap over the images, with the
-same resamples for all rows, so differences have intervals too. Rows named like the three variants are tested for the
-expected order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance). The paper has the first two; λ = 0 is a variant
-of the earlier Paddle port. With --runs, a folder of log folders with the rows' names, the table also contains the KL of
+same resamples for all rows, so differences have intervals too. Rows named like the variants are tested for the expected
+order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance), and for the L2 loss (l2_ft) having the lowest chroma. λ =
+0 is a variant of the earlier Paddle port, the others are the paper's. With --runs, a folder of log folders with the rows' names, the table also contains the KL of
 the last validation, and the training curves of the KL are plotted.
 
     ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images
@@ -44,6 +44,7 @@ ROWS = {  # headings of rows; others have their folder's name
     "non_rebalance": "no rebalancing",
     "full": "λ = 0.5 (full)",
     "rebalance": "λ = 0",
+    "l2_ft": "L2, ft",
     GRAY: metrics_auc.GRAY,
     TRUE: "ground truth",
 }
@@ -63,7 +64,7 @@ PATTERN = {  # the expected order: each row has a higher value than the next
     "auc_raw": RAREST_FIRST[::-1],
     "auc_macro": RAREST_FIRST,  # independent of the prior, whose rarest bins depend on a few pixels
     "auc_rebalanced": RAREST_FIRST,
-    "chroma": RAREST_FIRST,
+    "chroma": (*RAREST_FIRST, "l2_ft"),  # the L2 loss averages colors, so its results are grayish
     "top1": ("full", GRAY),
 }
 THUMBNAIL = (160, 120)  # pixels

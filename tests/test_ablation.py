@@ -160,6 +160,17 @@ def test_differences_are_paired_and_judged_by_their_interval():
     assert ablation.differences({"96": found["full"], "gray": found["gray"]}) == []
 
 
+def test_l2_loss_is_expected_to_have_the_lowest_chroma():
+    chroma = {"rebalance": 30, "full": 20, "non_rebalance": 10, "l2_ft": 11}
+    found = {row: {"chroma": np.full(11, value)} for row, value in chroma.items()}
+    assert ablation.find_rows(["b/l2_ft", "b/other", "a/full"]).keys() == {"full": 0, "l2_ft": 0, "other": 0}.keys()
+    *others, last = ablation.differences(found)
+    assert [line["verdict"] for line in others] == ["holds", "holds"]
+    assert (last["of"], last["minus"], last["value"], last["verdict"]) == ("non_rebalance", "l2_ft", -1, "does not")
+    del found["non_rebalance"]
+    assert [(line["of"], line["minus"]) for line in ablation.differences(found)][-1] == ("full", "l2_ft")
+
+
 def test_resamples_depend_on_the_seed_only():
     times = ablation.resamples(20, 30, seed=0)
     assert times.shape == (31, 20) and (times[0] == 1).all() and (times.sum(axis=1) == 20).all()
@@ -199,8 +210,9 @@ def test_tables_contain_the_values_of_the_json(done):
     results, pattern = (part.strip().splitlines() for part in tables.split(f"*{summary['images']} images"))
     assert results[0] == "|  | " + " | ".join(heading for heading, _ in ablation.QUANTITIES.values()) + " |"
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in results[2:]}
-    assert list(cells) == list(ablation.ROWS.values())
-    for row, name in ablation.ROWS.items():
+    assert list(cells) == [ablation.ROWS[row] for row in (*VARIANTS, "gray", "true")]
+    for row in (*VARIANTS, "gray", "true"):
+        name = ablation.ROWS[row]
         for (quantity, (_, factor)), cell in zip(ablation.QUANTITIES.items(), cells[name]):
             estimate = summary["results"][row].get(quantity)
             assert (cell == "–") == (estimate is None)
