@@ -3,6 +3,7 @@
     python metrics_acc.py --image_dir DIR                                     VGG-16 on ./result, with both controls
     python metrics_acc.py --image_dir DIR --arch mobilenet_v2 --weights FILE  a different classifier, no download
     python metrics_acc.py --labels val.txt                                    a flat folder, as ImageNet's own
+    python metrics_acc.py --image_dir DIR --random                            random baseline: the ab of another image
 
 Plausible colors help a classifier that was trained on color images. The originals and their gray versions (ab = 0) are
 classified as controls, on the images that have a result. Results can score lower than gray.
@@ -10,6 +11,8 @@ classified as controls, on the images that have a result. Results can score lowe
 An image's class is its folder's name, a WordNet id such as n01440764. For a flat folder, each line of --labels contains
 an image's name and its class (a WordNet id, or a number, from 0, in the sorted list of ids,
 resources/imagenet_synsets.txt). Kaggle's LOC_val_solution.csv can be passed as it is.
+
+With --random, the names of the files begin with random_.
 
 Prints a table of top-1 and top-5 accuracy and writes accuracy.json, accuracy_images.csv (which images were recognized)
 and accuracy_per_class.csv to --save_path. With originals and results, as in the paper's analysis per class, also prints
@@ -33,7 +36,7 @@ from support import cli
 from support.checkpoints import load_checkpoint, set_weights
 from support.cpu import use_all_cores
 from support.files import make_folder, provenance, sha256, warn_replaced, write_csv, write_json
-from support.folders import IMAGE_SUFFIXES, one_form, pair_images
+from support.folders import IMAGE_SUFFIXES, one_form, pair_images, random_others
 from support.images import crop_resized, open_rgb
 from support.workers import default_workers, parallel_map
 
@@ -41,7 +44,7 @@ import numpy as np
 import paddle
 from paddle.vision import models
 
-from dataset import COLORING, RECORDS, lab_to_rgb, named_images, rgb_to_lightness
+from dataset import COLORING, RECORDS, lab_to_rgb, named_images, rgb_to_lab, rgb_to_lightness
 from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
@@ -181,10 +184,9 @@ def top_classes(network, rgb):
     return paddle.topk(logits, max(TOP), axis=1)[1]
 
 
-def as_gray(rgb):
-    """Set an image's ab to 0: uint8 [N, 3, H, W] -> float32 [N, 3, H, W] in [0, 1]."""
-    no_ab = paddle.zeros_like(rgb[:, :2], dtype="float32")
-    return lab_to_rgb(paddle.concat([rgb_to_lightness(rgb), no_ab], axis=1))
+def with_ab(rgb, ab):
+    """Replace images' ab: uint8 [N, 3, H, W], float32 [N, 2, H, W] -> float32 [N, 3, H, W] in [0, 1]."""
+    return lab_to_rgb(paddle.concat([rgb_to_lightness(rgb), ab], axis=1))
 
 
 def read_squares(pair, load_size, crop_size):
@@ -193,26 +195,31 @@ def read_squares(pair, load_size, crop_size):
     return [path and crop_resized(open_rgb(path, least_side=load_size), load_size, crop_size) for path in paths]
 
 
-def to_versions(pairs):
+def to_versions(pairs, random=False):
     """Return what is classified of a list of `read_squares`: {version: float32 [N, 3, H, W] in [0, 1]}."""
-    true, colored = zip(*pairs)
+    true, colored = (
+        None if squares[0] is None else paddle.to_tensor(np.stack(squares).transpose(0, 3, 1, 2))
+        for squares in zip(*pairs)
+    )
     versions = {}
-    if colored[0] is not None:
-        versions["colored"] = paddle.to_tensor(np.stack(colored).transpose(0, 3, 1, 2)).astype("float32") / 255
-    if true[0] is not None:
-        rgb = paddle.to_tensor(np.stack(true).transpose(0, 3, 1, 2))
-        versions["true"] = rgb.astype("float32") / 255
-        versions["gray"] = as_gray(rgb)
+    if random:
+        versions["random"] = with_ab(true, rgb_to_lab(colored)[:, 1:])
+    elif colored is not None:
+        versions["colored"] = colored.astype("float32") / 255
+    if true is not None:
+        versions["true"] = true.astype("float32") / 255
+        versions["gray"] = with_ab(true, paddle.zeros_like(true[:, :2], dtype="float32"))
     return versions
 
 
 @paddle.no_grad()
-def measure(network, pairs, load_size=256, crop_size=224, batch_size=32, num_workers=0):
+def measure(network, pairs, random=False, load_size=256, crop_size=224, batch_size=32, num_workers=0):
     """Classify results, originals and their gray versions.
 
     Args:
         network (Layer): The classifier.
         pairs (list): Name, path of the original and path of the result of each image. All may lack the same one (None).
+        random (bool): The second path is another original, whose ab is to be taken: version "random".
         load_size (int): The shorter side is resized to this many pixels.
         crop_size (int): Side of the center crop that is classified.
         batch_size (int): Images per batch.
@@ -230,7 +237,7 @@ def measure(network, pairs, load_size=256, crop_size=224, batch_size=32, num_wor
     squares = parallel_map(read, pairs, num_workers, "classifying")
     while batch := list(islice(squares, batch_size)):
         names += [pairs[i][0] for i, _ in batch]
-        for version, rgb in to_versions([images for _, images in batch]).items():
+        for version, rgb in to_versions([images for _, images in batch], random).items():
             classes[version].append(top_classes(network, rgb).numpy())
     if not names:
         raise cli.UserError(f"none of the {len(pairs)} images can be read")
@@ -340,11 +347,15 @@ def print_extremes(gains, pairs, rates, synsets):
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Compute an ImageNet classifier's accuracy on colorized images.")
-    add = parser.add_argument_group("images").add_argument
+    group = parser.add_argument_group("images")
+    add = group.add_argument
     originals = "folder of the originals, same layout; these and their gray versions are the controls"
     add("--image_dir", "--imgs_dir", help=originals)
     add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py)")
-    add("--controls_only", action="store_true", help="classify the controls only, without results")
+    add_baseline = group.add_mutually_exclusive_group().add_argument
+    add_baseline("--controls_only", action="store_true", help="classify the controls only, without results")
+    add_baseline("--random", action="store_true", help="evaluate the ab of a random other original instead of results")
+    add("--seed", type=cli.SEED, default=0, help="seed of --random")
     add("--labels", metavar="FILE", help="lines of an image's name and its class (default: names of class folders)")
     add("--load_size", type=cli.SIDE, default=256, help="the shorter side is resized to this many pixels")
     add("--crop_size", type=cli.SIDE, default=224, help="side of the center crop that is classified, in pixels")
@@ -362,16 +373,19 @@ def parse_args(argv=None):
 
 
 def find_pairs(args):
-    """Return what `pair_images` does; the controls have no results."""
-    if args.controls_only:
-        return [(name, path, None) for name, path in named_images(args.image_dir).items()], {}, None
+    """Return what `pair_images` does; the controls have no results, or those of --random."""
+    if args.controls_only or args.random:
+        images = named_images(args.image_dir)
+        others = random_others([*images.values()], args.seed) if args.random else [None] * len(images)
+        return [(name, path, other) for (name, path), other in zip(images.items(), others)], {}, None
     return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
 
 
 def main(args):
     cli.check_crop(args)
-    if args.controls_only and not args.image_dir:
-        raise cli.UserError("--controls_only needs --image_dir")
+    baseline = args.controls_only or args.random
+    if baseline and not args.image_dir:
+        raise cli.UserError("--controls_only and --random need --image_dir")
     use_all_cores()
 
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
@@ -379,16 +393,16 @@ def main(args):
     all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
     subject = {
         "true_images": absolute_or_none(args.image_dir),
-        "colored_images": None if args.controls_only else absolute_or_none(args.result_path),
+        "colored_images": None if baseline else absolute_or_none(args.result_path),
     }
-    base = os.path.join(args.save_path, "accuracy")
+    base = os.path.join(args.save_path, "random_accuracy" if args.random else "accuracy")
     make_folder(args.save_path)
     warn_replaced(f"{base}.json", subject)
 
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
     settings = {x: getattr(args, x) for x in ("load_size", "crop_size", "batch_size", "num_workers")}
-    names, classes = measure(network, pairs, **settings)
+    names, classes = measure(network, pairs, args.random, **settings)
     if unreadable := sorted({*all_labels} - {*names}):
         left_out["unreadable"] = unreadable
     labels = np.array([all_labels[name] for name in names])
@@ -406,6 +420,7 @@ def main(args):
         "crop_size": args.crop_size,
         "classifier": describe(args),
         "labels": absolute_or_none(args.labels) or "class folders",
+        "seed": args.seed if args.random else None,
         "left_out": cli.printable_names(left_out),
         **provenance(),
     }

@@ -41,7 +41,7 @@ from support.files import (
     write_csv,
     write_json,
 )
-from support.folders import pair_images, relative_path
+from support.folders import pair_images, random_others, relative_path
 from support.images import InvalidImageError, crop_resized, image_size, open_rgb
 from support.workers import parallel_map
 
@@ -332,11 +332,7 @@ def find_pairs(args):
     originals = list_images(args.image_dir)
     others = [None] * len(originals)
     if args.baseline == "random":
-        if len(originals) == 1:
-            raise cli.UserError(f"{args.image_dir}: --random needs at least two images")
-        order = np.random.default_rng(args.seed).permutation(len(originals))
-        for i, following in zip(order, np.roll(order, -1)):  # one cycle
-            others[i] = originals[following]
+        others = random_others(originals, args.seed)
     return [(relative_path(path, args.image_dir), path, other) for path, other in zip(originals, others)], {}, None
 
 

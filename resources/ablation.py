@@ -10,9 +10,9 @@ The table has one row per folder, under the folder's name, and rows for gray and
 anything, for example one checkpoint at several sizes or temperatures. The values are those of metrics_auc.py and
 metrics_acc.py, for the images that all rows have. The 95% intervals come from a bootstrap over the images, with the
 same resamples for all rows, so differences have intervals too. Rows named like the variants are tested for the expected
-order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance), and for the L2 loss (l2_ft) having the lowest chroma. λ =
-0 is a variant of the earlier Paddle port, the others are the paper's. With --runs, a folder of log folders with the rows' names, the table also contains the KL of
-the last validation, and the training curves of the KL are plotted.
+order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance), and for the L2 loss (l2_ft) having the lowest chroma.
+λ = 0 is a variant of the earlier Paddle port, the others are the paper's. With --runs, a folder of log folders with the
+rows' names, the table also contains the KL of the last validation, and the training curves of the KL are plotted.
 
     ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images
 """
@@ -44,6 +44,7 @@ ROWS = {  # headings of rows; others have their folder's name
     "non_rebalance": "no rebalancing",
     "full": "λ = 0.5 (full)",
     "rebalance": "λ = 0",
+    "l2": "L2",
     "l2_ft": "L2, ft",
     GRAY: metrics_auc.GRAY,
     TRUE: "ground truth",

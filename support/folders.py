@@ -9,6 +9,8 @@ from pathlib import PurePath
 from support.cli import UserError, counted, note, note_some
 from support.files import read_json
 
+import numpy as np
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm",
     ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx",
@@ -98,6 +100,17 @@ def named_images(roots, results_file):
 def one_form(name):
     """Return a name with composed characters (NFC): a file system or an archive may have taken "é" apart."""
     return unicodedata.normalize("NFC", name)
+
+
+def random_others(images, seed):
+    """Return a different one for each image, so that all are taken: one random cycle."""
+    if len(images) == 1:
+        raise UserError(f"{images[0]}: there is no other image, whose colors it could get")
+    others = [None] * len(images)
+    order = np.random.default_rng(seed).permutation(len(images))
+    for i, following in zip(order, np.roll(order, -1)):
+        others[i] = images[following]
+    return others
 
 
 # -------------------------------------------------------------------------------------------------

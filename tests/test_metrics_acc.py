@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import unicodedata
+import warnings
 from pathlib import Path
 
 from support.cli import EXIT_SKIPPED
@@ -16,6 +17,7 @@ from conftest import save_image, save_images
 from metrics_by_definition import as_gray, make_decisive
 from PIL import Image
 from skimage import data
+from skimage.color import lab2rgb, rgb2lab
 
 import metrics_acc
 from dataset import RECORDS
@@ -210,8 +212,26 @@ def test_load_and_crop_size_reach_the_classifier(tmp_path, weights, monkeypatch)
 
 
 def test_gray_control_is_the_image_without_ab():
-    found = metrics_acc.as_gray(paddle.to_tensor(IMAGES["coffee"].transpose(2, 0, 1)[None])).numpy()[0]
+    found = metrics_acc.to_versions([(IMAGES["coffee"], None)])["gray"].numpy()[0]
     assert np.abs(found.transpose(1, 2, 0) * 255 - as_gray(IMAGES["coffee"])).max() < 0.6
+
+
+def test_random_baseline_has_the_lightness_of_an_image_and_the_colors_of_another(tmp_path, weights):
+    image, other = (IMAGES[name][:96, :96] for name in ("coffee", "rocket"))
+    found = metrics_acc.to_versions([(image, other)], random=True)
+    assert list(found) == ["random", "true", "gray"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # out-of-gamut colors
+        expected = lab2rgb(np.concatenate([rgb2lab(image)[..., :1], rgb2lab(other)[..., 1:]], axis=-1))
+    assert np.abs(found["random"].numpy()[0].transpose(1, 2, 0) - expected).max() < 2e-3
+    for name, pixels in IMAGES.items():
+        save_image(tmp_path / "t" / SYNSETS[5] / f"{name}.png", pixels)
+    arguments = ["--image_dir", str(tmp_path / "t"), "--random"]
+    pairs, _, _ = metrics_acc.find_pairs(metrics_acc.parse_args(arguments))
+    assert sorted(true for _, true, _ in pairs) == sorted(x for _, _, x in pairs) and all(x != y for _, x, y in pairs)
+    defaults = ["--arch", "mobilenet_v2", "--weights", str(weights), "--num_workers", "0", "--save_path", str(tmp_path)]
+    assert metrics_acc.main(metrics_acc.parse_args([*arguments, *defaults])) == 0
+    assert list(json.loads((tmp_path / "random_accuracy.json").read_text())["accuracy"]) == ["random", "true", "gray"]
 
 
 def test_first_of_several_classifier_outputs_is_used():
@@ -322,7 +342,7 @@ def test_only_results_with_the_settings_of_the_newest_one_are_classified(tmp_pat
         (("--result_path", "good", "--weights", "labels.txt"), "labels.txt: not a readable checkpoint"),
         (("--result_path", "good", "--arch", "squeezenet1_0"), "another network's checkpoint"),
         (("--result_path", "good", "--load_size", "200"), "--crop_size 224: larger than --load_size 200"),
-        (("--controls_only",), "--controls_only needs --image_dir"),
+        (("--controls_only",), "--controls_only and --random need --image_dir"),
         (("--result_path", "good", "--save_path", "labels.txt"), "labels.txt: cannot be written to: file exists"),
     ],
 )
