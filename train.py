@@ -19,8 +19,10 @@ JSON to <log_path>/train.jsonl):
 """
 
 import math
+import os
 import sys
 import warnings
+import zlib
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -34,7 +36,7 @@ from support.workers import default_workers, from_workers, hide_loader_warnings,
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from paddle.io import Subset
+from paddle.io import DataLoader, Subset
 from tqdm import tqdm
 
 import dataset
@@ -62,8 +64,8 @@ ADVICE = "resume it with --continue_train, replace it with --overwrite, or choos
 ENTRIES = ("load_size", "epoch", "step")  # stored with the weights, for programs that use them
 # Flags that define the objective: a run cannot be resumed with others.
 OBJECTIVE = ("rebalance", "gamma", "NN", "sigma", "prior")
-# Flags that define the order of the images: after a change, an epoch cannot be resumed in the middle.
-ORDER = ("seed", "batch_size", "images")
+# Flags that define the order of the images, as these do: after a change, an epoch cannot be resumed in the middle.
+ORDER = ("seed", "batch_size")
 # Flags that may change when a run is resumed.
 FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_decay", "amp", "freeze_bn")
 
@@ -145,16 +147,42 @@ def training_data(args):
     return make_loader(images, args.num_workers, batch_sampler=sampler), sampler
 
 
-def validation_data(args):
-    """Return a loader of this process's share of the validation set (center crops); None without --val_dir."""
+class Validation(NamedTuple):
+    """The validation set."""
+
+    images: dataset.ColorizationDataset
+    loader: DataLoader  # of this process's share
+    description: str
+
+
+def validation_data(args, training):
+    """Return the validation set, center crops; None without --val_dir."""
     if not args.val_dir:
         return None
-    side = args.load_size // 8 * 8
-    paths = processes.first_decides(dataset.list_images, args.val_dir)
+    paths, side = processes.first_decides(dataset.list_images, args.val_dir), args.load_size // 8 * 8
     images = dataset.ColorizationDataset(paths, args.load_size, side)
+    processes.on_first(warn_of_overlap, training, images, args)
     share = Subset(images, range(dist.get_rank(), len(images), dist.get_world_size()))
     batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
-    return make_loader(share, args.num_workers, batch_size=batch_size)
+    loader = make_loader(share, args.num_workers, batch_size=batch_size)
+    return Validation(images, loader, f"{describe(images, args.val_dir)}, {side}x{side} pixels")
+
+
+def describe(images, folder):
+    """Return the number of a dataset's images and a checksum of their names, e.g. "4 (names 1f0c2d3a)"."""
+    names = "\n".join(images.path(i)[len(folder) :].strip(os.sep) for i in range(len(images)))
+    checksum = zlib.crc32(os.fsencode(names.replace(os.sep, "/")))
+    return f"{len(images)} (names {checksum:08x})"
+
+
+def warn_of_overlap(images, val_images, args):
+    """Print a note if images for validation are also used for training."""
+    top = os.path.realpath(args.image_dir)
+    paths = (images.path(i)[len(args.image_dir) :].strip(os.sep) for i in range(len(images)))
+    training = {os.path.join(top, path) for path in paths}
+    both = sum(os.path.realpath(val_images.path(i)) in training for i in range(len(val_images)))
+    if both:
+        note(f"{args.val_dir}: {both} of {len(val_images)} images for validation are also used for training")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -162,7 +190,7 @@ def validation_data(args):
 
 
 @paddle.no_grad()
-def validate(run, loader, constants, args, autocast, stop, log):
+def validate(run, validation, constants, args, autocast, stop, log):
     """Log cross-entropy, KL, raw AuC and a picture for the validation images of all processes; save the best weights.
 
     The values are not re-weighted, so variants of the loss can be compared. A stop request ends this without a result.
@@ -171,7 +199,8 @@ def validate(run, loader, constants, args, autocast, stop, log):
     run.network.eval()
     images = gray = 0
     sums, histogram, panel = np.zeros(len(NAMES)), np.zeros(utils.MAX_THRESHOLD + 2), []
-    bar = tqdm(from_workers(loader, stop), "validating", len(loader), unit="batch", leave=False, disable=None)
+    batches = from_workers(validation.loader, stop)
+    bar = tqdm(batches, "validating", len(validation.loader), unit="batch", leave=False, disable=None)
     for rgb, broken in bar:
         if stop.noticed:
             break
@@ -186,7 +215,10 @@ def validate(run, loader, constants, args, autocast, stop, log):
         lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(utils.annealed_mean(logits, constants.ab_bins), *rgb.shape[2:])
         distance = np.hypot(*(colored - lab[:, 1:]).numpy().swapaxes(0, 1))
-        histogram += utils.error_histogram(distance)[0]
+        if np.isfinite(distance).all():
+            histogram += utils.error_histogram(distance)[0]
+        else:
+            sums[:] = np.nan
         if len(panel) < PANEL_IMAGES:
             panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():
@@ -195,16 +227,17 @@ def validate(run, loader, constants, args, autocast, stop, log):
     sums, histogram = processes.all_reduce(sums), processes.all_reduce(histogram)
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
+    if not np.isfinite(sums).all():
+        raise UserError("the network's output for the validation images is not finite: try a lower --lr")
     if gray == images:
         processes.on_first(note, f"{args.val_dir}: all {images:.0f} images are gray: this does not measure color")
     _, cross_entropy, kl = (sums / images).tolist()
     step, auc = run.progress["step"], float(utils.auc(histogram))
-    line = {"epoch": run.progress["epoch"], "step": step}
-    log.write({**line, "val_cross_entropy": cross_entropy, "val_kl": kl, "val_auc": auc})
+    epoch = run.progress["epoch"] - (run.progress["batch"] == 0)  # the one that this step belongs to
+    log.write({"epoch": epoch, "step": step, "val_cross_entropy": cross_entropy, "val_kl": kl, "val_auc": auc})
     log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
-    if kl < run.progress["best_kl"]:
-        run.progress["best_kl"] = kl
-        run.save_weights("best")
+    run.progress["validated"] = step
+    run.save_best("kl", kl, validation.description)
 
 
 def side_by_side(lab, ab, rgb):
@@ -289,7 +322,10 @@ def check_args(args, world_size):
 def set_up(args, opened):
     """Start the processes, check the flags, lock the folders and configure the device.
 
-    The locks stay until `opened`, an ExitStack, closes them. Returns the number of chunks for convolutions.
+    The locks stay until `opened`, an ExitStack, closes them.
+
+    Returns:
+        tuple[bool, int]: Whether an earlier run is resumed, and the number of chunks for convolutions.
     """
     warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
     hide_loader_warnings()
@@ -297,17 +333,29 @@ def set_up(args, opened):
         dist.init_parallel_env()
     gpu.check_gpu()
     check_args(args, dist.get_world_size())
-    advice = None if args.continue_train or args.overwrite else ADVICE
-    for lock in runs.claim(args.model_path, args.log_path, advice):
+    for lock in runs.lock_folders(args.model_path, args.log_path):
         opened.enter_context(lock)
+    resumes = processes.first_decides(find_earlier_run, args)
     paddle.seed(args.seed)
     if gpu.on_gpu():
         gpu.search_kernels()
-        return 1
+        return resumes, 1
     cpu.keep_freed_memory()
     parts = convolutions.parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
     cpu.use_all_cores(cpu.cores_each() // parts)
-    return parts
+    return resumes, parts
+
+
+def find_earlier_run(args):
+    """Return whether to resume an earlier run. Raise UserError if there is one, but no flag says what to do with it."""
+    if args.continue_train and (runs.has_state(args.model_path) or args.which_epoch != "latest"):
+        return True
+    earlier = runs.earlier_files(args.model_path, args.log_path)
+    if earlier and not args.overwrite:
+        raise UserError(f"{earlier[0]}: belongs to an earlier run; {ADVICE}")
+    if args.continue_train:
+        note(f"{args.model_path}: nothing to resume yet; starting a new run")
+    return False
 
 
 def build_network(args, parts):
@@ -322,32 +370,42 @@ def build_network(args, parts):
     return network
 
 
-def begin_or_resume(run, args, steps_per_epoch):
-    """Remove an earlier run (--overwrite) or continue it (--continue_train). Return the first and the last step."""
+def make_run(args, network, optimizer, scaler, images):
+    """Return the state of a new run."""
+    flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER, *FREE)}
+    flags.update(images=describe(images, args.image_dir), prior=utils.load_prior(args.prior).numpy())
+    # `epoch` and `batch` come next, `step` steps are done, the weights after step `validated` were validated
+    progress = {"epoch": 0, "batch": 0, "step": 0, "validated": 0}
+    folders = (args.model_path, args.log_path)
+    return runs.Run(*folders, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
+
+
+def resume(run, args):
+    """Restore the state of --which_epoch, and report the flags that have changed since."""
     progress, path = run.progress, run.folder / f"epoch_{args.which_epoch}_state.pdopt"
-    if args.overwrite:
-        runs.remove_run(args.model_path, args.log_path)
-    if args.continue_train:
-        changes = run.resume(args.which_epoch)
-        if refused := ", ".join(changes[name] for name in OBJECTIVE if name in changes):
-            raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
-        for text in changes.values():
-            note(f"resuming with a changed setting: {text}")
-        if progress["batch"] and changes.keys() & set(ORDER):
-            note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
-            progress["batch"] = 0
+    changes = run.resume(args.which_epoch)
+    if refused := ", ".join(changes[name] for name in OBJECTIVE if name in changes):
+        raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
+    for text in changes.values():
+        note(f"resuming with a changed setting: {text}")
+    if progress["batch"] and changes.keys() & {"images", *ORDER}:
+        note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
+        progress["batch"] = 0
+
+
+def last_step_of(progress, args, steps_per_epoch):
+    """Return the step at which the run ends, from its progress so far."""
     epoch_start, epochs_left = progress["step"] - progress["batch"], args.num_epochs - progress["epoch"]
-    last_step = min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
-    return progress["step"] + 1, last_step
+    return min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
 
 
-def announce(args, network, loader, val_loader, autocast):
+def announce(args, network, loader, validation, autocast):
     """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
-    validation = f", {len(val_loader.dataset.dataset)} for validation" if val_loader else ""
+    others = f", {len(validation.images)} for validation" if validation is not None else ""
     precision = autocast["dtype"] if autocast["enable"] else "float32"
     # The weights, and a training state of the weights and Adam's two moments, all float32
     megabytes = 4 * 4 * sum(x.size for x in network.state_dict().values()) / 1e6
-    data = f"{cli.counted(len(loader.dataset), 'image')}{validation}; {cli.counted(len(loader), 'step')} per epoch"
+    data = f"{cli.counted(len(loader.dataset), 'image')}{others}; {cli.counted(len(loader), 'step')} per epoch"
     folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
     lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}"
     processes.on_first(partial(print, flush=True), lines)
@@ -359,9 +417,15 @@ def advice_for_errors(run):
     try:
         yield
     except UserError as error:
-        saved = (run.folder / "epoch_latest_state.pdopt").exists()
-        advice = "--continue_train resumes from the last save" if saved else "nothing was saved"
+        advice = "--continue_train resumes from the last save" if run.saved else "nothing was saved"
         raise UserError(f"{error}; {advice}") from error
+
+
+def check_color(totals, progress, args):
+    """Raise UserError if all images so far in this epoch, which this run began, are gray."""
+    if totals.loss == 0 and totals.images == progress["batch"] * args.batch_size:
+        gray = f"all {totals.images} images of the epoch so far are gray"
+        raise UserError(f"{args.image_dir}: {gray}, so there is nothing to learn")
 
 
 def report(run, args, stop):
@@ -388,15 +452,26 @@ def take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule
     return values.detach()
 
 
+def end_epoch(run, args, steps_per_epoch, validation):
+    """Count an epoch whose steps are all done, and save it every --save_freq epochs and at the end."""
+    progress, names = run.progress, []
+    if progress["batch"] == steps_per_epoch:
+        progress.update(epoch=progress["epoch"] + 1, batch=0)
+        if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
+            names = [progress["epoch"] - 1]
+    if names or validation is not None:  # before validating, which may fail
+        run.save(*names, "latest")
+
+
 @paddle.utils.unique_name.guard()  # Adam's state is named by counters of Paddle, which this starts at 0 in every run
 def main(args):
     with ExitStack() as opened:  # files, locks and signal handlers, closed however far the run comes
         # Setup
-        parts = set_up(args, opened)
+        resumes, parts = set_up(args, opened)
 
         # Data
         loader, sampler = training_data(args)
-        val_loader = validation_data(args)
+        validation = validation_data(args, loader.dataset)
         constants = make_constants(args)
 
         # Network and optimizer
@@ -404,24 +479,35 @@ def main(args):
         optimizer, schedule = make_optimizer(network, args)
         autocast, scaler = gpu.mixed_precision(args.amp)
 
-        # Progress: `epoch` and `batch` come next, `step` steps are done
-        flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER[:2], *FREE)}
-        flags.update(images=len(loader.dataset), prior=utils.load_prior(args.prior).numpy())
-        progress = {"epoch": 0, "batch": 0, "step": 0, "best_kl": math.inf}
-        run = runs.Run(args.model_path, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
-        first_step, last_step = begin_or_resume(run, args, len(sampler))
+        run = make_run(args, network, optimizer, scaler, loader.dataset)
+        progress = run.progress
+        if resumes:
+            resume(run, args)
         schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
+        first_step, last_step = progress["step"] + 1, last_step_of(progress, args, len(sampler))
 
         # Loop
-        announce(args, network, loader, val_loader, autocast)
+        announce(args, network, loader, validation, autocast)
         model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-        log = Log(args.log_path, FORMATS, last=(progress["step"], progress["batch"] < len(sampler)))
+        last = (progress["step"], progress["validated"] == progress["step"])
+        log = Log(args.log_path, FORMATS, run.id, last, set_aside=args.which_epoch != "latest")
         opened.callback(log.close)
         meter = Meter(NAMES, args.max_broken)
         bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))
         stop = opened.enter_context(processes.StopRequest())
         opened.enter_context(advice_for_errors(run))
-        while (progress["step"] < last_step or progress["batch"] == len(sampler)) and not stop.signal:
+        while not stop.signal:
+            if run.saved:
+                log.open()
+
+            # Validation, after an epoch and at the end; it comes first because a kill may have prevented it
+            ended = progress["step"] >= last_step
+            due = progress["validated"] < progress["step"] and (ended or progress["batch"] == 0)
+            if validation is not None and due:
+                validate(run, validation, constants, args, autocast, stop, log)
+            if ended:
+                break
+
             # The rest of an epoch, up to --max_steps or a signal
             set_training(network, args)
             sampler.begin(args.seed, progress["epoch"], skip=progress["batch"])
@@ -431,30 +517,27 @@ def main(args):
                 rgb = gpu.to_device(rgb)
                 values = take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule)
                 meter.add(values, broken)
-                step, batch = progress["step"] + 1, progress["batch"] + 1
-                progress.update(step=step, batch=batch)
+                progress["step"] += 1
+                progress["batch"] += 1
                 bar.update()
                 if args.sync_bn and meter.steps == 1:
                     processes.check_synchronized(network)
-                if step % args.loss_step == 0 or step in (first_step, last_step):
-                    log.write({"epoch": progress["epoch"], "step": step, **meter.read(), "lr": schedule.get_lr()})
-                if step % args.save_latest == 0:
-                    meter.check()  # weights that diverged must not replace good ones
+                if progress["step"] % args.loss_step == 0 or progress["step"] in (first_step, last_step):
+                    where = {"epoch": progress["epoch"], "step": progress["step"]}
+                    log.write({**where, **meter.read(), "lr": schedule.get_lr()})
+                # The first save replaces an earlier run. Weights that diverge, or have learned nothing, must not.
+                first = not run.saved and progress["step"] > 1
+                if (first or progress["step"] % args.save_latest == 0) and meter.check().loss > 0:
                     run.save("latest")
-                if stop.after_step() or step >= last_step:
+                    log.open()
+                if stop.after_step() or progress["step"] >= last_step:
                     break
             totals = meter.end_epoch(progress["epoch"])
-            if totals.loss == 0 and totals.images == len(sampler) * args.batch_size:
-                raise UserError(f"{args.image_dir}: all images of the epoch are gray, so there is nothing to learn")
-
-            # Validation, and the end of the epoch
-            if not stop.agreed() and val_loader:
-                validate(run, val_loader, constants, args, autocast, stop, log)
-            if progress["batch"] == len(sampler) and not stop.signal:
-                progress.update(epoch=progress["epoch"] + 1, batch=0)
-                if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
-                    run.save(progress["epoch"] - 1, "latest")
+            if not stop.agreed():
+                check_color(totals, progress, args)
+                end_epoch(run, args, len(sampler), validation)
         run.save("latest")
+        log.open()
         return report(run, args, stop)
 
 

@@ -6,8 +6,18 @@ startup messages.
 
 import logging
 import os
+import signal
+import sys
 import warnings
 import zlib  # noqa: F401  before Paddle, whose 2.x GPU builds bundle a zlib with which Pillow reads no PNG
+
+# Ctrl-C during the imports, which take seconds, ends a script of this project without a traceback. Later, `run_script`
+# sets a handler. Other programs that import this package keep theirs, and an ignored signal stays ignored.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_folder = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
+_is_script = _folder in (_root, os.path.join(_root, "resources"))
+if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 os.environ.setdefault("GLOG_minloglevel", "2")
 _level = logging.getLogger().level  # Paddle raises it, and every library becomes verbose

@@ -74,9 +74,14 @@ class Stopped(KeyboardInterrupt):
     """A stop signal, whose number is the only argument. It is raised in the main thread, so `finally` blocks run."""
 
 
-SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}
-if hasattr(signal, "SIGHUP"):
-    SIGNALS[signal.SIGHUP] = "because its terminal was closed"
+SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}  # and, where they exist:
+for _name, _reason in {
+    "SIGHUP": "because its terminal was closed",
+    "SIGUSR1": "by SIGUSR1",  # batch systems send it before the time limit
+    "SIGUSR2": "by SIGUSR2",
+}.items():
+    if hasattr(signal, _name):
+        SIGNALS[getattr(signal, _name)] = _reason
 
 
 def handle_signals(handler):
@@ -90,6 +95,7 @@ def run_script(main, parse_args, after_stop=""):
     `after_stop` is added to that line when a signal stopped the script. Unexpected errors keep their traceback.
     """
     _set_up_pillow()
+    _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
         handle_signals(_raise_stopped)
@@ -118,6 +124,13 @@ def _set_up_pillow():
     """Set what Pillow keeps for the whole process, and what only a script may decide."""
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes of a text or a color profile
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about harmless damage and half the largest number of pixels
+
+
+def _open_closed_streams():
+    """Open the null device in place of closed standard streams. Otherwise the next files would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _raise_stopped(number, _):

@@ -1,9 +1,11 @@
 """CPU settings: cores, MKL and malloc."""
 
 import ctypes
+import math
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +21,7 @@ def use_all_cores(threads=None):
     bundles takes its slow, generic path on AMD processors unless MKL_DEBUG_CPU_TYPE is set: to 7 for AVX-512, to 5 for
     AVX2. A value set by the user is kept.
     """
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux; Windows describes the processor in a variable
-    processor = cpuinfo.read_text() if cpuinfo.exists() else os.environ.get("PROCESSOR_IDENTIFIER", "")
+    processor = _read("/proc/cpuinfo") or os.environ.get("PROCESSOR_IDENTIFIER", "")  # on Linux; on Windows
     if "AuthenticAMD" in processor and core.supports_int8():  # oneDNN's int8 needs AVX2, its bfloat16 AVX-512
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if core.supports_bfloat16() else "5")
     threads = threads or available_cores()
@@ -33,14 +34,36 @@ def computes_bf16():
     return core.supports_bfloat16_fast_performance() and paddle.__version__ >= "3"
 
 
-def available_cores():
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(processes=1):
+    """Return the number of cores for each of a number of processes.
+
+    The operating system, a container's quota and the variable OMP_NUM_THREADS (per process) may limit it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, min(cores, _quota()) // processes)
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
+
+
+def _quota():
+    """Return how many cores a container may use, rounded up (cgroup v2, v1); infinity without a limit."""
+    limit = _read("/sys/fs/cgroup/cpu.max").split()  # "200000 100000" or "max 100000", in microseconds
+    if not limit:
+        limit = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]  # -1: no limit
+    quota, period = limit if len(limit) == 2 else ("", "")
+    return math.ceil(int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else math.inf
+
+
+def _read(path):
+    """Return the content of a file of the system, or "" where there is none."""
+    with suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
 
 
 def cores_each():
     """Return the number of this machine's cores for each of the processes that train on it."""
-    return max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
+    return available_cores(int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
 
 @cache
@@ -52,7 +75,8 @@ def threads(count):
 def lower_priority():
     """Let this thread give way to the others, where threads have priorities of their own (Linux)."""
     if hasattr(os, "sched_setaffinity"):
-        os.nice(10)
+        with suppress(OSError):  # a sandbox may forbid it
+            os.nice(10)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
@@ -76,7 +100,8 @@ def return_freed_memory():
 
 
 def _set_malloc(parameters):
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter, value in parameters.items():
-            libc.mallopt(parameter, value)
+    with suppress(OSError):  # of an interpreter or a library that cannot be read
+        if platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            for parameter, value in parameters.items():
+                libc.mallopt(parameter, value)

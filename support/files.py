@@ -103,8 +103,14 @@ def make_folder(path):
 
 
 def lock_folder(folder):
-    """Lock a folder until the returned file is closed or the process ends. Raises UserError if it is locked already."""
-    file = open(Path(folder, LOCK), "a")  # noqa: SIM115
+    """Lock a folder until the returned file is closed or the process ends. Raises UserError if it is locked already.
+
+    A folder on a file system without locks, or that cannot open a file to append to it, stays unlocked.
+    """
+    try:
+        file = open(Path(folder, LOCK), "a")  # noqa: SIM115
+    except OSError:
+        return open(os.devnull)
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, worker processes do not inherit it

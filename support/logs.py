@@ -9,7 +9,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from support.cli import UserError, note, report_os_errors
+from support.cli import UserError, counted, note, report_os_errors
 from support.files import atomic_text
 from support.processes import all_reduce, is_first, on_first
 from support.sheets import tile
@@ -20,50 +20,83 @@ import paddle.distributed as dist
 from tqdm import tqdm
 
 VAL = "val_"  # begins the names of values of validation
+LINES = "train.jsonl"
+LOG_FILES = r"train(_after_\d+)?\.jsonl|vdlrecords\.\d+\.log"
 
 
 class Log:
     """Lines on the terminal, JSON lines and VisualDL, all written by rank 0.
 
-    `formats` maps the names of the values to their formats on the terminal; values of validation have the same names
-    after "val_". When a run is resumed, lines of the log up to `last` (step, whether its validation is done) stay.
-    Later lines exist if the run was killed after its last save. VisualDL shows only the latest file of a folder, so a
-    new file begins with the values (not the images) of the lines that stay.
+    Lines wait in memory until `open` is called, so that the log of an earlier run stays until this one works.
+
+    Args:
+        folder (str): Folder of the log.
+        formats (dict): Formats of the values on the terminal, by their names; values of validation have the same names
+            after "val_".
+        run (str): Identifier of the run, which becomes part of each line of the file.
+        last (tuple[int, bool]): Lines of the log stay up to this step, and to that of its validation if the second is
+            true. Later lines exist if the run was killed after its last save.
+        set_aside (bool): Keep later lines in a file of their own.
     """
 
-    def __init__(self, folder, formats, last):
-        self.formats, self.problem = formats, f"{folder}: the log cannot be written"
-        self.file = self.board = None
-        if is_first():
-            with report_os_errors(self.problem):
-                self._open(Path(folder), last)
+    def __init__(self, folder, formats, run, last=(0, True), set_aside=False):
+        self.folder, self.formats, self.run, self.last, self.set_aside = Path(folder), formats, run, last, set_aside
+        self.problem = f"{folder}: the log cannot be written"
+        self.waiting, self.file, self.board = [], None, None
 
-    def _open(self, folder, last):
-        LogWriter = _import_visualdl()  # noqa: N806
-        path = folder / "train.jsonl"
-        before = [values for values in read_log(path) if _step_and_stage(values) <= last]
-        with atomic_text(path) as file:
-            file.writelines(json.dumps(values) + "\n" for values in before)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
-        with redirect_stdout(None):
-            self.board = LogWriter(logdir=str(folder), file_name=f"vdlrecords.{time.time_ns()}.log")
-        for values in before:
-            self._show(values)
+    def open(self):
+        """Begin to write, if that has not happened yet.
+
+        VisualDL shows only the latest file of a folder, so a new file begins with the values (not the images) of the
+        lines that stay.
+        """
+        if self.file or not is_first():
+            return
+        with report_os_errors(self.problem):
+            path, lines = self.folder / LINES, read_log(self.folder)
+            before = [values for values in lines if _step_and_stage(values) <= self.last]
+            later = [values for values in lines if _step_and_stage(values) > self.last]
+            if later and self.set_aside:
+                aside = self.folder / f"train_after_{self.last[0]}.jsonl"
+                _append(later, aside)
+                note(f"{path}: {counted(len(later), 'line')} after step {self.last[0]} moved to {aside.name}")
+            with atomic_text(path) as file:
+                file.writelines(json.dumps(values) + "\n" for values in before)
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
+            with redirect_stdout(None):
+                LogWriter = _import_visualdl()  # noqa: N806
+                self.board = LogWriter(logdir=str(self.folder), file_name=f"vdlrecords.{self._number()}.log")
+            for values in before:
+                self._show(values)
+        for values in self.waiting:
+            self._record(values)
+
+    def _number(self):
+        """Return a number for VisualDL's new file, which must be the largest: a clock may run backwards."""
+        names = (path.name.split(".") for path in self.folder.glob("vdlrecords.*.log"))
+        numbers = [int(parts[1]) for parts in names if len(parts) == 3 and parts[1].isdecimal()]
+        return max([time.time_ns(), *(number + 1 for number in numbers)])
 
     def write(self, values):
         """Print a dict of values, which includes "step", and write it to train.jsonl and VisualDL."""
-        if not self.file:
+        if not is_first():
             return
         formatted = (f"{name} {value:{self.formats[name.removeprefix(VAL)]}}" for name, value in values.items())
         tqdm.write("  ".join(formatted))
         sys.stdout.flush()  # for a user who follows a file
+        if self.file:
+            self._record(values)
+        else:
+            self.waiting.append(values)
+
+    def _record(self, values):
         with report_os_errors(self.problem):
-            self.file.write(json.dumps(values) + "\n")
+            self.file.write(json.dumps({"run": self.run, **values}, allow_nan=False) + "\n")
             self._show(values)
 
     def _show(self, values):
         for name, value in values.items():
-            if name not in ("step", "epoch"):
+            if name not in ("run", "step", "epoch"):
                 stage = "validation" if name.startswith(VAL) else "training"
                 self.board.add_scalar(f"{stage}/{name.removeprefix(VAL)}", value, values["step"])
 
@@ -89,13 +122,23 @@ def _import_visualdl():
     return LogWriter
 
 
-def read_log(path):
-    """Return the values of each line of a train.jsonl; [] without a file."""
-    values = []
+def read_log(folder):
+    """Return the values of each line of a log; [] without a log."""
+    path, values = Path(folder, LINES), []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):  # a kill may cut a line off
             values.append(json.loads(line))
-    return values
+    return [x for x in values if isinstance(x, dict) and isinstance(x.get("step"), int)]
+
+
+def log_runs(folder):
+    """Return the identifiers of the runs whose lines are in a log; that of older logs is ""."""
+    return {values.get("run", "") for values in read_log(folder)}
+
+
+def _append(lines, path):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(values) + "\n" for values in lines)
 
 
 def _step_and_stage(values):
@@ -168,7 +211,7 @@ class Meter:
         """Return the Totals. Raise UserError if the loss is not finite or too many files are unreadable."""
         local = [*self.sums.tolist(), float(self.loss), self.epoch_broken, self.epoch_images]
         *interval, loss, broken, images = all_reduce(np.array(local, np.float64)).tolist()
-        if not np.isfinite(interval[0]):
+        if not np.isfinite(interval).all():
             raise UserError(
                 f"the loss is not finite ({interval[0]}, over the last {self.steps} steps): try a lower --lr"
             )

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 
 from support.cli import UserError, handle_signals
 
@@ -82,12 +83,13 @@ class StopRequest:
     def notice(self, number, _):
         """Remember a signal (the handler of all stop signals)."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # but not SIGTERM, which a launcher sends several times
-        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: writing to the closed terminal would fail
+        if number == getattr(signal, "SIGHUP", None):  # writing to the closed terminal would fail
             for stream in self.terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.noticed and is_first():
             # Not print, which this signal may have interrupted
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
         self.noticed = self.noticed or number
 
     def agreed(self):

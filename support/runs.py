@@ -1,76 +1,104 @@
-"""Training runs: claim their folders, save and resume their state."""
+"""Training runs: claim their folders, save and resume their state.
 
+A run has a random identifier, which its training states and each line of its log contain. A run's first save replaces
+the run that was in its folders before; until then, that one stays as it was.
+"""
+
+import math
 import re
+import secrets
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from support.checkpoints import load_checkpoint, save_checkpoint, set_weights
-from support.cli import UserError
-from support.files import LOCK, lock_folder, make_folder
+from support.cli import UserError, note
+from support.files import lock_folder, make_folder, read_json, write_json
+from support.logs import LOG_FILES, log_runs
 from support.processes import all_reduce, is_first, share_statistics
 
 import numpy as np
 import paddle
 
-WRITTEN = r"epoch_(latest|best|\d+)_(model\.pdparams|state\.pdopt)"  # names of a run's files in its model folder
-LOGGED = r"train\.jsonl|vdlrecords\.\d+\.log"  # and in its log folder
+STATES = r"epoch_(latest|\d+)_state\.pdopt"
+CHECKPOINTS = rf"{STATES}|epoch_(latest|best|\d+)_model\.pdparams|epoch_best\.json"
 PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # keys of a training state
 
+# -------------------------------------------------------------------------------------------------
+# Folders of a run
 
-def claim(model_path, log_path, advice=None):
+
+def lock_folders(model_path, log_path):
     """Make the folders that a run writes to, and lock them until the returned files are closed or the process ends.
 
-    Raises UserError if they cannot be written to or another process holds them; with `advice`, which becomes part of
-    the message, also if they contain an earlier run. A log whose run never saved a checkpoint does not count as one.
+    Raises UserError if they cannot be written to or another process holds them.
     """
     if not is_first():
         return []
     for folder in (model_path, log_path):
         make_folder(folder)
-    earlier = _matching(model_path, WRITTEN)
-    if not Path(model_path, LOCK).exists():
-        earlier += _matching(log_path, LOGGED)
-    if advice and earlier:
-        raise UserError(f"{earlier[0]}: belongs to an earlier run; {advice}")
     return [lock_folder(folder) for folder in {Path(model_path), Path(log_path)}]
 
 
 def _matching(folder, names):
     """Return the files in a folder whose names match a regular expression."""
-    return [path for path in Path(folder).iterdir() if re.fullmatch(names, path.name)]
+    return sorted(path for path in Path(folder).iterdir() if re.fullmatch(names, path.name))
 
 
-def remove_run(model_path, log_path):
-    """Remove the checkpoints, training states and logs of an earlier run."""
-    if is_first():
-        for path in _matching(model_path, WRITTEN) + _matching(log_path, LOGGED):
-            path.unlink()
+def has_state(model_path):
+    """Return whether a folder contains a training state to resume."""
+    return bool(_matching(model_path, STATES))
+
+
+def earlier_files(model_path, log_path):
+    """Return the files of an earlier run in the folders of checkpoints and logs."""
+    return _matching(model_path, CHECKPOINTS) + _matching(log_path, LOG_FILES)
+
+
+# -------------------------------------------------------------------------------------------------
+# State of a run
 
 
 class Run:
     """The network, optimizer and loss scaler of a training run, and its progress: everything that a checkpoint holds.
 
-    `flags` (numbers, strings and arrays) and `progress` (non-negative numbers, updated by the caller) are dicts.
-    `entries` are the names of those that are also stored with the weights alone, as int64. `keep` is the number of
-    numbered checkpoints to keep (0: all).
+    Args:
+        model_path (str): Folder of the checkpoints.
+        log_path (str): Folder of the log.
+        network (Layer): The network.
+        optimizer (Optimizer): Its optimizer.
+        scaler (GradScaler): The loss scaler.
+        flags (dict): Numbers, strings and arrays that must be, or usually are, the same when the run is resumed.
+        progress (dict): Non-negative numbers, updated by the caller.
+        entries (tuple[str]): Names of those flags and numbers that are stored with the weights, too, as int64.
+        keep (int): Number of numbered checkpoints to keep; 0 keeps all.
     """
 
-    def __init__(self, folder, network, optimizer, scaler, flags, progress, entries=(), keep=0):
-        self.folder, self.network, self.optimizer, self.scaler = Path(folder), network, optimizer, scaler
+    def __init__(self, model_path, log_path, network, optimizer, scaler, flags, progress, entries=(), keep=0):
+        self.folder, self.log_folder = Path(model_path), Path(log_path)
+        self.network, self.optimizer, self.scaler = network, optimizer, scaler
         self.flags, self.progress, self.entries, self.keep = flags, progress, entries, keep
+        self.id = secrets.token_hex(8)
+        self.saved = False  # whether the folders contain this run
 
     def save(self, *names):
         """Write `epoch_{name}_model.pdparams` for each name, and next to it the state that is needed to resume.
 
         The state also contains the weights: if the process is killed between the two files, weights and Adam's
-        moments of different steps are never combined. Raises UserError if the weights are not finite.
+        moments of different steps are never combined. The first save removes an earlier run. Raises UserError if the
+        weights are not finite.
         """
         share_statistics(self.network)
         if is_first():
+            if not self.saved and earlier_files(self.folder, self.log_folder):
+                self._write(["latest"], replaced=sorted(log_runs(self.log_folder)))
+                self._remove_earlier_run()
             self._write(names)
             self._prune()
+        self.saved = True
         all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
-    def _write(self, names):
+    def _write(self, names, replaced=None):
         weights = self.network.state_dict()
         if not all(paddle.isfinite(tensor).all() for tensor in weights.values()):
             raise UserError("the weights are not finite and were not saved: try a lower --lr")
@@ -81,16 +109,46 @@ class Run:
             "progress": self.progress,
             "flags": self.flags,
         }
+        # `replaced` are the runs whose files may still be there if this process is killed
+        state.update(run=self.id, checksum=_checksum(state), replaced=replaced)
         for name in names:
             save_checkpoint(state, self.folder / f"epoch_{name}_state.pdopt")
-            self.save_weights(name)
+            self._write_weights(name)
 
-    def save_weights(self, name):
+    def _write_weights(self, name):
         """Write `epoch_{name}_model.pdparams`: the weights and the entries."""
-        if is_first():
-            known = {**self.flags, **self.progress}
-            entries = {entry: np.array(known[entry], np.int64) for entry in self.entries}
-            save_checkpoint({**self.network.state_dict(), **entries}, self.folder / f"epoch_{name}_model.pdparams")
+        known = {**self.flags, **self.progress}
+        entries = {entry: np.array(known[entry], np.int64) for entry in self.entries}
+        save_checkpoint({**self.network.state_dict(), **entries}, self.folder / f"epoch_{name}_model.pdparams")
+
+    def _remove_earlier_run(self):
+        """Remove all checkpoints but `latest`, and the log of another run."""
+        for path in _matching(self.folder, CHECKPOINTS):
+            if not path.name.startswith("epoch_latest_"):
+                path.unlink()
+        if log_runs(self.log_folder) != {self.id}:
+            for path in _matching(self.log_folder, LOG_FILES):
+                path.unlink()
+
+    def save_best(self, name, value, measured_on):
+        """Save the weights as `best` if no other weights of this run have a lower value.
+
+        `epoch_best.json` describes them. `measured_on` identifies the data that the value was measured on: values
+        of other data do not count.
+        """
+        if not is_first():
+            return
+        path = self.folder / "epoch_best.json"
+        best = read_json(path)
+        if isinstance(best, dict) and (self.folder / "epoch_best_model.pdparams").exists():
+            before = best.get("measured_on")
+            if best.get("run") == self.id and before == measured_on and best.get(name, math.inf) <= value:
+                return
+            if before != measured_on:
+                note(f"{path}: measured on {before}, now on {measured_on}: `best` begins again")
+        self._write_weights("best")
+        where = {"epoch": self.progress["epoch"], "step": self.progress["step"]}
+        write_json({"run": self.id, **where, name: value, "measured_on": measured_on}, path)
 
     def _prune(self):
         """Remove numbered checkpoints, except for the last ones to keep; never `latest` or `best`."""
@@ -104,17 +162,26 @@ class Run:
     def resume(self, name):
         """Restore the state that `save` wrote. Return the flags that have changed since, as {name: message}.
 
-        Raises UserError if the file cannot be read or is not a training state.
+        Raises UserError if the file cannot be read or is not a training state, or if the log is another run's.
         """
         path = self.folder / f"epoch_{name}_state.pdopt"
-        state = load_checkpoint(path)
-        if not all(isinstance(state.get(part), dict) for part in PARTS):
-            raise UserError(f"{path}: not a training state, which has {', '.join(PARTS)}")
+        try:
+            state = _read_state(path)
+        except UserError as error:
+            raise UserError(f"{error}; {self._other_state(path)}") from error
         for key, before in self.progress.items():
             value = state["progress"].get(key, before)
             if not (isinstance(value, type(before)) and value >= 0):
                 raise UserError(f"{path}: not a training state: its {key} is {value!r}")
             self.progress[key] = value
+        self.id, self.saved, replaced = state.get("run", ""), True, state.get("replaced")
+        if is_first():
+            if log_runs(self.log_folder) - {self.id, *(replaced or ())}:
+                raise UserError(
+                    f"{self.log_folder}: contains the log of another run than {path}; choose another --log_path"
+                )
+            if replaced is not None:
+                self._remove_earlier_run()
         set_weights(self.network, state["network"], path)
         self.optimizer.set_state_dict(state["optimizer"])
         if state["scaler"]:
@@ -125,3 +192,33 @@ class Run:
             if not np.array_equal(before, now):
                 changes[name] = f"{name} has changed" if np.ndim(now) else f"{name} {before} is now {now}"
         return changes
+
+    def _other_state(self, damaged):
+        """Return advice that names the newest state that can be read, in place of a damaged one."""
+        others = [path for path in _matching(self.folder, STATES) if path != damaged]
+        for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+            with suppress(UserError):
+                _read_state(path)
+                return f"the newest state that can be read: --which_epoch {path.name.split('_')[1]}"
+        return "no other state can be read"
+
+
+def _read_state(path):
+    """Return the content of a training state. Raises UserError if it is damaged or the file is something else."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in PARTS):
+        raise UserError(f"{path}: not a training state, which has {', '.join(PARTS)}")
+    # Older states have no checksum.
+    if "checksum" in state and _checksum({part: state[part] for part in PARTS}) != state["checksum"]:
+        raise UserError(f"{path}: damaged: its checksum does not match")
+    return state
+
+
+def _checksum(value, start=0):
+    """Return the CRC-32 of a nested dict of arrays or tensors, numbers and strings, in 0.3 s per gigabyte."""
+    if isinstance(value, dict):
+        for key in sorted(value):
+            start = _checksum(value[key], zlib.crc32(key.encode(), start))
+        return start
+    array = np.asarray(value)
+    return zlib.crc32(array.tobytes() if array.dtype.kind in "biuf" else repr(value).encode(), start)

@@ -41,7 +41,7 @@ def begin_worker(_):
     os.setpgrp()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # drops a signal that came before; see `_start_workers`
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 

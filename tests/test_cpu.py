@@ -1,9 +1,9 @@
 """CPU settings."""
 
 import os
-from pathlib import Path
 
-from support.cpu import use_all_cores
+from support import cpu
+from support.cpu import available_cores, keep_freed_memory, lower_priority, use_all_cores
 
 import paddle
 import pytest
@@ -19,7 +19,7 @@ import pytest
     ],
 )
 def test_mkl_gets_the_instructions_of_amd_processors_without_cpuinfo(monkeypatch, processor, avx2, avx512, kind):
-    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr(cpu, "_read", lambda _: "")
     monkeypatch.setenv("PROCESSOR_IDENTIFIER", processor)  # as on Windows
     monkeypatch.setattr(paddle.base.core, "supports_int8", lambda: avx2)
     monkeypatch.setattr(paddle.base.core, "supports_bfloat16", lambda: avx512)
@@ -27,3 +27,40 @@ def test_mkl_gets_the_instructions_of_amd_processors_without_cpuinfo(monkeypatch
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
     use_all_cores()
     assert os.environ.get("MKL_DEBUG_CPU_TYPE") == kind
+
+
+V1 = "/sys/fs/cgroup/cpu/cpu.cfs_{}_us"
+
+
+@pytest.mark.parametrize(
+    ("files", "threads", "processes", "cores"),
+    [
+        ({}, "", 1, 8),
+        ({}, "3", 1, 3),
+        ({}, "3,1", 1, 3),
+        ({}, "three", 1, 8),
+        ({}, "0", 1, 8),
+        ({}, "99", 1, 8),
+        ({}, "3", 4, 2),  # the variable applies to each process
+        ({"/sys/fs/cgroup/cpu.max": "max 100000\n"}, "", 1, 8),
+        ({"/sys/fs/cgroup/cpu.max": "250000 100000\n"}, "", 1, 3),
+        ({"/sys/fs/cgroup/cpu.max": "10000 100000\n"}, "", 2, 1),
+        ({V1.format("quota"): "400000\n", V1.format("period"): "100000\n"}, "", 1, 4),
+        ({V1.format("quota"): "-1\n", V1.format("period"): "100000\n"}, "", 1, 8),
+    ],
+)
+def test_cores_are_limited_by_a_quota_and_omp_num_threads(monkeypatch, files, threads, processes, cores):
+    monkeypatch.setattr(cpu, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert available_cores(processes) == cores
+
+
+def test_settings_that_a_sandbox_forbids_are_skipped(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "nice", refuse)
+    monkeypatch.setattr(cpu.platform, "libc_ver", refuse)
+    lower_priority()
+    keep_freed_memory()

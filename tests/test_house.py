@@ -50,7 +50,7 @@ def refuse(*_, **__):
 multiprocessing.set_start_method("spawn")
 for name in ("fork", "killpg", "nice", "sched_getaffinity", "sched_setaffinity", "setpgrp"):
     delattr(os, name)
-for name in ("SIGCHLD", "SIGHUP", "SIGPIPE", "pthread_sigmask"):
+for name in ("SIGCHLD", "SIGHUP", "SIGPIPE", "SIGUSR1", "SIGUSR2", "pthread_sigmask"):
     delattr(signal, name)
 load = ctypes.CDLL.__init__
 ctypes.CDLL.__init__ = lambda self, name, *x, **y: refuse() if name is None else load(self, name, *x, **y)
@@ -58,8 +58,8 @@ platform.libc_ver = lambda *_: ("", "")
 sync = os.fsync
 os.fsync = lambda file: sync(file) if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE else refuse()
 os.kill = refuse  # on Windows, it sends Ctrl-C or ends the process
-exists = pathlib.Path.exists
-pathlib.Path.exists = lambda path: not str(path).startswith("/proc/") and exists(path)
+read, nothing = pathlib.Path.read_text, pathlib.Path("/nowhere")
+pathlib.Path.read_text = lambda x, **y: read(nothing if str(x).startswith(("/proc/", "/sys/")) else x, **y)
 sys.modules["fcntl"] = sys.modules["resource"] = None
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)  # Windows locks files by it
 sys.argv = sys.argv[1:]

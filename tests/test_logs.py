@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 def test_visualdl_shows_all_logged_values_and_a_picture(run_training, square_crops, tmp_path):
     lines = run_training("--val_dir", square_crops, "--load_size", 64)
     board = visualdl_reader(tmp_path / "run" / "log")
-    names = {name for line in lines for name in line} - {"step", "epoch"}
+    names = {name for line in lines for name in line} - {"run", "step", "epoch"}
     tags = {f"validation/{name[4:]}" if name.startswith("val_") else f"training/{name}": name for name in names}
     assert {*board.get_tags()["scalar"]} == {*tags} and len(tags) == 9
     for tag, name in tags.items():
@@ -54,7 +54,17 @@ def test_lines_of_the_log_average_over_loss_step_steps(run_training):
     )
     rates = [1e-3 / math.sqrt(10), 1e-3 / math.sqrt(10), 1e-4, 1e-4]  # of the step after each line
     assert [line["lr"] for line in each] == pytest.approx(rates)
-    assert pairs[0].keys() == {"step", "epoch", "loss", "cross_entropy", "kl", "images_per_second", "waiting", "lr"}
+    assert pairs[0].keys() == {
+        "run",
+        "epoch",
+        "step",
+        "loss",
+        "cross_entropy",
+        "kl",
+        "images_per_second",
+        "waiting",
+        "lr",
+    }
     assert 0 <= pairs[0]["waiting"] <= 1 and pairs[0]["images_per_second"] > 0
 
 
@@ -79,9 +89,9 @@ def test_logged_speed_excludes_the_time_of_validation(run_training, square_crops
 
 
 def test_damaged_lines_of_the_log_are_removed_on_resuming(run_training, tmp_path):
-    run_training("--batch_size", 1, "--max_steps", 2)
+    run = run_training("--batch_size", 1, "--max_steps", 2)[0]["run"]
     with open(tmp_path / "run" / "log" / "train.jsonl", "a") as file:
-        file.write('\0\0\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+        file.write(f'\0\0\n{{"run": "{run}", "step": 3, "loss": 1}}\n3\n{{"step": 4, "lo')
     lines = run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
     assert [line["step"] for line in lines] == [1, 2, 3] and "cross_entropy" in lines[2]
 

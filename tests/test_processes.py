@@ -286,7 +286,8 @@ def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
         patch.setattr(train, "objective", signalled)
         with pytest.raises(AssertionError):  # the fixture checks the exit code
             run_training(*flags)
-    assert state(tmp_path / "run")["progress"]["batch"] == 1  # of 1: the epoch has not ended
+    progress = state(tmp_path / "run")["progress"]
+    assert (progress["step"], progress["epoch"], progress["validated"]) == (1, 1, 0)
     assert not any("val_kl" in line for line in read_log(tmp_path / "run"))
     lines = run_training(*flags, "--continue_train")
     assert [line["step"] for line in lines if "val_kl" in line] == [1]

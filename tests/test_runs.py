@@ -1,7 +1,8 @@
 """A training run that was stopped in any way continues as if it had not been stopped."""
 
-import math
+import json
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import same_values
+from PIL import Image
 from processes import (
     LIMIT,
     read_log,
@@ -49,8 +51,8 @@ def test_keep_flag_removes_the_oldest_checkpoints(run_training, tmp_path, square
 def test_save_latest_flag_saves_during_the_epoch(run_training, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(runs.Run, "save", lambda run, *names: saved.append((*names, run.progress["step"])))
-    run_training("--batch_size", 1, "--max_steps", 3, "--save_latest", 2)
-    assert saved == [("latest", 2), ("latest", 3)]
+    run_training("--batch_size", 1, "--max_steps", 5, "--num_epochs", 2, "--save_latest", 3, "--save_freq", 9)
+    assert saved == [("latest", step) for step in (2, 3, 4, 5, 5)]
 
 
 def test_checkpoint_is_a_state_dict_with_load_size_epoch_and_step(run_training, tmp_path, square_crops):
@@ -94,6 +96,7 @@ def change_progress(tmp_path):
     def change(**entries):
         saved = state(tmp_path / "run")
         saved["progress"].update(entries)
+        saved.pop("checksum", None)  # as in older states
         save_checkpoint(saved, tmp_path / "run" / "model" / "epoch_latest_state.pdopt")
 
     return change
@@ -135,9 +138,6 @@ def test_run_killed_after_any_write_of_a_checkpoint_can_be_resumed(run_training,
     args = ["--batch_size", 1, "--save_latest", 1, "--loss_step", 1]
     run_training(*args, "--max_steps", 4, folder="whole")
 
-    class Killed(BaseException):
-        pass
-
     for module, name in ((paddle, "save"), (os, "fsync"), (os, "replace")):
         for nth in (3, 4, 5, 6):  # state and weights of the second step, then of the third
             folder, calls, original = f"{name}{nth}", [], getattr(module, name)
@@ -167,8 +167,8 @@ def test_validation_that_a_kill_prevented_is_done_when_resumed(run_training, cha
 
 def test_progress_of_a_wrong_type_prints_one_line(run_training, change_progress, error_message):
     run_training()
-    for key, value in (("step", "7"), ("step", -1), ("batch", 0.5), ("epoch", None), ("best_kl", math.nan)):
-        before = {"step": 2, "batch": 0, "epoch": 2, "best_kl": math.inf}
+    for key, value in (("step", "7"), ("step", -1), ("batch", 0.5), ("epoch", None), ("validated", -1)):
+        before = {"step": 2, "batch": 0, "epoch": 2, "validated": 2}
         change_progress(**{**before, key: value})
         message = error_message(run_training, "--continue_train")
         assert f"epoch_latest_state.pdopt: not a training state: its {key} is " in message
@@ -183,16 +183,6 @@ def test_unknown_progress_is_ignored(run_training, change_progress, tmp_path):
 
 
 # Earlier runs
-
-
-def test_earlier_run_is_replaced_only_with_overwrite(run_training, error_message, tmp_path):
-    lines = run_training("--max_steps", 1, "--loss_step", 50, overwrite=False)
-    assert [line["step"] for line in lines] == [1]  # though the run is shorter than --loss_step
-    for flags in ((), ("--model_path", tmp_path / "other"), ("--log_path", tmp_path / "other")):
-        message = error_message(run_training, *flags, overwrite=False)
-        assert "--continue_train" in message and "--overwrite" in message
-    assert read_log(tmp_path / "run") == lines
-    assert len(run_training("--max_steps", 2)) == 2
 
 
 def test_overwrite_removes_all_files_of_the_earlier_run(run_training, tmp_path, square_crops):
@@ -216,20 +206,101 @@ def test_overwrite_with_a_wrong_flag_removes_nothing(run_training, error_message
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty"])
 
 
-@pytest.mark.slow
-def test_replaced_run_cannot_be_resumed_after_a_kill(run_training, tmp_path, square_crops):
-    """--overwrite is killed before its first save."""
-    folder = tmp_path / "run"
-    run_training("--num_epochs", 2, "--max_steps", 9)
-    with start_training(folder, square_crops, "--overwrite") as process:
-        wait_for(lambda: read_log(folder) and "Traceback" not in (folder / "out").read_text(), process)
-        wait_for(lambda: "columns:" in (folder / "out").read_text(), process)
-        process.kill()
-        process.wait()
-    code, err = run_training_to_end(folder, square_crops, "--continue_train", "--max_steps", 9)
-    assert code == 1 and "no such checkpoint" in err
-    assert run_training_to_end(folder, square_crops, "--max_steps", 2)[0] == 0  # the original command is not refused
-    assert [line["step"] for line in read_log(folder)] == [1, 2]
+# An identity that model folder, log and state share
+
+
+def test_earlier_run_is_replaced_only_with_overwrite(run_training, error_message, tmp_path):
+    lines = run_training("--max_steps", 1, "--loss_step", 50, overwrite=False)
+    assert [line["step"] for line in lines] == [1]  # though the run is shorter than --loss_step
+    for flags in ((), ("--model_path", tmp_path / "other"), ("--log_path", tmp_path / "other")):
+        message = error_message(run_training, *flags, overwrite=False)
+        assert "--continue_train" in message and "--overwrite" in message
+    assert read_log(tmp_path / "run") == lines
+    assert len(run_training("--max_steps", 2)) == 2
+
+
+def test_log_of_a_run_whose_checkpoints_were_moved_is_not_replaced(run_training, error_message, tmp_path):
+    run_training("--batch_size", 1, "--max_steps", 3)
+    (archive := tmp_path / "archive").mkdir()
+    for path in (tmp_path / "run" / "model").glob("*.pd*"):
+        path.rename(archive / path.name)
+    for start in ([], ["--continue_train"]):
+        message = error_message(run_training, "--batch_size", 1, "--max_steps", 1, *start, overwrite=False)
+        assert "train.jsonl: belongs to an earlier run" in message
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_log_of_another_run_is_refused_when_resuming(run_training, error_message, tmp_path):
+    flags = ["--batch_size", 1, "--num_epochs", 9, "--save_freq", 9]
+    run_training(*flags, "--max_steps", 3, folder="a")
+    lines = run_training(*flags, "--max_steps", 9, folder="b")
+    log = ["--log_path", tmp_path / "b" / "log", "--continue_train"]
+    message = error_message(run_training, *flags, "--max_steps", 6, *log, folder="a")
+    assert "contains the log of another run" in message and "choose another --log_path" in message
+    assert read_log(tmp_path / "b") == lines
+    other = ["--log_path", tmp_path / "c" / "log", "--continue_train"]
+    run_training(*flags, "--max_steps", 6, *other, folder="a")  # an empty folder is not refused
+    assert [line["step"] for line in read_log(tmp_path / "c")] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["text.jpg", "gray.png"])
+def test_overwrite_keeps_the_earlier_run_if_the_new_one_cannot_train(
+    run_training, error_message, tmp_path, square_crops, name
+):
+    """Its images are unreadable or gray, or its learning rate is too high."""
+    run_training("--num_epochs", 3, "--max_steps", 9, "--val_dir", square_crops)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (images := tmp_path / "images").mkdir()
+    for i in range(30):
+        path = images / f"{i}{name}"
+        path.write_text("not an image") if name == "text.jpg" else Image.new("L", (64, 64), 99).save(path)
+    message = error_message(run_training, "--num_epochs", 3, image_dir=images)
+    assert message.endswith("nothing was saved")
+    assert "not finite" in error_message(run_training, "--lr", 1e38, "--batch_size", 1)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    run_training("--num_epochs", 4, "--max_steps", 9, "--continue_train")
+
+
+class Killed(BaseException):
+    """Ends a run at once, as a kill would, if nothing catches it."""
+
+
+@pytest.mark.parametrize("removed", range(9))
+def test_run_killed_while_it_replaces_an_earlier_one_can_be_resumed(
+    run_training, tmp_path, square_crops, monkeypatch, removed
+):
+    """After each of the files that it removes."""
+    folder, flags = tmp_path / "run", ["--batch_size", 1, "--num_epochs", 2, "--seed", 1, "--val_dir", square_crops]
+    run_training("--num_epochs", 3, "--max_steps", 9, "--val_dir", square_crops)
+    earlier = {path.name for path in folder.rglob("*")}
+    calls, unlink = [], pathlib.Path.unlink
+
+    def killed(path, **settings):
+        if path.parent.name in ("model", "log") and not path.name.startswith("."):
+            calls.append(path)
+            if len(calls) > removed:
+                raise Killed
+        unlink(path, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pathlib.Path, "unlink", killed)
+        run_training(*flags, "--max_steps", 5)
+    lines = run_training(*flags, "--max_steps", 5, "--continue_train")
+    whole = run_training(*flags, "--max_steps", 5, folder="whole")
+    assert same_values(weights(folder), weights(tmp_path / "whole"))
+    assert [line["step"] for line in lines] == [line["step"] for line in whole][-len(lines) :]
+    names = {path.name for path in folder.rglob("*") if not path.name.startswith("vdl")}
+    assert names == {path.name for path in (tmp_path / "whole").rglob("*") if not path.name.startswith("vdl")}
+    assert len(earlier) > len(names)
+
+
+def test_continue_train_without_a_run_starts_a_new_one(run_training, error_message, capsys):
+    lines = run_training("--batch_size", 1, "--max_steps", 2, "--continue_train")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert "model: nothing to resume yet; starting a new run" in capsys.readouterr().err
+    assert len(run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")) == 3
+    assert "nothing to resume" not in capsys.readouterr().err
+    assert "no such checkpoint" in error_message(run_training, "--continue_train", "--which_epoch", 7)
 
 
 @pytest.mark.slow
@@ -286,7 +357,7 @@ def test_resumed_run_trains_the_epochs_left_with_a_changed_batch_or_folder(
     capsys.readouterr()
     more = ["--batch_size", batch_size, "--num_epochs", 5, "--max_steps", 999, "--continue_train"]
     lines = run_training(*more, image_dir=folder)
-    assert images == 4 or f"images 4 is now {images}" in capsys.readouterr().err
+    assert images == 4 or f"images 4 (names 715f338b) is now {images} (names" in capsys.readouterr().err
     steps_per_epoch = images // batch_size
     assert [line["epoch"] for line in lines[10:]] == [2] * steps_per_epoch + [3] * steps_per_epoch + [
         4
@@ -296,16 +367,25 @@ def test_resumed_run_trains_the_epochs_left_with_a_changed_batch_or_folder(
 
 
 def test_unusable_training_states_print_one_line(run_training, error_message, tmp_path):
-    run_training()
+    run_training("--num_epochs", 2)
     path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
     whole = path.read_bytes()
+    start = whole.index(state(tmp_path / "run")["network"]["up.weight"].tobytes())
     path.write_bytes(whole[: len(whole) // 2])
-    assert "epoch_latest_state.pdopt: not a readable checkpoint" in error_message(run_training, "--continue_train")
+    message = error_message(run_training, "--continue_train")
+    assert "epoch_latest_state.pdopt: not a readable checkpoint" in message
+    assert message.endswith("the newest state that can be read: --which_epoch 1")
+    path.write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])  # a block that was never written
+    message = error_message(run_training, "--continue_train")
+    assert "epoch_latest_state.pdopt: damaged: its checksum does not match" in message
+    (path.parent / "epoch_1_state.pdopt").write_bytes(b"")
+    assert error_message(run_training, "--continue_train").endswith("--which_epoch 0")
     path.write_bytes((path.parent / "epoch_latest_model.pdparams").read_bytes())
     assert "not a training state" in error_message(run_training, "--continue_train")
     path.unlink()
-    for flags in ((), ("--which_epoch", 7)):
-        assert "no such checkpoint" in error_message(run_training, "--continue_train", *flags)
+    message = error_message(run_training, "--continue_train")
+    assert "no such checkpoint" in message and message.endswith("--which_epoch 0")
+    run_training("--continue_train", "--which_epoch", 0)
 
 
 def test_keep_flag_leaves_later_checkpoints_when_an_earlier_epoch_is_resumed(run_training, tmp_path):
@@ -313,6 +393,51 @@ def test_keep_flag_leaves_later_checkpoints_when_an_earlier_epoch_is_resumed(run
     more = ["--num_epochs", 3, "--max_steps", 100, "--continue_train", "--which_epoch", 1]
     run_training(*more, "--keep", 1)
     assert saved_names(tmp_path / "run") == {"2", "3", "latest"}
+
+
+def test_resuming_an_earlier_epoch_keeps_later_lines_and_a_better_best(run_training, tmp_path, square_crops, capsys):
+    flags = ["--batch_size", 1, "--val_dir", square_crops, "--max_steps", 99]
+    lines = run_training(*flags, "--num_epochs", 4, "--lr", 1e-3)
+    model = tmp_path / "run" / "model"
+    best, before = json.loads((model / "epoch_best.json").read_text()), weights(tmp_path / "run", "best")
+    assert best["kl"] == min(line["val_kl"] for line in lines if "val_kl" in line) and best["step"] > 4
+    capsys.readouterr()
+    run_training(*flags, "--num_epochs", 2, "--lr", 1e-12, "--continue_train", "--which_epoch", 0)
+    later = [line for line in lines if (line["step"], "val_kl" in line) > (4, False)]
+    assert [json.loads(x) for x in (tmp_path / "run" / "log" / "train_after_4.jsonl").read_text().splitlines()] == later
+    assert f"{len(later)} lines after step 4 moved to train_after_4.jsonl" in capsys.readouterr().err
+    assert json.loads((model / "epoch_best.json").read_text()) == best
+    assert same_values(weights(tmp_path / "run", "best"), before)
+
+
+def test_best_begins_again_on_other_validation_images(run_training, tmp_path, square_crops, capsys):
+    """It counts epochs as the numbered checkpoints do."""
+    (other := tmp_path / "other").mkdir()
+    shutil.copy(square_crops / "rocket.png", other)
+    flags, model = ["--num_epochs", 2, "--max_steps", 9, "--lr", 1e-12], tmp_path / "run" / "model"
+    run_training("--num_epochs", 1, "--val_dir", square_crops, "--max_steps", 9, "--lr", 1e-12)
+    entries = [paddle.load(str(model / f"epoch_{name}_model.pdparams")) for name in ("best", "0")]
+    assert [int(x["epoch"]) for x in entries] == [1, 1] and [int(x["step"]) for x in entries] == [1, 1]
+    before = json.loads((model / "epoch_best.json").read_text())
+    run_training(*flags, "--val_dir", other, "--continue_train")
+    best = json.loads((model / "epoch_best.json").read_text())
+    assert before["measured_on"].startswith("4 (names ") and best["measured_on"].startswith("1 (names ")
+    assert best["step"] == 2 and "`best` begins again" in capsys.readouterr().err
+
+
+def test_renamed_training_image_restarts_the_epoch(run_training, tmp_path, square_crops, capsys):
+    images = shutil.copytree(square_crops, tmp_path / "images")
+    run_training("--batch_size", 1, "--max_steps", 2, "--num_epochs", 1, image_dir=images)
+    (images / "rocket.png").rename(images / "a.png")
+    capsys.readouterr()
+    lines = run_training(
+        *("--batch_size", 1, "--max_steps", 99, "--num_epochs", 1, "--continue_train"), image_dir=f"{images}{os.sep}"
+    )
+    assert "images 4 (names" in (err := capsys.readouterr().err) and "starting epoch 0 again" in err
+    assert len(lines) == 2 + 4
+    shutil.move(images, tmp_path / "moved")  # names are relative to the folder
+    run_training(*("--batch_size", 1, "--num_epochs", 2, "--continue_train"), image_dir=tmp_path / "moved")
+    assert "changed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["run", "other"])
