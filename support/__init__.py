@@ -4,6 +4,8 @@ Modules here import nothing from the top-level scripts. Import this package befo
 startup messages.
 """
 
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -21,7 +23,10 @@ if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 os.environ.setdefault("GLOG_minloglevel", "2")
 _level = logging.getLogger().level  # Paddle raises it, and every library becomes verbose
-with warnings.catch_warnings():  # of Paddle's import only (no ccache, no cuDNN)
+_threads = os.environ.get("OMP_NUM_THREADS")  # Paddle sets it to 1, also in its launcher
+_may_be_paddles = _threads == "1" and ("paddle" in sys.modules or "PADDLE_TRAINER_ID" in os.environ)
+OMP_NUM_THREADS = None if _may_be_paddles else _threads
+with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # of Paddle's import only (no ccache, …)
     warnings.simplefilter("ignore")
     try:
         import paddle  # noqa: F401
@@ -35,3 +40,5 @@ with warnings.catch_warnings():  # of Paddle's import only (no ccache, no cuDNN)
                 raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
         raise
 logging.getLogger().setLevel(_level)
+if _threads is None:  # otherwise the processes that a script starts would get it
+    os.environ.pop("OMP_NUM_THREADS", None)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from support import OMP_NUM_THREADS
+
 import paddle
 
 core = paddle.base.core
@@ -41,7 +43,7 @@ def available_cores(processes=1):
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, min(cores, _quota()) // processes)
-    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    threads = (OMP_NUM_THREADS or "").split(",")[0].strip()
     return min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
 
 

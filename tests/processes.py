@@ -93,8 +93,10 @@ def read_log(folder):
 
 
 def values(folder):
-    """Return the log without its times; a step that was repeated appears twice."""
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_log(folder)]
+    """Return the log without its times and the run's identifier; a step that was repeated appears twice."""
+    return [
+        {k: v for k, v in line.items() if k not in ("run", "images_per_second", "waiting")} for line in read_log(folder)
+    ]
 
 
 def steps(lines):
@@ -107,7 +109,10 @@ def weights(folder, name="latest"):
 
 
 def state(folder, name="latest"):
-    return load_checkpoint(folder / "model" / f"epoch_{name}_state.pdopt")
+    """Return a training state without the run's identifier, so that those of two runs can be equal."""
+    content = load_checkpoint(folder / "model" / f"epoch_{name}_state.pdopt")
+    del content["run"]
+    return content
 
 
 def saved_names(folder):

@@ -52,7 +52,7 @@ V1 = "/sys/fs/cgroup/cpu/cpu.cfs_{}_us"
 def test_cores_are_limited_by_a_quota_and_omp_num_threads(monkeypatch, files, threads, processes, cores):
     monkeypatch.setattr(cpu, "_read", lambda path: files.get(path, ""))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(cpu, "OMP_NUM_THREADS", threads)
     assert available_cores(processes) == cores
 
 

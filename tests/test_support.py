@@ -32,9 +32,11 @@ def stderr(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("home", [".", "/proc/nowhere"])
-def test_training_prints_no_messages_of_libraries_even_without_a_home_directory(stderr, square_crops, tmp_path, home):
+def test_training_prints_no_messages_of_libraries_even_without_a_home_directory(
+    stderr, square_crops, image_folder, tmp_path, home
+):
     sizes = ["--load_size", "32", "--crop_size", "32", "--batch_size", "2", "--num_workers", "1", "--max_steps", 1]
-    flags = ["--image_dir", square_crops, "--val_dir", square_crops, *sizes]
+    flags = ["--image_dir", square_crops, "--val_dir", image_folder, *sizes]
     assert stderr(ROOT / "train.py", *flags, home=tmp_path / home) == []
 
 
@@ -93,6 +95,22 @@ def test_importing_support_keeps_signal_handlers_and_the_home_directory(stderr):
 
 
 @pytest.mark.slow
+def test_omp_num_threads_is_what_the_user_set(stderr):
+    """Paddle sets the variable to 1, also for the processes that its launcher starts."""
+    code = "import os, support; print(support.OMP_NUM_THREADS, os.environ.get('OMP_NUM_THREADS'))"
+    for set_before, expected in (
+        ({}, "None None"),
+        ({"OMP_NUM_THREADS": "1"}, "1 1"),
+        ({"OMP_NUM_THREADS": "2"}, "2 2"),
+    ):
+        environment = {"PYTHONPATH": str(ROOT), **set_before}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected and not done.stderr
+    environment.update(OMP_NUM_THREADS="1", PADDLE_TRAINER_ID="0")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None 1"
+
+
 def test_errors_of_paddle_are_shown(stderr):
     lines = stderr("-c", "import support, paddle; paddle.ones([2]).reshape([3])", code=1)
     assert any("ValueError" in line or "InvalidArgument" in line for line in lines)
