@@ -489,7 +489,7 @@ def test_full_disk_stops_the_run_with_one_line(tmp_path, square_crops, full):
         assert "cannot be written: no space left on device" in lines[-1] and "Traceback" not in "".join(lines)
         (disk / "filler").unlink()
         step = load_checkpoint(tmp_path / "model" / "epoch_latest_state.pdopt")["progress"]["step"]
-        assert step % 5 == 0
+        assert step == 2 or step % 5 == 0  # the first save or a later one
         code, _ = run_training_to_end(tmp_path, square_crops, *more, "--continue_train", "--max_steps", step + 5)
         assert code == 0
     finally:
