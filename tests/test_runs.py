@@ -94,10 +94,11 @@ def change_progress(tmp_path):
     """Change entries of the progress in the training state of tmp_path / "run"."""
 
     def change(**entries):
-        saved = state(tmp_path / "run")
+        path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+        saved = load_checkpoint(path)
         saved["progress"].update(entries)
         saved.pop("checksum", None)  # as in older states
-        save_checkpoint(saved, tmp_path / "run" / "model" / "epoch_latest_state.pdopt")
+        save_checkpoint(saved, path)
 
     return change
 
