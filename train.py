@@ -25,11 +25,11 @@ import warnings
 import zlib
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from support import cli, convolutions, cpu, gpu, processes, runs
 from support.cli import UserError, note, number, whole
-from support.logs import Log, Meter
+from support.logs import Log, Meter, finish
 from support.neighbors import Lookup
 from support.workers import default_workers, from_workers, hide_loader_warnings, make_loader
 
@@ -44,7 +44,6 @@ import utils
 from model import CIC
 from pretrained import find_weights, initialize
 
-NAMES = ("loss", "cross_entropy", "kl")  # the values of `objective`
 PANEL_IMAGES = 6  # validation images in VisualDL's picture
 FORMATS = {  # of the values in the log
     "epoch": "3d",
@@ -52,29 +51,28 @@ FORMATS = {  # of the values in the log
     "loss": "9.1f",
     "cross_entropy": ".4f",
     "kl": ".4f",
+    "rmse": ".3f",
     "auc": ".2%",
     "lr": ".3g",
     "images_per_second": ".1f",
     "waiting": ".0%",
 }
-COLUMNS = """columns: loss, rebalanced and summed over positions; cross_entropy, kl: in nats per position;
-  lr: learning rate; waiting: share of time spent waiting for images"""
 PICTURE = "validation/gray, colored, true"
 ADVICE = "resume it with --continue_train, replace it with --overwrite, or choose another --model_path and --log_path"
 ENTRIES = ("load_size", "epoch", "step")  # stored with the weights, for programs that use them
-# Flags that define the objective: a run cannot be resumed with others.
-OBJECTIVE = ("rebalance", "gamma", "NN", "sigma", "prior")
+# Flags that define the loss: a run cannot be resumed with others.
+LOSS = ("loss", "rebalance", "gamma", "NN", "sigma", "prior")
 # Flags that define the order of the images, as these do: after a change, an epoch cannot be resumed in the middle.
 ORDER = ("seed", "batch_size")
 # Flags that may change when a run is resumed.
 FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_decay", "amp", "freeze_bn")
 
 # -------------------------------------------------------------------------------------------------
-# Objective
+# Loss
 
 
 class Constants(NamedTuple):
-    """Tensors and tables that the objective uses at every step."""
+    """Tensors and tables that a loss uses at every step."""
 
     ab_bins: paddle.Tensor  # float32 [Q, 2]
     bin_weights: paddle.Tensor  # float32 [Q], w of Eq. 4
@@ -87,7 +85,7 @@ def make_constants(args):
     return Constants(ab_bins, bin_weights, Lookup(ab_bins, args.NN))
 
 
-def objective(network, rgb, constants, args, autocast):
+def classification(network, rgb, constants, args, autocast):
     """Compute the loss of each image (Eq. 2): -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
 
     Args:
@@ -115,6 +113,61 @@ def objective(network, rgb, constants, args, autocast):
     cross_entropy = losses.detach().mean(axis=[1, 2])  #                                         [N]
     values = [(v * losses).sum(axis=[1, 2]), cross_entropy, cross_entropy - entropy]
     return paddle.stack(values, axis=1), logits
+
+
+def l2(network, rgb, constants, args, autocast):
+    """Compute the loss of each image of the paper's baseline (Eq. 1): 1/2 sum_hw |Y_hw - Y^_hw|^2.
+
+    All images count, gray ones too: Eq. 1 has no weights.
+
+    Args:
+        network (Layer): Returns ab for L - 50. The others are those of `classification`.
+
+    Returns:
+        tuple[Tensor, Tensor]: The values of each image, float32 [N, 2]: its loss and, without gradients, the mean
+            squared distance of ab per position. And the predicted ab, float32 [N, 2, H/4, W/4].
+    """
+    with paddle.no_grad():
+        lightness, ab = dataset.targets(rgb)  #                                [N, 1, H, W], [N, 2, H/4, W/4]
+    with paddle.amp.auto_cast(**autocast):
+        predicted = network(lightness - 50)  #                                                   [N, 2, H/4, W/4]
+    predicted = predicted.astype("float32")
+    squared = (predicted - ab).square().sum(axis=1)  #                                           [N, H/4, W/4]
+    values = [squared.sum(axis=[1, 2]) / 2, squared.detach().mean(axis=[1, 2])]
+    return paddle.stack(values, axis=1), predicted
+
+
+class Objective(NamedTuple):
+    """A loss, and how it is logged."""
+
+    compute: Callable  # (network, rgb, constants, args, autocast) -> values of each image [N, len(columns)], output
+    columns: (
+        dict  # names of the values, and a function of the mean of each; the first is the loss, the last selects `best`
+    )
+    meaning: str  # of the columns
+    head: str  # of the network
+    predict: Callable  # (output, constants) -> ab
+    flags: tuple  # the flags that apply to this loss alone
+
+
+OBJECTIVES = {
+    "classification": Objective(
+        classification,
+        {"loss": float, "cross_entropy": float, "kl": float},
+        "loss, rebalanced and summed over positions; cross_entropy, kl: in nats per position",
+        "conv8_313",
+        lambda logits, constants: utils.annealed_mean(logits, constants.ab_bins),
+        ("rebalance", "gamma", "NN", "sigma", "prior"),
+    ),
+    "l2": Objective(
+        l2,
+        {"loss": float, "rmse": math.sqrt},
+        "loss, summed over positions; rmse: distance of predicted and true ab per position, root mean square",
+        "conv8_ab",
+        lambda ab, constants: ab,
+        (),
+    ),
+}
 
 
 def set_training(network, args):
@@ -191,14 +244,14 @@ def warn_of_overlap(images, val_images, args):
 
 @paddle.no_grad()
 def validate(run, validation, constants, args, autocast, stop, log):
-    """Log cross-entropy, KL, raw AuC and a picture for the validation images of all processes; save the best weights.
+    """Log the values, raw AuC and a picture for the validation images of all processes; save the best weights.
 
     The values are not re-weighted, so variants of the loss can be compared. A stop request ends this without a result.
     """
     processes.share_statistics(run.network)
     run.network.eval()
-    images = gray = 0
-    sums, histogram, panel = np.zeros(len(NAMES)), np.zeros(utils.MAX_THRESHOLD + 2), []
+    objective, images, gray = OBJECTIVES[args.loss], 0, 0
+    sums, histogram, panel = np.zeros(len(objective.columns)), np.zeros(utils.MAX_THRESHOLD + 2), []
     batches = from_workers(validation.loader, stop)
     bar = tqdm(batches, "validating", len(validation.loader), unit="batch", leave=False, disable=None)
     for rgb, broken in bar:
@@ -208,12 +261,12 @@ def validate(run, validation, constants, args, autocast, stop, log):
         if not len(readable):
             continue
         rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
-        values, logits = objective(run.network, rgb, constants, args, autocast)
+        values, output = objective.compute(run.network, rgb, constants, args, autocast)
         images += len(rgb)
         gray += int((values[:, 0] == 0).sum())
         sums += values.sum(axis=0).numpy()
         lab = dataset.rgb_to_lab(rgb)
-        colored = utils.upsample_ab(utils.annealed_mean(logits, constants.ab_bins), *rgb.shape[2:])
+        colored = utils.upsample_ab(objective.predict(output, constants), *rgb.shape[2:])
         distance = np.hypot(*(colored - lab[:, 1:]).numpy().swapaxes(0, 1))
         if np.isfinite(distance).all():
             histogram += utils.error_histogram(distance)[0]
@@ -231,13 +284,14 @@ def validate(run, validation, constants, args, autocast, stop, log):
         raise UserError("the network's output for the validation images is not finite: try a lower --lr")
     if gray == images:
         processes.on_first(note, f"{args.val_dir}: all {images:.0f} images are gray: this does not measure color")
-    _, cross_entropy, kl = (sums / images).tolist()
-    step, auc = run.progress["step"], float(utils.auc(histogram))
     epoch = run.progress["epoch"] - (run.progress["batch"] == 0)  # the one that this step belongs to
-    log.write({"epoch": epoch, "step": step, "val_cross_entropy": cross_entropy, "val_kl": kl, "val_auc": auc})
+    step, values = run.progress["step"], finish(objective.columns, sums / images)
+    shown = {f"val_{name}": value for name, value in values.items() if name != "loss"}
+    log.write({"epoch": epoch, "step": step, **shown, "val_auc": float(utils.auc(histogram))})
     log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
     run.progress["validated"] = step
-    run.save_best("kl", kl, validation.description)
+    last = list(objective.columns)[-1]
+    run.save_best(last, values[last], validation.description)
 
 
 def side_by_side(lab, ab, rgb):
@@ -262,6 +316,7 @@ def parse_args(argv=None):
     add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of an epoch is unreadable")
 
     group = parser.add_argument_group("method")
+    group.add_argument("--loss", choices=OBJECTIVES, default="classification", help="l2: Eq. 1, the paper's baseline")
     cli.add_bool_flag(group, "--rebalance", True, "give rare colors more weight in the loss")
     add = group.add_argument
     share = "lambda of Eq. 4: share of the uniform distribution mixed into the prior; 1: no rebalancing"
@@ -298,7 +353,9 @@ def parse_args(argv=None):
     add("--save_freq", type=whole(), default=1, help="epochs between saves of epoch_{N}_model.pdparams")
     add("--keep", type=whole(0), default=0, help="number of numbered checkpoints to keep, the newest; 0 keeps all")
     add("--loss_step", type=whole(), default=50, help="steps between lines of the log")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
 
 
 def check_args(args, world_size):
@@ -309,6 +366,9 @@ def check_args(args, world_size):
     for one, other in (("freeze_bn", "sync_bn"), ("continue_train", "init_from"), ("continue_train", "overwrite")):
         if getattr(args, one) and getattr(args, other):
             raise UserError(f"--{one} and --{other} exclude each other")
+    for objective in OBJECTIVES.values():
+        if wrong := sorted(args.given & {*objective.flags} - {*OBJECTIVES[args.loss].flags}):
+            raise UserError(f"--{wrong[0]}: does not apply to --loss {args.loss}")
     if args.sync_bn and not gpu.on_gpu():
         raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
     if args.which_epoch != "latest" and not args.continue_train:
@@ -360,9 +420,11 @@ def find_earlier_run(args):
 
 def build_network(args, parts):
     """Return the network, with random weights or those of --init_from."""
-    network = CIC()
+    network = CIC(OBJECTIVES[args.loss].head)
     if args.init_from:
-        initialize(network, find_weights(args.model_path, args.init_from))
+        path = find_weights(args.model_path, args.init_from)
+        if head := initialize(network, path):
+            processes.on_first(note, f"{path}: from a network with another last layer; {head} starts at random")
     if args.sync_bn:
         network = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if not gpu.on_gpu():
@@ -372,7 +434,7 @@ def build_network(args, parts):
 
 def make_run(args, network, optimizer, scaler, images):
     """Return the state of a new run."""
-    flags = {name: getattr(args, name) for name in (*OBJECTIVE, *ORDER, *FREE)}
+    flags = {name: getattr(args, name) for name in (*LOSS, *ORDER, *FREE)}
     flags.update(images=describe(images, args.image_dir), prior=utils.load_prior(args.prior).numpy())
     # `epoch` and `batch` come next, `step` steps are done, the weights after step `validated` were validated
     progress = {"epoch": 0, "batch": 0, "step": 0, "validated": 0}
@@ -382,10 +444,7 @@ def make_run(args, network, optimizer, scaler, images):
 
 def resume(run, args):
     """Restore the state of --which_epoch, and report the flags that have changed since."""
-    progress, path = run.progress, run.folder / f"epoch_{args.which_epoch}_state.pdopt"
-    changes = run.resume(args.which_epoch)
-    if refused := ", ".join(changes[name] for name in OBJECTIVE if name in changes):
-        raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
+    progress, changes = run.progress, run.resume(args.which_epoch, fixed=LOSS)
     for text in changes.values():
         note(f"resuming with a changed setting: {text}")
     if progress["batch"] and changes.keys() & {"images", *ORDER}:
@@ -407,7 +466,8 @@ def announce(args, network, loader, validation, autocast):
     megabytes = 4 * 4 * sum(x.size for x in network.state_dict().values()) / 1e6
     data = f"{cli.counted(len(loader.dataset), 'image')}{others}; {cli.counted(len(loader), 'step')} per epoch"
     folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
-    lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{COLUMNS}"
+    columns = f"columns: {OBJECTIVES[args.loss].meaning};\n  lr: learning rate; waiting: share of time spent waiting"
+    lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{columns}"
     processes.on_first(partial(print, flush=True), lines)
 
 
@@ -442,8 +502,8 @@ def report(run, args, stop):
 
 
 def take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule):
-    """Change the weights by one step of Adam. Return the values of `objective`, without gradients."""
-    values, _ = objective(model, rgb, constants, args, autocast)
+    """Change the weights by one step of Adam. Return the values of each image, without gradients."""
+    values, _ = OBJECTIVES[args.loss].compute(model, rgb, constants, args, autocast)
     scaler.scale(values[:, 0].mean()).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -492,7 +552,7 @@ def main(args):
         last = (progress["step"], progress["validated"] == progress["step"])
         log = Log(args.log_path, FORMATS, run.id, last, set_aside=args.which_epoch != "latest")
         opened.callback(log.close)
-        meter = Meter(NAMES, args.max_broken)
+        meter = Meter(OBJECTIVES[args.loss].columns, args.max_broken)
         bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))
         stop = opened.enter_context(processes.StopRequest())
         opened.enter_context(advice_for_errors(run))

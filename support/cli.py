@@ -163,6 +163,12 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} '': is empty (an unset variable?)")
         return args
 
+    def given(self, argv=None):
+        """Return the names of the flags that are given, whatever their values. The defaults are lost by that."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(super().parse_args(argv)))
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {one_line(message)} (--help lists the flags)\n")
 

@@ -53,7 +53,8 @@ class Log:
         if self.file or not is_first():
             return
         with report_os_errors(self.problem):
-            path, lines = self.folder / LINES, read_log(self.folder)
+            path = self.folder / LINES
+            lines = read_log(path)
             before = [values for values in lines if _step_and_stage(values) <= self.last]
             later = [values for values in lines if _step_and_stage(values) > self.last]
             if later and self.set_aside:
@@ -122,9 +123,9 @@ def _import_visualdl():
     return LogWriter
 
 
-def read_log(folder):
-    """Return the values of each line of a log; [] without a log."""
-    path, values = Path(folder, LINES), []
+def read_log(path):
+    """Return the values of each line of a train.jsonl; [] without a file."""
+    values = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):  # a kill may cut a line off
             values.append(json.loads(line))
@@ -133,7 +134,7 @@ def read_log(folder):
 
 def log_runs(folder):
     """Return the identifiers of the runs whose lines are in a log; that of older logs is ""."""
-    return {values.get("run", "") for values in read_log(folder)}
+    return {values.get("run", "") for values in read_log(Path(folder, LINES))}
 
 
 def _append(lines, path):
@@ -149,7 +150,7 @@ def _step_and_stage(values):
 class Totals(NamedTuple):
     """Sums over all processes."""
 
-    interval: np.ndarray  # of the interval's values, float64 [len(names)]
+    interval: np.ndarray  # of the interval's values, float64 [len(columns)]
     loss: float  # of the epoch
     broken: int  # unreadable files in the epoch
     images: int  # images in the epoch
@@ -162,12 +163,12 @@ class Meter:
     does not count.
 
     Args:
-        names (tuple[str]): Names of the values; the first is the loss.
+        columns (dict): Names of the values, and a function of the mean of each over the images. The first is the loss.
         max_broken (float): Largest share of an epoch's files that may be unreadable.
     """
 
-    def __init__(self, names, max_broken):
-        self.names, self.max_broken, self.last = names, max_broken, time.perf_counter()
+    def __init__(self, columns, max_broken):
+        self.columns, self.max_broken, self.last = columns, max_broken, time.perf_counter()
         self.begin_interval()
         self.begin_epoch()
 
@@ -176,7 +177,7 @@ class Meter:
         self.epoch_broken = self.epoch_images = 0
 
     def begin_interval(self):
-        self.sums = paddle.zeros([len(self.names)])
+        self.sums = paddle.zeros([len(self.columns)])
         self.steps = self.images = self.waited = self.worked = 0
 
     def timed(self, batches):
@@ -196,7 +197,7 @@ class Meter:
         """Add a step.
 
         Args:
-            values (Tensor): float32 [N, len(names)]. The values of each image.
+            values (Tensor): float32 [N, len(columns)]. The values of each image.
             broken (Tensor): int64 [N]. The unreadable files that each image replaces.
         """
         mean = values.mean(axis=0)
@@ -235,7 +236,12 @@ class Meter:
         """Return the means over the interval that ends here, over all processes, and begin the next interval."""
         self.worked += self._lap()
         world, seconds = dist.get_world_size(), self.worked + self.waited
-        means = (self.check().interval / (self.steps * world)).tolist()
+        values = finish(self.columns, self.check().interval / (self.steps * world))
         speed = {"images_per_second": self.images * world / seconds, "waiting": self.waited / seconds}
         self.begin_interval()
-        return {**dict(zip(self.names, means)), **speed}
+        return {**values, **speed}
+
+
+def finish(columns, means):
+    """Return the values that are logged, by name, from the means over the images."""
+    return {name: function(mean) for (name, function), mean in zip(columns.items(), means.tolist())}

@@ -159,16 +159,20 @@ class Run:
             (self.folder / f"epoch_{epoch}_model.pdparams").unlink(missing_ok=True)
             (self.folder / f"epoch_{epoch}_state.pdopt").unlink(missing_ok=True)
 
-    def resume(self, name):
+    def resume(self, name, fixed=()):
         """Restore the state that `save` wrote. Return the flags that have changed since, as {name: message}.
 
-        Raises UserError if the file cannot be read or is not a training state, or if the log is another run's.
+        Raises UserError if the file cannot be read or is not a training state, if the log is another run's, or if one
+        of the flags `fixed` has changed.
         """
         path = self.folder / f"epoch_{name}_state.pdopt"
         try:
             state = _read_state(path)
         except UserError as error:
             raise UserError(f"{error}; {self._other_state(path)}") from error
+        changes = self._changes(state["flags"])
+        if refused := ", ".join(changes[flag] for flag in fixed if flag in changes):
+            raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
         for key, before in self.progress.items():
             value = state["progress"].get(key, before)
             if not (isinstance(value, type(before)) and value >= 0):
@@ -186,9 +190,12 @@ class Run:
         self.optimizer.set_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        return changes
+
+    def _changes(self, earlier_flags):
         changes = {}
         for name, now in self.flags.items():
-            before = state["flags"].get(name)
+            before = earlier_flags.get(name, now)  # older states lack some flags
             if not np.array_equal(before, now):
                 changes[name] = f"{name} has changed" if np.ndim(now) else f"{name} {before} is now {now}"
         return changes

@@ -39,6 +39,11 @@ def small_network(monkeypatch):
     return SmallNetwork
 
 
+def change_loss(patch, function):
+    """Let `train.py` compute the classification loss by another function."""
+    patch.setitem(train.OBJECTIVES, "classification", train.OBJECTIVES["classification"]._replace(compute=function))
+
+
 def bundled_image(name):
     """Return one of scikit-image's images as a Pillow image."""
     return Image.fromarray(getattr(data, name)())

@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from support import cli
 from support.cli import Parser, add_bool_flag, number, printable, run_script, whole
 
 import pytest
 from conftest import ROOT
+from processes import wait_for
 
 from resources import estimate_prior
 
@@ -146,6 +148,40 @@ def test_name_that_is_not_utf_8_is_escaped_in_the_last_line(tmp_path, square_cro
     flags = ["--image_dir", str(square_crops), "--num_workers", "0", "--output", output]
     assert run_script(estimate_prior.main, lambda: estimate_prior.parse_args(flags)) == 0
     assert "p\\xff.npy: from 4 color images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_script_runs_without_standard_streams(tmp_path, closed):
+    """No file gets the number of a closed stream, into which messages would be written."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import note, run_script\n"
+    code += (
+        "def main(_):\n    print('out'); note('err'); file = open('file', 'w')\n    return 7 + (file.fileno() < 3)\n"
+    )
+    code += "sys.exit(run_script(main, lambda: None))"
+    command = f'{sys.executable} -c "$CODE" {closed}'
+    code = subprocess.run(command, shell=True, cwd=tmp_path, env={**os.environ, "CODE": code}).returncode
+    assert code == 7 and (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("script", ["train.py", "resources/estimate_prior.py"])
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads /proc")
+def test_ctrl_c_during_the_imports_prints_no_traceback(script):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_for(lambda: "libpaddle" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(60)
+    assert process.returncode == -signal.SIGINT and out == err == b""
+
+
+def test_importing_the_package_keeps_the_handler_of_ctrl_c_in_other_programs():
+    code = "import signal; import support; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    reset = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, **reset)
 
 
 class NotebookStream:

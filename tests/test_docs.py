@@ -57,7 +57,7 @@ def test_named_functions_exist():
     found = {named for page in PAGES for named in re.findall(pattern, page.read_text("utf-8"))}
     for module, name in found:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
-    assert {("utils", "annealed_mean"), ("train", "objective")} <= found
+    assert {("utils", "annealed_mean"), ("train", "classification")} <= found
 
 
 def command_lines():

@@ -12,7 +12,7 @@ from support.sheets import tile
 import numpy as np
 import paddle
 import pytest
-from conftest import visualdl_reader
+from conftest import change_loss, visualdl_reader
 from PIL import Image
 from processes import steps
 
@@ -76,14 +76,14 @@ def test_first_and_last_step_of_each_start_are_logged(run_training):
 
 def test_logged_speed_excludes_the_time_of_validation(run_training, square_crops, monkeypatch):
     """The clock advances by 1 s in a training step and by 100 s in a validation step."""
-    clock, objective = [0], train.objective
+    clock, objective = [0], train.classification
 
     def timed(*x):
         clock[0] += 1 if paddle.is_grad_enabled() else 100
         return objective(*x)
 
     monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: clock[0], time_ns=time.time_ns))
-    monkeypatch.setattr(train, "objective", timed)
+    change_loss(monkeypatch, timed)
     flags = ["--batch_size", 2, "--max_steps", 4, "--num_epochs", 2, "--loss_step", 4, "--val_dir", square_crops]
     assert [line["images_per_second"] for line in steps(run_training(*flags))] == [2, 2]
 
@@ -138,3 +138,14 @@ def test_unreadable_images_are_skipped_replaced_and_counted(run_training, damage
 def test_too_many_unreadable_images_stop_the_run(run_training, error_message, damaged):
     message = error_message(run_training, "--batch_size", 17, image_dir=damaged)
     assert "cannot be read: more than --max_broken 0.1" in message
+
+
+def test_new_visualdl_file_is_the_latest_though_the_clock_ran_backwards(run_training, tmp_path):
+    """VisualDL shows only the file whose name sorts last."""
+    run_training("--batch_size", 1, "--max_steps", 2)
+    logs, future = tmp_path / "run" / "log", time.time_ns() + 10**18
+    (path,) = logs.glob("vdlrecords*")
+    path.rename(logs / f"vdlrecords.{future}.log")
+    run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
+    assert max(logs.glob("vdlrecords*")).name == f"vdlrecords.{future + 1}.log"
+    assert len(visualdl_reader(logs).get_data("scalar", "training/loss")) == 3

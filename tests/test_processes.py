@@ -20,7 +20,7 @@ from support.processes import StopRequest, check_synchronized
 import numpy as np
 import paddle
 import pytest
-from conftest import same_values
+from conftest import change_loss, same_values
 from processes import (
     LIMIT,
     SMALL,
@@ -109,6 +109,15 @@ def test_statistics_of_batch_norm_are_averaged_over_the_processes(tmp_path, squa
 
 
 @pytest.mark.slow
+def test_fewer_validation_images_than_processes(tmp_path, square_crops):
+    (val := tmp_path / "val").mkdir()
+    (val / "a.png").write_bytes((square_crops / "coffee.png").read_bytes())
+    more = ["--val_dir", val, "--num_epochs", 2, "--save_freq", 1]
+    code, _ = run_training_to_end(tmp_path, square_crops, *more, launcher=launcher_flags(2, tmp_path))
+    assert code == 0 and [line["step"] for line in read_log(tmp_path) if "val_kl" in line] == [1, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_launcher_saves_the_run(tmp_path, square_crops, number):
     with start_training(tmp_path, square_crops, "--num_workers", 1, launcher=launcher_flags(2, tmp_path)) as process:
@@ -170,7 +179,10 @@ def test_unsynchronized_batch_norm_stops_the_run(monkeypatch, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+)
 def test_signal_saves_and_sets_the_exit_code(tmp_path, square_crops, number, code):
     """A terminal or a launcher sends it to the whole group of processes, workers included."""
     more = ["--batch_size", 1, "--num_workers", 2]
@@ -274,7 +286,7 @@ def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not():
 def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
     run_training, square_crops, tmp_path, monkeypatch
 ):
-    original = train.objective
+    original = train.classification
 
     def signalled(*x):
         if not paddle.is_grad_enabled():
@@ -283,7 +295,7 @@ def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
 
     flags = ["--val_dir", square_crops, "--num_epochs", 1, "--max_steps", 5]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "objective", signalled)
+        change_loss(patch, signalled)
         with pytest.raises(AssertionError):  # the fixture checks the exit code
             run_training(*flags)
     progress = state(tmp_path / "run")["progress"]

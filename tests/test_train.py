@@ -1,8 +1,10 @@
 """`train.py`: the effect of each flag, the files that it writes, and the errors that stop it."""
 
+import json
 import math
 import os
 import resource
+import shutil
 from pathlib import Path
 
 from support.checkpoints import load_checkpoint
@@ -11,9 +13,21 @@ from support.gpu import autocast
 import numpy as np
 import paddle
 import pytest
-from conftest import SmallNetwork, same_values, upsample_by_scipy
+from conftest import SmallNetwork, change_loss, same_values, upsample_by_scipy
 from PIL import Image
-from processes import has_ended, read_log, run_training_to_end, start_training, steps, steps_done, wait_for, weights
+from processes import (
+    has_ended,
+    read_log,
+    run_training_to_end,
+    saved_names,
+    start_training,
+    state,
+    steps,
+    steps_done,
+    wait_for,
+    weights,
+)
+from skimage import color
 
 import train
 from utils import annealed_mean, auc, error_histogram, load_ab_bins, load_prior
@@ -115,6 +129,94 @@ def test_validation_set_of_gray_images_prints_a_warning(run_training, tmp_path, 
     assert "gray" not in capsys.readouterr().err
 
 
+# L2, the paper's baseline
+
+
+def run_by_hand(square_crops, loss):
+    """Return the first batch of a run, as PyTorch tensors: L - 50 and the ab of every 4th pixel; and the batch."""
+    torch = pytest.importorskip("torch")
+    args = train.parse_args(["--image_dir", str(square_crops), "--loss", loss])
+    rgb = paddle.to_tensor(
+        np.stack([np.asarray(Image.open(p)).transpose(2, 0, 1) for p in sorted(square_crops.iterdir())])
+    )
+    lab = torch.tensor(color.rgb2lab(rgb.numpy().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2).astype(np.float64))
+    return args, rgb, lab[:, :1] - 50, lab[:, 1:, ::4, ::4]
+
+
+def test_l2_loss_and_its_gradients_equal_those_of_pytorch(square_crops):
+    """A network of one convolution, computed in float64 by scikit-image and PyTorch; one image is gray."""
+    torch = pytest.importorskip("torch")
+    args, rgb, lightness, ab = run_by_hand(square_crops, "l2")
+    layer = paddle.nn.Conv2D(1, 2, 4, stride=4)
+    values, output = train.l2(layer, rgb, train.make_constants(args), args, autocast("off"))
+    weight, bias = (torch.tensor(x.numpy().astype(np.float64), requires_grad=True) for x in (layer.weight, layer.bias))
+    predicted = torch.nn.functional.conv2d(lightness, weight, bias, stride=4)
+    np.testing.assert_allclose(output.numpy(), predicted.detach().numpy(), atol=0.02)
+    squared = (predicted - ab).pow(2).sum(dim=1)
+    losses = squared.sum(dim=(1, 2)) / 2
+    np.testing.assert_allclose(values.numpy()[:, 0], losses.detach().numpy(), rtol=1e-3)
+    np.testing.assert_allclose(values.numpy()[:, 1], squared.mean(dim=(1, 2)).detach().numpy(), rtol=1e-3)
+    values[:, 0].mean().backward()
+    losses.mean().backward()
+    for ours, theirs in ((layer.weight.grad, weight.grad), (layer.bias.grad, bias.grad)):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_l2_run_logs_loss_and_rmse_and_selects_best_by_rmse(run_training, square_crops, tmp_path):
+    flags = ["--loss", "l2", "--val_dir", square_crops, "--num_epochs", 3, "--max_steps", 9, "--lr", 1e-3]
+    lines = run_training(*flags)
+    trained, validated = steps(lines), [line for line in lines if "val_rmse" in line]
+    assert trained[0].keys() == {"run", "epoch", "step", "loss", "rmse", "images_per_second", "waiting", "lr"}
+    assert validated[0].keys() == {"run", "epoch", "step", "val_rmse", "val_auc"}
+    for line in trained:
+        assert line["loss"] == pytest.approx(POSITIONS / 2 * line["rmse"] ** 2, rel=1e-5)
+    best = json.loads((tmp_path / "run" / "model" / "epoch_best.json").read_text())
+    assert best["rmse"] == min(line["val_rmse"] for line in validated)
+    network = SmallNetwork("conv8_ab")
+    network.set_state_dict(weights(tmp_path / "run"))
+    network.eval()
+    images = [train.dataset.ColorizationDataset([str(p)], 40, 40)[0][0] for p in sorted(square_crops.iterdir())]
+    lab = color.rgb2lab(np.stack(images).transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    with paddle.no_grad():
+        ab = network(paddle.to_tensor(lab[:, :1].astype(np.float32)) - 50).numpy()
+    rmse = np.sqrt(((ab - lab[:, 1:, ::4, ::4]) ** 2).sum(axis=1).mean())
+    assert validated[-1]["val_rmse"] == pytest.approx(rmse, rel=1e-3)
+    whole = np.stack([upsample_by_scipy(x, 40, 40) for x in ab])
+    distance = np.hypot(*(whole - lab[:, 1:]).swapaxes(0, 1))
+    assert validated[-1]["val_auc"] == pytest.approx(auc(error_histogram(distance)[0]), abs=1e-4)
+
+
+def test_l2_run_learns_from_gray_images(run_training, tmp_path, square_crops):
+    """Eq. 1 has no weights."""
+    gray = with_gray(tmp_path / "gray", square_crops, colored=0)
+    assert steps(run_training("--loss", "l2", image_dir=gray))[0]["loss"] > 0
+
+
+def test_l2_run_starts_from_all_layers_of_a_classification_network_but_the_head(run_training, tmp_path, capsys):
+    run_training(folder="a")
+    path = tmp_path / "a" / "model" / "epoch_latest_model.pdparams"
+    still = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0, "--freeze_bn"]
+    run_training("--loss", "l2", "--init_from", path, *still)
+    assert f"{path}: from a network with another last layer; conv8_ab starts at random" in capsys.readouterr().err
+    before, after = load_checkpoint(path), weights(tmp_path / "run")
+    assert after["conv8_ab.weight"].shape == (2, 32, 1, 1) and after["conv8_ab.weight"].std() > 0.01
+    same = {name for name in before if name in after and name not in train.ENTRIES}
+    assert len(same) == len(before) - 2 - len(train.ENTRIES)
+    assert all(np.array_equal(before[name], after[name]) for name in same)
+    run_training("--init_from", tmp_path / "run" / "model" / "epoch_latest_model.pdparams", *still, folder="b")
+    assert "conv8_313 starts at random" in capsys.readouterr().err
+
+
+def test_flags_of_another_loss_are_refused(run_training, error_message, tmp_path):
+    """Also if they have their default values, and when a run is resumed."""
+    for flag, value in (("gamma", 0.5), ("rebalance", True), ("NN", 5), ("sigma", 5.0), ("prior", tmp_path)):
+        message = error_message(run_training, "--loss", "l2", f"--{flag}", value)
+        assert message == f"--{flag}: does not apply to --loss l2"
+    run_training("--max_steps", 1)
+    message = error_message(run_training, "--continue_train", "--loss", "l2")
+    assert "loss classification is now l2" in message
+
+
 # Data and optimization
 
 
@@ -208,6 +310,50 @@ def test_start_prints_data_device_disk_use_and_columns(run_training, square_crop
 # Checkpoints
 
 
+def test_nan_in_validation_ends_the_run_after_a_save(run_training, error_message, tmp_path, square_crops, monkeypatch):
+    """No NaN reaches train.jsonl, as that would not be JSON."""
+    original = train.classification
+
+    def diverged(network, *x):
+        values, logits = original(network, *x)
+        return (values, logits) if network.training else (values * math.nan, logits * math.nan)
+
+    change_loss(monkeypatch, diverged)
+    message = error_message(run_training, "--val_dir", square_crops, "--num_epochs", 3, "--max_steps", 9)
+    assert "the network's output for the validation images is not finite" in message
+    assert message.endswith("--continue_train resumes from the last save")
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1]
+    assert state(tmp_path / "run")["progress"]["step"] == 1 and "best" not in saved_names(tmp_path / "run")
+
+
+def test_unreadable_validation_images_do_not_discard_the_epoch(run_training, error_message, tmp_path):
+    (broken := tmp_path / "broken").mkdir()
+    (broken / "a.png").write_text("not an image")
+    message = error_message(run_training, "--val_dir", broken)
+    assert "none of the images can be read; --continue_train resumes from the last save" in message
+    assert saved_names(tmp_path / "run") == {"0", "latest"}
+
+
+def test_validation_images_among_the_training_images_print_a_warning(run_training, tmp_path, square_crops, capsys):
+    """Whatever the spelling of the path, and through links."""
+    (val := tmp_path / "val").mkdir()
+    (val / "other.png").symlink_to(square_crops / "coffee.png")
+    shutil.copy(square_crops / "rocket.png", val / "copy.png")
+    run_training("--val_dir", val, image_dir=f"{square_crops}{os.sep}")
+    assert "1 of 2 images for validation are also used for training" in capsys.readouterr().err
+    run_training("--val_dir", square_crops / ".." / square_crops.name, image_dir=os.path.relpath(square_crops))
+    assert "4 of 4 images for validation" in capsys.readouterr().err
+    (val / "other.png").unlink()
+    run_training("--val_dir", val)
+    assert "also used" not in capsys.readouterr().err
+
+
+def test_gray_images_stop_a_run_that_is_shorter_than_an_epoch(run_training, error_message, tmp_path, square_crops):
+    gray = with_gray(tmp_path / "gray", square_crops, colored=0)
+    message = error_message(run_training, "--batch_size", 1, "--max_steps", 2, image_dir=gray)
+    assert "all 2 images of the epoch so far are gray" in message and "nothing was saved" in message
+
+
 # Errors
 
 
@@ -279,12 +425,12 @@ def test_float32_step_reads_no_value_from_the_device(run_training, monkeypatch):
     monkeypatch.setattr(train, "from_workers", lambda *x: (batches.append(y) or y for y in read_batches(*x)))
     monkeypatch.setattr(train.gpu, "to_device", lambda x: copies.append(x.clone()) or copies[-1])
 
-    def objective(model, rgb, *more, original=train.objective):
+    def objective(model, rgb, *more, original=train.classification):
         assert rgb is copies[-1]
         counts.append(len(reads))  # before each step
         return original(model, rgb, *more)
 
-    monkeypatch.setattr(train, "objective", objective)
+    change_loss(monkeypatch, objective)
     for name in READERS:
         original = getattr(paddle.Tensor, name, None)
         if original is None:
@@ -309,7 +455,9 @@ def test_loss_of_a_float16_output_is_computed_in_float32():
     logits = paddle.randn([2, 313, 8, 8]).astype("float16")
     args = train.parse_args(["--image_dir", "x"])
     settings = train.make_constants(args), args, autocast("off")
-    half, single = (train.objective(lambda _, x=x: x, rgb, *settings)[0] for x in (logits, logits.astype("float32")))
+    half, single = (
+        train.classification(lambda _, x=x: x, rgb, *settings)[0] for x in (logits, logits.astype("float32"))
+    )
     assert half.dtype == paddle.float32 and half.tolist() == single.tolist()
 
 
