@@ -1,5 +1,6 @@
 """Image files: read them upright, in sRGB, with transparency over white, and write them with their metadata."""
 
+import math
 import os
 import re
 import struct
@@ -230,9 +231,10 @@ def _convert_samples(image):
     """Convert a loaded image to RGB of 8 bits per sample, with transparency over white."""
     if image.mode[0] in "IF":  # 16 bits per sample, which Pillow widens to "I" for some formats, or floating point
         samples, most = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not ((samples >= 0) & (samples <= most)).all():  # NaN fails, too
+        if not (samples.min() >= 0 and samples.max() <= most):  # NaN fails, too
             raise ValueError(f"gray samples outside [0, {most}]")
-        gray = (samples * (255 / most)).round().astype(np.uint8)
+        # Row by row, because float64 takes eight times the memory of the result
+        gray = np.stack([(row * (255 / most)).round().astype(np.uint8) for row in samples])
         if image.format == "TIFF" and image.tag_v2.get(262, 0) == 0:  # 0 is white
             gray = 255 - gray
         return Image.fromarray(gray).convert("RGB")
@@ -371,11 +373,14 @@ def save(image, path, format=None):
         format (str, optional): "png", "jpg", "jpeg" or "webp"; by default the suffix of `path`.
 
     Raises:
-        UserError: If the format is not supported or the file cannot be written.
+        UserError: If the format is not supported, the image too large for it, or the file cannot be written.
     """
-    settings = WRITE_FORMATS.get(format or Path(path).suffix.lower().lstrip("."))
+    format = format or Path(path).suffix.lower().lstrip(".")
+    settings = WRITE_FORMATS.get(format)
     if not settings:
         raise UserError(f"{path}: its suffix must be one of {', '.join(WRITE_FORMATS)}")
+    if max(image.size) > LARGEST_SIDE.get(format, math.inf):
+        raise UserError(f"{path}: {image.width}x{image.height} pixels are too large for {format}; choose png")
     kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
     with atomic_path(path) as temporary:
         image.save(temporary, **settings, **kept)

@@ -6,6 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 from support.images import (
@@ -32,6 +33,15 @@ from skimage import data
 COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
 
 # Samples
+
+
+def test_16_bit_samples_need_little_more_memory_than_the_result(tmp_path):
+    path = save_image(tmp_path / "a.png", np.full((2000, 1000), 30_000, np.uint16))
+    tracemalloc.start()
+    read_rgb(path)
+    _, peak = tracemalloc.get_traced_memory()  # NumPy's arrays; those of Pillow are not counted
+    tracemalloc.stop()
+    assert peak < 7 * 2000 * 1000
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "webp", "jp2"])
@@ -594,6 +604,13 @@ def test_written_jpeg_has_full_color_resolution_and_quality_95(sideways, tmp_pat
 def test_unknown_suffix_is_refused(tmp_path, error_message):
     message = error_message(save, Image.new("RGB", (8, 8)), tmp_path / "a.xyz")
     assert message == f"{tmp_path / 'a.xyz'}: its suffix must be one of png, jpg, jpeg, webp"
+
+
+@pytest.mark.parametrize(("side", "suffix"), [(65_501, "jpg"), (16_384, "webp")])
+def test_image_too_large_for_its_format_is_refused(tmp_path, error_message, side, suffix):
+    message = error_message(save, Image.new("RGB", (side, 2)), tmp_path / f"a.{suffix}")
+    assert message == f"{tmp_path / 'a'}.{suffix}: {side}x2 pixels are too large for {suffix}; choose png"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("array", [np.zeros((8, 8), np.uint8), np.zeros((8, 0, 3), np.uint8), np.zeros((8, 8, 3))])
