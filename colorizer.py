@@ -9,10 +9,13 @@
 test.py, hubconf.py and the web demo all colorize images with this module.
 """
 
+from typing import NamedTuple
+
 from support.cpu import available_cores, threads
 from support.gpu import on_gpu
 from support.images import read_image
 from support.inference import make_predictor
+from support.regions import geodesic_distance, region_weights
 
 import numpy as np
 import paddle
@@ -24,6 +27,7 @@ from utils import annealed_mean, load_ab_bins, upsample_ab
 
 SMALLEST_INPUT = [1, 1, 8, 8]  # of the network
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
+REGION_SIDE = 400  # longer side in pixels of the image in which the regions of corrections are computed
 STRIP_PIXELS = 2**17  # converted at a time by each core, so that a large image needs little more memory than itself
 
 
@@ -48,7 +52,7 @@ class Colorizer:
         self.network, self.precision = make_predictor(read.network, SMALLEST_INPUT, precision)
         self.ab_bins = load_ab_bins()
 
-    def __call__(self, image, temperature=None, load_size=None):
+    def __call__(self, image, temperature=None, load_size=None, corrections=(), saturation=1):
         """Colorize one image.
 
         Args:
@@ -57,6 +61,8 @@ class Colorizer:
                 checkpoint's own, otherwise 0.38. It does not apply to a network that predicts ab itself.
             load_size (int, optional): Shorter side of the network's input in pixels, 1 to 4096; by default the
                 checkpoint's own, otherwise 256.
+            corrections (list[Correction]): Colors to use instead of the predicted ones.
+            saturation (float): Factor of ab, corrected or not: 0 is gray, 1 leaves the colors as they are.
 
         Returns:
             Image: An RGB image of the same size. Its `info` holds the metadata that `save` writes.
@@ -67,7 +73,7 @@ class Colorizer:
         """
         image = read_image(image)
         (ab,) = self.predict_ab(network_input(image, self._load_size(load_size))[None], temperature)
-        return colored(image, ab)
+        return colored(image, ab, corrections, saturation)
 
     def logits(self, image, load_size=None):
         """Return the logits for one image, from which `annealed_mean` computes ab at any temperature.
@@ -85,7 +91,7 @@ class Colorizer:
         """
         if self.temperature is None:
             raise ValueError(f"{self.path}: this network predicts ab itself and has no logits")
-        return self._predict(network_input(read_image(image), self._load_size(load_size))[None])
+        return self.predict(network_input(read_image(image), self._load_size(load_size))[None])
 
     def predict_ab(self, inputs, temperature=None):
         """Predict ab.
@@ -98,11 +104,11 @@ class Colorizer:
             Tensor: float32 [N, 2, h/4, w/4].
         """
         temperature = self._temperature(temperature)
-        output = self._predict(inputs)
+        output = self.predict(inputs)
         return output if temperature is None else annealed_mean(output, self.ab_bins, temperature)
 
     @paddle.no_grad()
-    def _predict(self, inputs):
+    def predict(self, inputs):
         """Run the network: uint8 [N, h, w, 3] -> float32 [N, 313 or 2, h/4, w/4], logits or ab."""
         return self.network(rgb_to_lightness(paddle.to_tensor(inputs).transpose([0, 3, 1, 2])) - 50)
 
@@ -138,27 +144,74 @@ def network_size(width, height, shorter_side):
 # Back to full resolution
 
 
-def colored(image, ab):
+class Correction(NamedTuple):
+    """A color that replaces the predicted one around a place, up to the edges there."""
+
+    across: float  # the place, as a share of the width and of the height, in [0, 1]
+    down: float
+    ab: tuple  # a and b, in [-128, 128]
+    reach: float  # how far the color extends, > 0: see `geodesic_distance`; without edges, 1 is the longer side
+
+
+def colored(image, ab, corrections=(), saturation=1):
     """Colorize an image.
 
     Args:
         image (Image): An RGB image.
         ab (Tensor): Predicted ab, float32 [2, h, w].
+        corrections (list[Correction]): Colors to use instead, later ones over earlier ones.
+        saturation (float): Factor of ab, corrected or not: 0 is gray, 1 leaves the colors as they are.
 
     Returns:
         Image: An RGB image of the same size, with the same `info`.
+
+    Raises:
+        ValueError: If a correction or the saturation is out of range.
     """
-    result = Image.fromarray(join(np.asarray(image), ab))
+    if not 0 <= saturation < np.inf:
+        raise ValueError(f"saturation: must be finite and not negative, not {saturation!r:.40}")
+    maps = correction_maps(image, corrections) if corrections else None
+    result = Image.fromarray(join(np.asarray(image), ab, maps, saturation))
     result.info = image.info
     return result
 
 
-def join(rgb, ab):
+def correction_maps(image, corrections):
+    """Combine corrections into one map.
+
+    Args:
+        image (Image): An RGB image.
+        corrections (list[Correction]): Colors to use instead of the predicted ones.
+
+    Returns:
+        Tensor: float32 [3, h, w]: the share of the predicted ab that remains at each place, and the ab to add.
+
+    Raises:
+        ValueError: If a correction is out of range.
+    """
+    scale = REGION_SIDE / max(image.size)
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+    pixels = paddle.to_tensor(np.asarray(small)).transpose([2, 0, 1]).unsqueeze(0)
+    gray = rgb_to_lightness(pixels)[0, 0].numpy() / 100
+    kept, added = np.ones(gray.shape), np.zeros([2, *gray.shape])
+    for across, down, ab, reach in corrections:
+        valid = 0 <= across <= 1 and 0 <= down <= 1 and np.abs(ab).max() <= 128 and 0 < reach < np.inf
+        if not valid:  # NaN is not valid, either
+            raise ValueError(f"a correction is out of range: place {across}, {down}, ab {ab}, reach {reach}")
+        weights = region_weights(geodesic_distance(gray, across, down), reach)
+        kept *= 1 - weights
+        added += weights * (np.reshape(ab, [2, 1, 1]) - added)
+    return paddle.to_tensor(np.stack([kept, *added]).astype(np.float32))
+
+
+def join(rgb, ab, maps=None, saturation=1):
     """Combine an image's lightness with predicted ab, brought to its size.
 
     Args:
         rgb (ndarray): uint8 [H, W, 3].
         ab (Tensor): float32 [2, h, w].
+        maps (Tensor, optional): Result of `correction_maps`.
+        saturation (float): Factor of ab.
 
     Returns:
         ndarray: uint8 [H, W, 3].
@@ -169,7 +222,11 @@ def join(rgb, ab):
     def join_strip(top):
         strip = slice(top, top + rows)
         lightness = rgb_to_lightness(paddle.to_tensor(np.ascontiguousarray(rgb[strip].transpose(2, 0, 1)[None])))
-        lab = paddle.concat([lightness, upsample_ab(ab, height, width, top, rows).unsqueeze(0)], axis=1)
+        colors = upsample_ab(ab, height, width, top, rows)
+        if maps is not None:
+            corrected = upsample_ab(maps, height, width, top, rows, stride=1)
+            colors = corrected[:1] * colors + corrected[1:]
+        lab = paddle.concat([lightness, (saturation * colors).unsqueeze(0)], axis=1)
         result[strip] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
 
     list(threads(1 if on_gpu() else available_cores()).map(join_strip, range(0, height, rows)))

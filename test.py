@@ -181,8 +181,8 @@ def colorize(items, colorizer, args):
             yield from batch
             continue
         predicted = colorizer.predict_ab(np.stack([item.inputs for item in batch]), args.temperature)
-        for item, ab in zip(batch, predicted * args.saturation):
-            item.result = colored(item.image, ab)
+        for item, ab in zip(batch, predicted):
+            item.result = colored(item.image, ab, saturation=args.saturation)
             yield item
 
 

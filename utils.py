@@ -145,7 +145,7 @@ def annealed_mean(logits, ab_bins, temperature=TEMPERATURE):
 STRIDE = 4  # input pixels per position: position (i, j) belongs to pixel (4i, 4j), as the training targets do
 
 
-def upsample_ab(ab, height, width, top=0, rows=None):
+def upsample_ab(ab, height, width, top=0, rows=None, stride=STRIDE):
     """Upsample the network's ab bilinearly to an image's size.
 
     Pixels beyond the outermost positions take the color of the nearest position.
@@ -156,23 +156,24 @@ def upsample_ab(ab, height, width, top=0, rows=None):
         width (int): Width of the image in pixels.
         top (int): First row to compute.
         rows (int): Number of rows to compute. Default: all from `top` on.
+        stride (int): 4 for the network's output; 1 for a map whose values belong to the centers of its pixels.
 
     Returns:
         Tensor: float32 [..., rows, width].
     """
     rows = height - top if rows is None else min(rows, height - top)
-    left, right, across = _neighbors(ab.shape[-1], width, 0, width)
-    above, below, down = _neighbors(ab.shape[-2], height, top, rows)
+    left, right, across = _neighbors(ab.shape[-1], width, 0, width, stride)
+    above, below, down = _neighbors(ab.shape[-2], height, top, rows, stride)
     first, last = int(above[0]), int(below[-1])  # a strip of the image needs few rows of positions
     ab = ab[..., first : last + 1, :]
     wide = paddle.lerp(ab.index_select(left, -1), ab.index_select(right, -1), across)  #      [..., used, width]
     return paddle.lerp(wide.index_select(above - first, -2), wide.index_select(below - first, -2), down.unsqueeze(1))
 
 
-def _neighbors(positions, pixels, first, count):
+def _neighbors(positions, pixels, first, count, stride):
     """Return, along one side, the two positions around each of `count` pixels and the weight of the second one."""
     share = (np.arange(first, first + count) + 0.5) / pixels  # image and network input have the same edges
-    place = ((STRIDE * positions * share - 0.5) / STRIDE).clip(0, positions - 1)  # input pixel 0 is centered at 0.5
+    place = ((stride * positions * share - 0.5) / stride).clip(0, positions - 1)  # input pixel 0 is centered at 0.5
     before = np.floor(place).astype(np.int64)
     after = np.minimum(before + 1, positions - 1)
     return tuple(map(paddle.to_tensor, (before, after, (place - before).astype(np.float32))))

@@ -8,11 +8,15 @@ from pathlib import Path
 from support.checkpoints import save_safetensors
 from support.cli import UserError
 from support.images import InvalidImageError, save
+from support.regions import geodesic_distance, region_weights
 
 import numpy as np
 import paddle
 import pytest
+from conftest import bundled_image, upsample_by_scipy
 from PIL import Image
+from skimage.color import lab2rgb, rgb2lab
+from skimage.transform import resize
 from small_network import SmallNetwork
 
 import colorizer
@@ -148,3 +152,93 @@ def test_wrong_argument_raises_a_value_error(small_checkpoint, wrong):
 def test_wrong_precision_raises_a_value_error(small_checkpoint):
     with pytest.raises(ValueError, match="precision must be .*, not 'fp8'"):
         colorizer.Colorizer(small_checkpoint, precision="fp8")
+
+
+# -------------------------------------------------------------------------------------------------
+# Corrections
+
+ORANGE = colorizer.Correction(0.3, 0.8, (40, 50), 0.3)  # a place on the astronaut's suit
+
+
+@pytest.fixture
+def astronaut():
+    """Return an image of 200x160 pixels and a smooth predicted ab for it."""
+    ab = np.random.default_rng(0).normal(0, 8, [2, 12, 15])
+    return bundled_image("astronaut").resize((200, 160)), paddle.to_tensor(ab.astype(np.float32))
+
+
+def test_no_correction_changes_nothing(astronaut):
+    image, ab = astronaut
+    expected = np.asarray(colorizer.colored(image, ab))
+    assert np.array_equal(colorizer.colored(image, ab, corrections=[], saturation=1), expected)
+    outside = colorizer.colored(image, ab, [colorizer.Correction(0, 0, (60, 60), 1e-6)])  # of less than a pixel
+    assert np.array_equal(np.asarray(outside)[8:], expected[8:])
+
+
+def test_corrections_are_those_of_scikit_image(astronaut):
+    """Later corrections lie over earlier ones; ab is the weighted mean of what was there and the chosen color."""
+    image, ab = astronaut
+    corrections = [ORANGE, colorizer.Correction(0.8, 0.1, (-20, 10), 0.5), ORANGE._replace(ab=(0, -30), reach=0.1)]
+    lab = rgb2lab(np.asarray(image))
+    gray = rgb2lab(np.asarray(image.resize((400, 320), Image.Resampling.BILINEAR)))[..., 0] / 100
+    expected = upsample_by_scipy(ab, 160, 200)
+    for across, down, color, reach in corrections:
+        weights = resize(region_weights(geodesic_distance(gray, across, down), reach), (160, 200), order=1, mode="edge")
+        expected = (1 - weights) * expected + weights * np.reshape(color, [2, 1, 1])
+    lab[..., 1:] = 0.8 * expected.transpose([1, 2, 0])
+    rgb = 255 * lab2rgb(lab)
+    result = np.asarray(colorizer.colored(image, ab, corrections, saturation=0.8))
+    in_gamut = ((rgb > 0) & (rgb < 255)).all(axis=-1)
+    assert in_gamut.mean() > 0.8 and np.abs(result - rgb)[in_gamut].mean() < 0.6
+
+
+def test_correction_gives_the_place_its_color_and_keeps_the_lightness(astronaut):
+    image, ab = astronaut
+    place, before = rgb2lab(np.asarray(colorizer.colored(image, ab, [ORANGE]))), rgb2lab(np.asarray(image))
+    row, column = int(0.8 * 160), int(0.3 * 200)
+    np.testing.assert_allclose(place[row, column, 1:], ORANGE.ab, atol=2)
+    in_gamut = before[..., 0] > 40
+    assert np.abs(place - before)[in_gamut, 0].mean() < 0.5
+
+
+def test_correction_lies_at_the_same_place_in_every_size(astronaut):
+    image, ab = astronaut
+    small, large = (
+        np.int16(colorizer.colored(image.resize(size), ab, [ORANGE]).resize((100, 80), Image.Resampling.BOX))
+        for size in ((200, 160), (800, 640))
+    )
+    assert np.abs(small - large).mean() < 2
+
+
+def test_saturation_multiplies_ab(astronaut):
+    image, ab = astronaut
+    assert np.array_equal(colorizer.colored(image, ab, saturation=0), colorizer.colored(image, 0 * ab))
+    assert np.array_equal(colorizer.colored(image, ab, saturation=1.5), colorizer.colored(image, 1.5 * ab))
+
+
+def test_colorizer_applies_corrections_given_as_plain_tuples(small_checkpoint, image_folder):
+    colorize, coffee = colorizer.Colorizer(small_checkpoint), image_folder / "coffee.png"
+    (ab,) = colorize.predict_ab(colorizer.network_input(Image.open(coffee), colorize.load_size)[None])
+    expected = colorizer.colored(Image.open(coffee), ab, [ORANGE], 0.5)
+    assert np.array_equal(colorize(coffee, corrections=[(0.3, 0.8, (40, 50), 0.3)], saturation=0.5), expected)
+
+
+@pytest.mark.parametrize(
+    "correction",
+    [(-0.1, 0.5, (0, 0), 0.1), (0.5, 1.1, (0, 0), 0.1), (0.5, 0.5, (0, 200), 0.1), (0.5, 0.5, (0, 0), 0)]
+    + [
+        (np.nan, 0.5, (0, 0), 0.1),
+        (0.5, 0.5, (np.nan, 0), 0.1),
+        (0.5, 0.5, (0, 0), np.nan),
+        (0.5, 0.5, (0, 0), np.inf),
+    ],
+)
+def test_corrections_out_of_range_are_refused(astronaut, correction):
+    with pytest.raises(ValueError, match="out of range"):
+        colorizer.colored(*astronaut, [correction])
+
+
+@pytest.mark.parametrize("saturation", [-0.1, np.nan, np.inf])
+def test_saturation_out_of_range_is_refused(astronaut, saturation):
+    with pytest.raises(ValueError, match="saturation"):
+        colorizer.colored(*astronaut, saturation=saturation)

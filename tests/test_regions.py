@@ -1,0 +1,81 @@
+"""`support/regions.py`: distances along paths that avoid edges, and the weights of a region."""
+
+import heapq
+from itertools import product
+
+from support.regions import END, geodesic_distance, region_weights
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter, sobel
+from skimage import data
+
+REACHES = (0.05, 0.2, 0.5, 1.0)
+
+
+def step_edge(height, shape=(60, 80)):
+    """Return an image of two halves, left and right, whose gray differs by a height."""
+    gray = np.full(shape, 0.2)
+    gray[:, shape[1] // 2 :] += height
+    return gray
+
+
+def test_distance_without_edges_is_the_share_of_the_longer_side():
+    distance = geodesic_distance(np.full((60, 80), 0.5), 0.5, 0.5)
+    assert distance[30, 40] == 0
+    np.testing.assert_allclose([distance[30, 0], distance[0, 40]], [0.5, 30 / 80])
+
+
+@pytest.mark.parametrize("height", [0.05, 0.3, 0.8])
+def test_crossing_a_step_costs_its_height(height):
+    distance = geodesic_distance(step_edge(height), 0.25, 0.5)
+    np.testing.assert_allclose(distance[30, 55], 35 / 80 + height)
+    np.testing.assert_allclose(distance[30, 30], 10 / 80)
+
+
+def test_step_edge_stops_the_region():
+    weights = region_weights(geodesic_distance(step_edge(0.8), 0.25, 0.5), reach=0.5)
+    assert (weights[:, :38] == 1).all() and (weights[:, 42:] == 0).all()
+
+
+def test_path_goes_around_an_edge():
+    gray = step_edge(0)
+    gray[:50, 38:42] = 1  # a wall that leaves the last ten rows open
+    distance = geodesic_distance(gray, 0.25, 0.5)
+    around = np.hypot(25, 20) + np.hypot(25, 20)  # pixels from (30, 20) by (55, 40) to (30, 60)
+    assert around / 80 < distance[30, 60] < 1.15 * around / 80
+
+
+def test_distance_is_that_of_dijkstra():
+    gray = data.camera()[60:120:3, 180:270:3] / 255  # [20, 30]
+    smooth = gaussian_filter(gray, 1.0, mode="nearest")
+    cost = 1 / 30 + np.hypot(sobel(smooth, 0), sobel(smooth, 1)) / 8  # sobel is 8 times the slope per pixel
+    best, queue = np.full(gray.shape, np.inf), [(0.0, 10, 15)]
+    while queue:
+        length, i, j = heapq.heappop(queue)
+        if length < best[i, j]:
+            best[i, j] = length
+            for k, m in product(range(max(i - 1, 0), min(i + 2, 20)), range(max(j - 1, 0), min(j + 2, 30))):
+                step = np.hypot(k - i, m - j) * (cost[i, j] + cost[k, m]) / 2
+                heapq.heappush(queue, (length + step, k, m))
+    np.testing.assert_allclose(geodesic_distance(gray, 15.5 / 30, 10.5 / 20), best, rtol=1e-6)
+
+
+def test_weights_are_one_up_to_the_reach_and_zero_from_its_end():
+    distance = np.linspace(0, 1, 1001)
+    weights = region_weights(distance, 0.4)
+    assert (weights[distance <= 0.4] == 1).all() and (weights[distance >= END * 0.4] == 0).all()
+    assert (np.diff(weights) <= 0).all() and np.abs(np.diff(weights)).max() < 0.01
+
+
+def test_weights_are_monotonic_in_the_reach():
+    distance = geodesic_distance(data.camera()[::4, ::4] / 255, 0.4, 0.3)
+    maps = [region_weights(distance, reach) for reach in REACHES]
+    assert all((larger >= smaller).all() for smaller, larger in zip(maps, maps[1:]))
+    assert maps[0].sum() < maps[-1].sum()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (400, 1)])
+def test_place_at_the_last_edge_of_any_shape_is_valid(shape):
+    distance = geodesic_distance(np.zeros(shape), 1, 1)
+    assert distance.shape == shape and distance[-1, -1] == 0
