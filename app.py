@@ -1,4 +1,4 @@
-"""A web demo that colorizes photos: drop one, compare gray with colorized, change the temperature.
+"""A web demo that colorizes photos: drop one, compare gray with colorized, correct colors, save.
 
     pip install -r requirements-app.txt
     python app.py                               only on this machine, at http://127.0.0.1:7860
@@ -9,20 +9,24 @@ memory for 15 minutes after the user's last action, or for an hour if the user c
 """
 
 import html
-import logging
 import os
 import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
+import traceback
+from collections import namedtuple
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache, partial, wraps
 from io import BytesIO
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from support.cli import Parser, UserError, run_script, whole
+from support.cli import Parser, UserError, report_os_errors, run_script, whole
 from support.cpu import return_freed_memory, use_all_cores
 from support.images import InvalidImageError, image_size, open_rgb, read_image, save
 
@@ -32,100 +36,145 @@ import skimage
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from colorizer import Colorizer, colored
-from dataset import lab_to_rgb, rgb_to_lab
+from colorizer import Colorizer, Correction, colored, network_input
+from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
 from pretrained import checkpoint_names, default_name
 from utils import TEMPERATURE, annealed_mean, load_ab_bins
 
 try:
     import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
 except ImportError:
     gr = None
 
 PREVIEW = 1200  # longer side in pixels of the pictures on the page; downloads have the photo's own size
-MAX_MEGABYTES, MAX_MEGAPIXELS = 40, 50  # per photo
+MAX_MEGAPIXELS = 50  # per photo
+MAX_MEGABYTES = 40  # per photo, unless the page is served to this machine only
+LARGE = 13  # megapixels; photos with more are decoded one at a time
 MAX_USERS = 32  # with a photo in memory, about 10 MB each; the least recently active one is dropped first
 MAX_WAITING = 64  # requests; later ones are rejected
 KEEP = 15 * 60  # seconds after a user's last action; Gradio makes it an hour if the page is closed
 LOADED = 2  # networks in memory
+MAX_CORRECTIONS = 20  # per photo; each takes 0.03 s whenever the photo is drawn
+LIKELY = 3  # most likely colors, as buttons
+DIFFERENT = 20  # ab units between them
 NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
 EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
 EXAMPLE_FOLDER = Path(skimage.__file__).parent / "data"
+RANGES = {  # of the numbers that a user sets
+    "temperature": (0.02, 1),
+    "saturation": (0, 2),
+    "across": (0, 100),  # place in percent of the width
+    "down": (0, 100),  # and of the height
+    "reach": (1, 100),  # of the last correction, in percent of the longer side
+}
+Settings = namedtuple("Settings", RANGES)
+
+
+def clamp(values):
+    """Return numbers as Settings. Those out of range, which can be typed into the fields, are moved to its end."""
+    limits = RANGES.values()
+    return Settings(*(min(most, max(least, float(value or 0))) for value, (least, most) in zip(values, limits)))
 
 
 @dataclass
 class Photo:
-    """A user's photo and the network's output for it, kept from one request to the next."""
+    """A user's photo, the network's output for it and the user's corrections, kept from one request to the next."""
 
     name: str
     data: bytes  # the uploaded file
+    turn: object  # context manager to decode it in: the lock of large photos, or none
     preview: Image.Image
+    gray: Image.Image  # of the preview
     weights: str = None  # name of the weights that computed the logits
-    logits: paddle.Tensor = None  # [1, 313, h/4, w/4]
+    output: paddle.Tensor = None  # logits [1, 313, h/4, w/4], or ab [1, 2, h/4, w/4]
+    corrections: list = field(default_factory=list)
 
-    def image(self):
-        return Image.open(BytesIO(self.data))
+    def decode(self):
+        with self.turn:
+            return read_image(Image.open(BytesIO(self.data)))
 
-    def gray(self):
-        return store(colored(self.preview, paddle.zeros([2, 1, 1])))
-
-    def ab(self, temperature):
-        return annealed_mean(self.logits, load_ab_bins(), temperature)[0]  # [2, h/4, w/4]
+    def colorize(self, image, settings):
+        """Colorize the photo, in any size."""
+        ab = to_ab(self.output, settings.temperature)[0]  # [2, h/4, w/4]
+        return colored(image, ab, self.corrections, settings.saturation)
 
 
 # -------------------------------------------------------------------------------------------------
-# Event handlers
+# Event handlers. `values` are those of Settings.
 
 
-def open_photo(path):
-    """Read a photo and show it in gray. The third output empties the upload field."""
-    try:
-        width, height = image_size(path)
-        if width * height > MAX_MEGAPIXELS * 1e6:
-            raise InvalidImageError(path, f"{width}x{height} pixels are more than {MAX_MEGAPIXELS} megapixels")
-        image = open_rgb(path, least_side=PREVIEW)
-    except InvalidImageError as error:
-        gr.Warning(html.escape(f"{Path(path).name} cannot be read as a photo: {error.reason}."))
-        return gr.skip(), gr.skip(), None
-    image.thumbnail((PREVIEW, PREVIEW))
-    photo = Photo(Path(path).name, Path(path).read_bytes(), image)
-    return photo, (photo.gray(), photo.gray()), None
+def guard(handler):
+    """Turn whatever a handler raises into a message to its user.
 
+    A SystemExit or KeyboardInterrupt would otherwise end Gradio's event loop, which serves all users.
+    """
 
-def compute(colorizer, photo, weights):
-    """Run the network, unless its output for these weights is kept."""
-    if photo and photo.weights != weights:
+    @wraps(handler)
+    def guarded(*arguments):
         try:
-            photo.logits, photo.weights = colorizer(weights).logits(photo.image()), weights
-        except UserError as error:  # unusable weights
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            return handler(*arguments)
+        except gr.Error:
+            raise
+        except InvalidImageError as error:
+            reason = f"{Path(error.path).name} cannot be read as a photo: {error.reason}."
+        except UserError as error:
+            reason = str(error)
+        except MemoryError:
+            reason = "The server does not have enough memory for this."
+        except OSError as error:
+            reason = f"The server cannot do this: {(error.strerror or str(error)).lower()}."
+        except BaseException as error:
+            traceback.print_exc()
+            reason = f"The server cannot do this because of an unexpected error ({type(error).__name__})."
+        raise gr.Error(html.escape(reason), print_exception=False)
+
+    return guarded
 
 
-def draw(photo, temperature, across, down):
-    """Draw everything that depends on the temperature or the place, from the kept logits."""
+def open_photo(large, path):
+    """Read a photo and show it in gray. `large` is the lock of large photos."""
+    width, height = image_size(path)
+    if width * height > MAX_MEGAPIXELS * 1e6:
+        raise InvalidImageError(path, f"{width}x{height} pixels are more than {MAX_MEGAPIXELS} megapixels")
+    turn = large if width * height > LARGE * 1e6 else nullcontext()
+    with turn:
+        preview = open_rgb(path, least_side=PREVIEW)
+    preview.thumbnail((PREVIEW, PREVIEW))
+    gray = colored(preview, paddle.zeros([2, 1, 1]))
+    picture = store(gray)
+    return Photo(Path(path).name, Path(path).read_bytes(), turn, preview, gray), (picture, picture), picture, None, ""
+
+
+def compute(colorizer, network, photo, weights):
+    """Run the network, unless its output for these weights is kept. `network` is the lock of the network."""
+    if photo and photo.weights != weights:
+        colorize = colorizer(weights)
+        inputs = network_input(photo.decode(), colorize.load_size)
+        with network:
+            photo.output, photo.weights = colorize.predict(inputs[None]), weights
+
+
+def draw(photo, *values):
+    """Draw everything that depends on the settings. If the photo has been deleted, so are its pictures."""
     if photo is None:
         gr.Info(NO_PHOTO)
-    if photo is None or photo.logits is None:
-        return [gr.skip()] * 4
-    colorized = colored(photo.preview, photo.ab(temperature))
-    pictures = photo.gray(), store(colorized)
-    chart, text = distribution(photo, colorized, temperature, across or 0, down or 0)
-    return pictures, store(colorized), chart, text
+        return None, None, None, "", *[gr.skip()] * LIKELY
+    if photo.output is None:
+        return [gr.skip()] * (4 + LIKELY)
+    settings = clamp(values)
+    colorized = photo.colorize(photo.preview, settings)
+    pictures = store(photo.gray), store(colorized)
+    return pictures, store(mark(colorized, photo, settings)), *distribution(photo, settings)
 
 
-def draw_again(photo, temperature, across, down):
+def redraw(photo, *values):
     """Draw, and keep the photo for another 15 minutes."""
-    return photo or gr.skip(), *draw(photo, temperature, across, down)
-
-
-def full_size(suffix, photo, temperature):
-    """Write the file to download: the photo in its own size, colorized from the kept logits."""
-    if photo is None or photo.logits is None:
-        raise gr.Error(NO_PHOTO, print_exception=False)
-    target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
-    save(colored(read_image(photo.image()), photo.ab(temperature)), target)
-    return str(target)
+    return photo or gr.skip(), *draw(photo, *values)
 
 
 def position(photo, event: "gr.SelectData"):
@@ -133,6 +182,58 @@ def position(photo, event: "gr.SelectData"):
     if photo is None:
         return gr.skip(), gr.skip()
     return [round(100 * (pixel + 0.5) / side, 1) for pixel, side in zip(event.index, photo.preview.size)]
+
+
+def correct(choose, photo, *values):
+    """Let the place and its surroundings have another color: `choose` returns its ab for a photo and settings."""
+    if photo and photo.output is not None:
+        settings = clamp(values)
+        place = settings.across / 100, settings.down / 100
+        others = [correction for correction in photo.corrections if correction[:2] != place]
+        if len(others) >= MAX_CORRECTIONS:
+            raise gr.Error(f"There are {MAX_CORRECTIONS} corrections already.", print_exception=False)
+        photo.corrections = [*others, Correction(*place, choose(photo, settings), settings.reach / 100)]
+    return redraw(photo, *values)
+
+
+def correct_from_chart(photo, event: "gr.SelectData", *values):
+    return correct(lambda *_: color_in_chart(*event.index), photo, *values)
+
+
+def change_reach(photo, *values):
+    """Change how far the last correction extends."""
+    if photo and photo.corrections:
+        *others, last = photo.corrections
+        photo.corrections = [*others, last._replace(reach=clamp(values).reach / 100)]
+    return redraw(photo, *values)
+
+
+def undo(photo, *values):
+    """Remove the last correction. The last output is the reach of the one before it."""
+    if photo is None or not photo.corrections:
+        return *redraw(photo, *values), gr.skip()
+    *photo.corrections, _ = photo.corrections
+    reach = round(100 * photo.corrections[-1].reach) if photo.corrections else gr.skip()
+    return *redraw(photo, *values), reach
+
+
+def reset(photo, *values):
+    """Remove all corrections."""
+    if photo:
+        photo.corrections = []
+    return redraw(photo, *values)
+
+
+def full_size(suffix, photo, *values):
+    """Write the file to download: the photo in its own size, colorized from the kept output."""
+    if photo is None or photo.output is None:
+        raise gr.Error(NO_PHOTO, print_exception=False)
+    target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
+    try:
+        save(photo.colorize(photo.decode(), clamp(values)), target)
+    except UserError as error:
+        raise UserError(str(error).replace(str(target), target.name)) from error
+    return str(target)
 
 
 def store(image):
@@ -161,53 +262,110 @@ def delete_old_files(folder, kept):
 # The distribution at one place
 
 
-def distribution(photo, place, temperature, across, down):
-    """Draw the predicted probabilities of the 313 colors at one place.
+def pixel(width, height, settings):
+    """Return the row and the column of the place in an image or in the network's output."""
+    return min(int(settings.down / 100 * height), height - 1), min(int(settings.across / 100 * width), width - 1)
+
+
+def output_at(photo, settings):
+    """Return the network's output at the place: logits [1, 313, 1, 1], or ab [1, 2, 1, 1]."""
+    height, width = photo.output.shape[2:]
+    row, column = pixel(width, height, settings)
+    return photo.output[:, :, row : row + 1, column : column + 1]
+
+
+def to_ab(output, temperature):
+    """Return the predicted ab [1, 2, h, w] for logits [1, 313, h, w], or for ab, which it is already."""
+    return output if output.shape[1] == 2 else annealed_mean(output, load_ab_bins(), temperature)
+
+
+def likely_bins(output):
+    """Return the indices of the most likely ab bins, except for those near a more likely one. None for ab."""
+    bins, chosen = load_ab_bins().numpy(), []
+    for index in [] if output.shape[1] == 2 else np.argsort(-output.numpy().ravel(), kind="stable"):
+        if all(np.hypot(*(bins[index] - bins[other])) >= DIFFERENT for other in chosen):
+            chosen.append(index)
+    return chosen[:LIKELY]
+
+
+def likely_color(rank, photo, settings):
+    return load_ab_bins().numpy()[likely_bins(output_at(photo, settings))[rank]]
+
+
+def distribution(photo, settings):
+    """Show the predicted probabilities of the 313 colors at the place.
 
     Args:
-        photo (Photo): Its logits are needed.
-        place (Image): The colorized preview, in which the place is marked.
-        temperature (float): Temperature of the softmax and of the annealed mean.
-        across (float): Distance from the left edge in percent of the width.
-        down (float): Distance from the top edge in percent of the height.
+        photo (Photo): The network's output is needed.
+        settings (Settings): Place, and temperature of the softmax and of the annealed mean.
 
     Returns:
-        tuple: Path of the chart, and a sentence with its main numbers.
+        tuple: Path of the chart, a sentence with its main numbers, and a button for each of the likely colors.
     """
-    x, y = min(across / 100, 0.999), min(down / 100, 0.999)
-    row, column = (int(share * side) for share, side in zip((y, x), photo.logits.shape[2:]))
-    logits = photo.logits[:, :, row : row + 1, column : column + 1]  # [1, 313, 1, 1]
-    mean = annealed_mean(logits, load_ab_bins(), temperature).flatten().tolist()
-    probability = paddle.nn.functional.softmax(logits.flatten() / temperature, axis=0).numpy()
+    output, bins = output_at(photo, settings), load_ab_bins().numpy()
+    mean = to_ab(output, settings.temperature).flatten().tolist()
+    place = f"At {settings.across:g}% from the left and {settings.down:g}% from the top"
+    ab = f"a = {round(mean[0])}, b = {round(mean[1])}"
+    if output.shape[1] == 2:
+        probability = np.zeros(len(bins))
+        text = f"{place}, the color is {ab}. This network predicts one color instead of a distribution."
+    else:
+        probability = paddle.nn.functional.softmax(output.flatten() / settings.temperature, axis=0).numpy()
+        a, b = bins[probability.argmax()]
+        likeliest = f"a = {a:.0f}, b = {b:.0f} (probability {probability.max():.0%})"
+        text = f"{place}, the most likely color is {likeliest}. The annealed mean is {ab}."
+    colors = colors_like(np.asarray(photo.preview)[pixel(*photo.preview.size, settings)], bins)
+    buttons = [gr.Button(visible=False)] * LIKELY
+    for rank, index in enumerate(likely_bins(output)):
+        swatch = store(Image.new("RGB", (32, 32), tuple(colors[index].tolist())))
+        a, b = bins[index]
+        buttons[rank] = gr.Button(f"a {a:.0f}, b {b:.0f} ({probability[index]:.0%})", icon=swatch, visible=True)
+    return draw_chart(probability, colors, mean), text, *buttons
 
-    center = x * place.width, y * place.height
-    pixel = np.asarray(place)[int(center[1]), int(center[0])]
-    lightness = rgb_to_lab(paddle.to_tensor(pixel.reshape([1, 3, 1, 1])))[0, 0].item()
-    dot = [*(c - 7 for c in center), *(c + 7 for c in center)]
-    ImageDraw.Draw(place).ellipse(dot, fill="white", outline="black", width=3)
-    a, b = load_ab_bins().numpy()[probability.argmax()]
-    text = (
-        f"At {across:g}% from the left and {down:g}% from the top, the most likely color is a = {a:.0f}, b = {b:.0f} "
-        f"(probability {probability.max():.0%}). The annealed mean is a = {round(mean[0])}, b = {round(mean[1])}."
-    )
-    return draw_chart(probability, lightness, mean), text
+
+def colors_like(rgb, ab):
+    """Return the colors of ab values at the lightness of a color: uint8 [3], float32 [N, 2] -> uint8 [N, 3]."""
+    lightness = rgb_to_lightness(paddle.to_tensor(rgb.reshape([1, 3, 1, 1]))).item()
+    lab = np.insert(ab, 0, lightness, axis=1)[:, :, None, None]  # [N, 3, 1, 1]
+    return to_uint8(lab_to_rgb(paddle.to_tensor(lab)))[:, :, 0, 0].numpy()
 
 
-def draw_chart(probability, lightness, mean):
-    """Draw the ab plane with a square for each bin, its area proportional to the probability, and mark the mean."""
-    ab = load_ab_bins()
-    lab = paddle.concat([paddle.full([len(ab), 1], lightness), ab], axis=1)  # [313, 3]
-    colors = lab_to_rgb(lab.unsqueeze([2, 3])).squeeze([2, 3]).numpy()
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(*ab.numpy().T, s=2, c="lightgray")
-    axes.scatter(*ab.numpy().T, s=180 * probability / probability.max(), c=colors, marker="s")
-    axes.plot(*mean, "o", ms=10, mfc="white", mec="black", mew=3, label="annealed mean")
-    axes.set(xlabel="a (green to red)", ylabel="b (blue to yellow)", aspect="equal")
+CHART = 600  # pixels per side
+
+
+def chart_axes():
+    """Return the axes of the ab plane in a new figure, always at the same place."""
+    plane = {"xlim": (-115, 115), "ylim": (-120, 110), "xlabel": "a (green to red)", "ylabel": "b (blue to yellow)"}
+    return Figure(figsize=(CHART / 100, CHART / 100), dpi=100).add_axes((0.12, 0.1, 0.87, 0.88), **plane)
+
+
+def color_in_chart(x, y):
+    """Return the ab bin that is nearest to a pixel of the chart."""
+    ab = chart_axes().transData.inverted().transform((x, CHART - y))
+    bins = load_ab_bins().numpy()
+    return bins[np.hypot(*(bins - ab).T).argmin()]
+
+
+def draw_chart(probability, colors, mean):
+    """Draw the ab plane with a square for each bin, larger for a higher probability, and mark the mean."""
+    axes = chart_axes()
+    area = 20 + 180 * probability / (probability.max() or 1)
+    axes.scatter(*load_ab_bins().numpy().T, s=area, c=colors / 255, marker="s", ec="gray", lw=0.4)
+    axes.plot(*mean, "o", ms=10, mfc="white", mec="black", mew=3, label="predicted")
     axes.legend()
     path = temporary_path("chart.png")
-    figure.savefig(path)
+    axes.figure.savefig(path)
     return str(path)
+
+
+def mark(image, photo, settings):
+    """Mark the corrections in an image, and the place."""
+    draw = ImageDraw.Draw(image)
+    places = [(correction.across, correction.down, 4) for correction in photo.corrections]
+    for across, down, radius in (*places, (settings.across / 100, settings.down / 100, 7)):
+        x, y = across * image.width, down * image.height
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black", width=3)
+    return image
 
 
 # -------------------------------------------------------------------------------------------------
@@ -217,15 +375,18 @@ INTRODUCTION = """
 # Colorize a photo
 A neural network predicts a photo's **colors** from its **lightness**. Colors already in the photo are ignored.
 """
-PLACE = """
-## The prediction at one place
-At every place, the network predicts a probability for each of 313 colors. Click a place, or enter its position. The
-chart shows the colors at the lightness of this place; the area of a square is the probability at this temperature.
+PLACE = f"""
+## Correct a color
+Click a place in the picture, or enter its position. The chart shows what the network predicts there: the area of a
+square is the probability of its color at this temperature. Click the color that the place should have, or press a
+button. *Reach* then sets how far this correction extends. Up to {MAX_CORRECTIONS} places can be corrected.
 """
 ABOUT = f"""
 **Temperature.** At 1, the color of a place is the mean of all 313 colors, weighted by their probabilities. Lower
 temperatures give the more likely colors more weight, and near 0 only the most likely one counts. The paper uses
 {TEMPERATURE}.
+
+**Strength.** Multiplies all colors of the photo: 0 is gray, 1 leaves them as they are.
 
 **Limits.** The colors are plausible at best. The network cannot know whether a dress was red or blue, so do not use its
 results as evidence of anything.
@@ -237,12 +398,10 @@ ImageNet. All other models are checkpoints from a folder of this server.
 **Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
 hour after it if you close the page, or earlier if many people use the page.
 """
-PASTE = """() => document.addEventListener("paste", (event) => {
-    const input = document.querySelector("#photo input[type=file]");
-    if (!input || !event.clipboardData.files.length) return;
-    input.files = event.clipboardData.files;
-    input.dispatchEvent(new Event("change", { bubbles: true }));
-})"""
+EMPTIED = """() => {
+    setTimeout(() => document.activeElement === document.body && document.querySelector("#photo button").focus(), 100);
+    return null;
+}"""
 DOWNLOAD = """(file) => {
     if (file) Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name }).click();
 }"""
@@ -260,68 +419,106 @@ def build(names, colorizer):
     """
     with gr.Blocks(title="Colorful Image Colorization", analytics_enabled=False) as page:
         # Components
-        still = {"show_label": False, "interactive": False}
+        still = {"show_label": False, "interactive": False, "buttons": []}
         photo = gr.State(time_to_live=KEEP)
         gr.Markdown(INTRODUCTION)
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
+                gr.HTML('<p role="status"></p>', elem_id="message", padding=False)
                 with gr.Row(elem_id="examples"):
                     examples = [example_button(name, EXAMPLE_FOLDER / file) for name, file in EXAMPLES.items()]
             picture = gr.ImageSlider(
-                label="Gray and colorized", max_height=520, buttons=["fullscreen"], **still, elem_id="picture"
+                label="Gray and colorized",
+                max_height=520,
+                buttons=["fullscreen"],
+                show_label=False,
+                interactive=False,
+                elem_id="picture",
             )
             with gr.Column(elem_id="adjust"):
-                slider = {"label": "Temperature", "info": "0: likeliest color, 1: mean of all", "buttons": []}
-                suits = colorizer(names[0]).temperature
-                temperature = gr.Slider(0.02, 1, suits, step=0.02, elem_id="temperature", **slider)
+                suits = colorizer(names[0]).temperature or TEMPERATURE  # it does not apply to networks that predict ab
+                temperature = slider("temperature", "Temperature", suits, 0.02, "low: likeliest color, 1: mean of all")
+                saturation = slider("saturation", "Strength of all colors", 1, 0.05)
                 choices = [(Path(name).name, name) for name in names]
                 weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")
                 with gr.Row():
                     saves = {name: gr.Button(f"Save as {name}", variant="primary", min_width=100) for name in SUFFIXES}
-                divider = gr.Slider(0, 100, 50, label="Share in gray (%)", buttons=[], elem_id="divider")
+                divider = gr.Slider(0, 100, 50, step=1, label="Share in gray (%)", buttons=[], elem_id="divider")
         file = gr.DownloadButton(visible=False)
-        gr.Markdown(PLACE)
-        with gr.Row():
-            marked = gr.Image(alt_text="The colorized photo, the place marked", buttons=[], elem_id="place", **still)
-            with gr.Column():
-                with gr.Row():
-                    percent = {"value": 50, "minimum": 0, "maximum": 100, "min_width": 120}
-                    across = gr.Number(label="From the left (%)", elem_id="across", **percent)
-                    down = gr.Number(label="From the top (%)", elem_id="down", **percent)
-                text = gr.Markdown(elem_id="distribution")
-                chart = gr.Image(alt_text="Probabilities in the ab plane", buttons=[], elem_id="chart", **still)
+        with gr.Column(elem_id="correct"):
+            gr.Markdown(PLACE)
+            with gr.Row(elem_classes="places"):
+                marked = gr.Image(alt_text="The colorized photo, the place marked", elem_id="place", **still)
+                with gr.Column():
+                    with gr.Row():
+                        across, down = number("across", "From left (%)"), number("down", "From top (%)")
+                    with gr.Row(elem_id="colors"):
+                        likely = [gr.Button("", size="sm", min_width=100) for _ in range(LIKELY)]
+                        neutral = gr.Button("Gray", size="sm", min_width=100)
+                    reach = slider("reach", "Reach (%)", 20, 1, "how far the last correction extends")
+                    with gr.Row():
+                        undone = gr.Button("Undo", size="sm", min_width=100)
+                        restored = gr.Button("Reset", size="sm", min_width=100)
+                    text = gr.Markdown(elem_id="distribution")
+                chart = gr.Image(alt_text="Probabilities in the ab plane", elem_id="chart", **still)
         gr.Markdown(ABOUT)
 
-        # Events: trigger, function, inputs, outputs. The network runs for one user at a time; the others need not wait.
-        network = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress_on": picture}
-        quick = {"concurrency_limit": 4, "show_progress": "hidden"}
-        opening = {"concurrency_limit": 4, "show_progress_on": picture}
-        state = [photo, temperature, across, down]
-        drawn = [picture, marked, chart, text]
+        # Events: trigger, function, inputs, outputs
+        large, network = threading.Lock(), threading.Lock()
+        settings = [photo, temperature, saturation, across, down, reach]
+        opened = [photo, picture, marked, chart, text]
+        drawn = [picture, marked, chart, text, *likely]
 
-        def on(trigger, function, inputs, outputs, **settings):
-            return trigger(function, inputs, outputs, api_visibility="private", **settings)
+        def on(trigger, function, inputs, outputs, **how):
+            return trigger(guard(function), inputs, outputs, api_visibility="private", **how)
 
-        opened = [on(upload.upload, open_photo, upload, [photo, picture, upload], **opening)]
+        def slow(trigger, function, inputs, outputs):
+            """Decode a photo, which may have to wait for others."""
+            return on(trigger, function, inputs, outputs, concurrency_limit=8, show_progress_on=picture)
+
+        def adjust(trigger, function, outputs, mode=None):
+            """Apply the settings, unchecked, because Gradio would reject those out of range."""
+            how = {"preprocess": False, "trigger_mode": mode, "show_progress": "hidden"}
+            return on(trigger, function, settings, outputs, concurrency_limit=4, **how)
+
+        chosen = [slow(upload.upload, partial(open_photo, large), upload, opened)]
+        for ended in (chosen[0].success, chosen[0].failure):
+            ended(None, None, upload, js=EMPTIED)
         for button, name in zip(examples, EXAMPLES.values()):
-            example = partial(open_photo, EXAMPLE_FOLDER / name)
-            opened += [on(button.click, example, None, [photo, picture, upload], **opening)]
-        for event in opened:
-            computed = on(event.then, partial(compute, colorizer), [photo, weights], None, **network)
+            chosen.append(slow(button.click, partial(open_photo, large, EXAMPLE_FOLDER / name), None, opened))
+        for event in chosen:
+            computed = slow(event.success, partial(compute, colorizer, network), [photo, weights], None)
             # Without the state: the user may have chosen another photo since the network started.
-            on(computed.success, draw, state, drawn, **quick)
-        computed = on(weights.input, partial(compute, colorizer), [photo, weights], None, **network)
-        on(computed.success, draw_again, state, [photo, *drawn], **quick)
-        adjusted = partial(gr.on, [temperature.input, across.input, down.input])
-        on(adjusted, draw_again, state, [photo, *drawn], **quick, trigger_mode="always_last")
-        clicked = on(marked.select, position, photo, [across, down], **quick)
-        on(clicked.then, draw_again, state, [photo, *drawn], **quick)
-        on(divider.input, lambda share: gr.ImageSlider(slider_position=share), divider, picture, **quick)
+            adjust(computed.success, draw, drawn)
+        computed = slow(weights.input, partial(compute, colorizer, network), [photo, weights], None)
+        adjust(computed.success, redraw, [photo, *drawn])
+        for changed in (temperature, saturation, across, down):
+            adjust(changed.input, redraw, [photo, *drawn], "always_last")
+        clicked = on(marked.select, position, photo, [across, down], show_progress="hidden")
+        adjust(clicked.then, redraw, [photo, *drawn])
+        for rank, button in enumerate(likely):
+            adjust(button.click, partial(correct, partial(likely_color, rank)), [photo, *drawn])
+        adjust(neutral.click, partial(correct, lambda *_: (0, 0)), [photo, *drawn])
+        adjust(chart.select, correct_from_chart, [photo, *drawn])
+        adjust(reach.input, change_reach, [photo, *drawn], "always_last")
+        adjust(undone.click, undo, [photo, *drawn, reach])
+        adjust(restored.click, reset, [photo, *drawn])
+        on(divider.input, lambda share: gr.ImageSlider(slider_position=share), divider, picture, show_progress="hidden")
         for name, button in saves.items():
-            made = on(button.click, partial(full_size, SUFFIXES[name]), [photo, temperature], file, **network)
+            how = {"preprocess": False, "concurrency_id": "files", "concurrency_limit": 2, "show_progress_on": picture}
+            made = on(button.click, partial(full_size, SUFFIXES[name]), settings, file, **how)
             made.success(None, file, js=DOWNLOAD)
     return page
+
+
+def slider(name, label, value, step, info=None):
+    return gr.Slider(*RANGES[name], value, step=step, label=label, info=info, buttons=[], elem_id=name)
+
+
+def number(name, label):
+    least, most = RANGES[name]
+    return gr.Number(50, label=label, minimum=least, maximum=most, min_width=100, elem_id=name)
 
 
 def example_button(name, path):
@@ -336,8 +533,9 @@ def example_button(name, path):
 def parse_args(argv=None):
     parser = Parser(description="Serve a web demo that colorizes photos.")
     add = parser.add_argument_group("address").add_argument
-    add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: all addresses of this machine")
+    add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 or :: serves at all of this machine")
     add("--port", type=whole(1, 65535), default=7860, help="port to serve at")
+    add("--max_megabytes", type=whole(), help="largest upload; default: no limit on 127.0.0.1, otherwise 40")
     add("--root_path", metavar="PATH", help="path at which a reverse proxy serves the page, such as /color")
     add = parser.add_argument_group("weights to choose from").add_argument
     add("--model_path", default="./model", help="folder of checkpoints")
@@ -349,11 +547,9 @@ def main(args):
     # Setup
     if gr is None:
         raise UserError("the web demo needs Gradio and Python 3.10: pip install -r requirements-app.txt")
-    family = socket.getaddrinfo(args.host, args.port)[0][0]
-    socket.create_server((args.host, args.port), family=family).close()  # raises if the port is taken
+    listener = listen(args.host.strip("[]"), args.port)
     use_all_cores()
     return_freed_memory()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own page once
 
     # Weights, and the network of the first ones
     first = args.load_model or default_name(Path(args.model_path))
@@ -365,28 +561,67 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:  # for uploads and pictures, each for one to two minutes
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(names, colorizer).queue(max_size=MAX_WAITING)
-        serve(page, args.host, args.port, args.root_path)
+        page.state_session_capacity = MAX_USERS
+        address = ip_address(listener.getsockname()[0])
+        limit = args.max_megabytes or (None if address.is_loopback else MAX_MEGABYTES)
+        server = uvicorn.Server(uvicorn.Config(web_app(page, args.root_path, limit), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
+        thread.start()
+        while thread.is_alive() and not server.started:
+            time.sleep(0.05)
+        name = "localhost" if address.is_unspecified else f"[{address}]" if address.version == 6 else address
+        print(f"http://{name}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)
         icons = set(Path(folder).iterdir())
-        print(f"http://{args.host}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)
         try:
-            while True:
-                time.sleep(30)  # which Ctrl-C interrupts on Windows, too
+            while thread.is_alive():
+                time.sleep(5)  # which Ctrl-C interrupts on Windows, too
                 delete_old_files(folder, icons)
         finally:
-            page.close(verbose=False)
+            server.should_exit = True
+            thread.join(5)
+    raise UserError("the server has stopped unexpectedly")
 
 
-def serve(page, host, port, root_path):
+def listen(host, port):
+    """Return a socket at an address. Raises UserError if the port is taken or the address is not this machine's."""
+    with report_os_errors(f"--host {host} --port {port}: cannot be used"):
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # `::` then serves IPv4, too
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
+
+
+def web_app(page, root_path, max_megabytes):
+    """Return the page as an ASGI application, which refuses requests that pages of other sites send."""
     font = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
-    css = Path(__file__).resolve().parent / "resources" / "app.css"
-    appearance = {"theme": gr.themes.Default(primary_hue="blue", font=font), "css_paths": [css], "js": PASTE}
-    limits = {"max_file_size": f"{MAX_MEGABYTES}mb", "state_session_capacity": MAX_USERS}
-    without = {"share": False, "footer_links": [], "run_history": False, "enable_monitoring": False, "ssr_mode": False}
-    address = {"server_name": host, "server_port": port, "root_path": root_path}
-    try:
-        page.launch(**address, prevent_thread_lock=True, quiet=True, **appearance, **limits, **without)
-    except ValueError as error:  # Gradio does not reach its own page, for example through a proxy that http_proxy names
-        raise UserError(f"http://{host}:{port}: cannot be served ({error})") from error
+    theme = gr.themes.Default(primary_hue="blue", font=font)
+    contrast = {"body_text_color_subdued": "*neutral_500", "button_primary_background_fill": "*primary_600"}
+    resources = Path(__file__).resolve().parent / "resources"
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
+        root_path=root_path,
+        max_file_size=max_megabytes and f"{max_megabytes}mb",
+        theme=theme.set(**contrast),
+        css_paths=[resources / "app.css"],
+        js=(resources / "app.js").read_text(encoding="utf-8"),
+        show_error=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+    )
+
+    async def same_site(scope, receive, send):
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        origin = headers.get("origin")
+        if scope.get("method") == "POST" and origin and urlsplit(origin).netloc != headers.get("host"):
+            refusal = PlainTextResponse("This request comes from a page of another site.", 403)
+            await refusal(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return same_site
 
 
 if __name__ == "__main__":

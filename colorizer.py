@@ -27,7 +27,7 @@ from utils import annealed_mean, load_ab_bins, upsample_ab
 
 SMALLEST_INPUT = [1, 1, 8, 8]  # of the network
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
-REGION_SIDE = 400  # longer side in pixels of the image in which the regions of corrections are computed
+REGION_SIDE = 320  # longer side in pixels of the image in which the regions of corrections are computed
 STRIP_PIXELS = 2**17  # converted at a time by each core, so that a large image needs little more memory than itself
 
 

@@ -5,7 +5,7 @@ The distance is geodesic, as in Criminisi, Sharp and Blake, "GeoS: Geodesic Imag
 
 import numpy as np
 
-SMOOTHING = 1.0  # standard deviation in pixels; noise would lengthen all paths
+SMOOTHING = 1.5  # standard deviation in pixels; texture and noise would lengthen all paths
 END = 1.5  # times the reach: the distance at which the weight becomes 0
 
 

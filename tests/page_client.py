@@ -4,8 +4,12 @@ import json
 import urllib.request
 import uuid
 
+SETTINGS = {"temperature": 0.38, "saturation": 1, "across": 50, "down": 50, "reach": 20}
+
 
 class PageClient:
+    """One user. Requests that the page answers with an error message raise a RuntimeError with it."""
+
     def __init__(self, address):
         self.address, self.session = address, uuid.uuid4().hex
         config = json.loads(self._get("config"))
@@ -14,39 +18,44 @@ class PageClient:
         self.events = config["dependencies"]
         self.weights = self.components["weights"]["props"]["value"]
 
-    def take(self, name, data):
-        """Upload a photo and return the addresses of its two pictures, both gray; None if it is rejected."""
+    def take(self, name, data, **headers):
+        """Upload a photo and return the addresses of its two pictures, both gray."""
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
         body = head + data + f"\r\n--{boundary}--\r\n".encode()
-        (path,) = json.loads(self._get("gradio_api/upload", body, f"multipart/form-data; boundary={boundary}"))
+        headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
+        (path,) = json.loads(self._get("gradio_api/upload", body, headers))
         self.taken = self._event("photo", "upload")
         output = self._run(self.taken, {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}})
         return self._addresses(output[1])
 
-    def color(self, temperature=0.38):
+    def color(self, **settings):
         """Run the events that follow an upload and return the addresses of gray and colorized."""
         compute = self._after(self.taken)
         self._run(compute, None, self.weights)
-        return self._addresses(self._run(self._after(compute), None, temperature, 50, 50)[0])
+        return self._addresses(self._adjust(self._after(compute), settings)[0])
 
-    def move(self, temperature):
-        return self._addresses(self._run(self._event("temperature", "input"), None, temperature, 50, 50)[1])
+    def change(self, component, event="input", **settings):
+        """Trigger the event of a component and return the addresses of gray and colorized."""
+        return self._addresses(self._adjust(self._event(component, event), settings)[1])
 
-    def download(self, temperature=0.38, name="PNG"):
+    def download(self, name="PNG", **settings):
         """Return the bytes of the file that a button creates."""
-        (file,) = self._run(self._event(f"Save as {name}", "click"), None, temperature)
+        (file,) = self._adjust(self._event(f"Save as {name}", "click"), settings)
         return self._get(file["url"])
 
+    def _adjust(self, event, settings):
+        return self._run(event, None, *{**SETTINGS, **settings}.values())
+
     def _after(self, event):
-        return next(x for x in self.events if x["trigger_after"] == event["id"])
+        return next(x for x in self.events if x["trigger_after"] == event["id"] and x["backend_fn"])
 
     def _event(self, component, kind):
         return next(x for x in self.events if [self.components[component]["id"], kind] in x["targets"])
 
     def _run(self, event, *inputs):
         request = {"data": inputs, "fn_index": event["id"], "session_hash": self.session}
-        self._get("gradio_api/queue/join", json.dumps(request).encode(), "application/json")
+        self._get("gradio_api/queue/join", json.dumps(request).encode(), {"Content-Type": "application/json"})
         address = f"{self.address}/gradio_api/queue/data?session_hash={self.session}"
         with urllib.request.urlopen(address, timeout=300) as stream:
             for line in stream:
@@ -57,12 +66,12 @@ class PageClient:
                     return message["output"]["data"]
         raise RuntimeError("no answer")
 
-    def _get(self, address, body=None, kind=None):
+    def _get(self, address, body=None, headers=None):
         address = address if address.startswith("http") else f"{self.address}/{address}"
-        request = urllib.request.Request(address, body, {"Content-Type": kind} if kind else {})
+        request = urllib.request.Request(address, body, headers or {})
         with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.read()
 
     @staticmethod
     def _addresses(pictures):
-        return [x["url"] for x in pictures] if isinstance(pictures, list) else None
+        return [x["url"] for x in pictures]
