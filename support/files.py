@@ -150,9 +150,10 @@ def write_json(data, path):
 
 
 def read_json(path):
-    """Return the content of a JSON file; None if it does not exist or cannot be read."""
+    """Return the object in a JSON file; None if the file does not exist, cannot be read or contains something else."""
     with suppress(OSError, ValueError):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else None
 
 
 def warn_replaced(path, subject):

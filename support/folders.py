@@ -212,7 +212,7 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
         true_dir (str): Folder of the originals; None to find the results alone.
         colored_dir (str): Folder of the results.
         results_file (str): See `list_images`.
-        records_file (str): Name of the file of records in `colored_dir`.
+        records_file (str): Name of the file of records in `colored_dir` or in the nearest folder above that has it.
 
     Returns:
         tuple[list, dict, dict]: (name, path of the original or None, path of the result) of each pair, sorted by name;
@@ -224,8 +224,9 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
     """
     true = named_images([true_dir], results_file) if true_dir else None
     colored = named_images([colored_dir], results_file)
-    places = {one_form(relative_path(path, colored_dir)): name for name, path in colored.items()}
-    records = read_records(os.path.join(colored_dir, records_file))
+    folder = _nearest(colored_dir, records_file)
+    places = {one_form(relative_path(path, folder)): name for name, path in colored.items()}
+    records = read_records(os.path.join(folder, records_file))
     records = {places[place]: record for place, record in records.items() if place in places}
     if records:
         result_of, problems, settings = _pair_by_records(true, true_dir, colored, records)
@@ -247,10 +248,17 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
         note_some(problem, names)
     if not result_of:
         raise UserError(
-            f"{colored_dir}: no result is as recorded; to pair by name, delete {records_file} in that folder"
+            f"{colored_dir}: no result is as recorded; to pair by name, delete {os.path.join(folder, records_file)}"
         )
     pairs = [(x, true and true[x], colored[result_of[x]]) for x in sorted(result_of)]
-    return pairs, left_out, _how_made(os.path.join(colored_dir, results_file), settings)
+    return pairs, left_out, _how_made(os.path.join(folder, results_file), settings)
+
+
+def _nearest(folder, name):
+    """Return `folder` or the nearest folder above that contains a file of this name; `folder` if none does."""
+    folder = os.path.abspath(folder)
+    folders = (folder, *map(str, PurePath(folder).parents))
+    return next((x for x in folders if os.path.exists(os.path.join(x, name))), folder)
 
 
 def _how_made(path, settings):

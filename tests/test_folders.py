@@ -201,7 +201,29 @@ def test_files_that_are_not_as_recorded_are_not_paired(touch, add_result, error_
         "not recorded, unlike other results": ["d"],
     }
     pathlib.Path("out/c.png").write_text("edited")
-    assert f"out: no result is as recorded; to pair by name, delete {RECORDS}" in error_message(pair)
+    records = os.path.join(os.getcwd(), "out", RECORDS)
+    assert error_message(pair) == f"out: no result is as recorded; to pair by name, delete {records}"
+
+
+def test_part_of_the_results_has_the_records_of_the_whole(touch, add_result):
+    touch("in/x/a.jpg", "in/x/b.jpg")
+    for settings in ({"sha256": "old"}, {"sha256": "new"}):
+        add_result("in/x/a.jpg", "x/a.png", **settings)
+        add_result("in/x/b.jpg", "x/b.png", sha256="old")
+    add_result("in/x/a.jpg", "x/a.png", sha256="new")
+    for folder in ("out/x", "out/x/a.png"):
+        pairs, _, made_by = pair_images("in/x", folder, RESULTS, RECORDS)
+        assert [result for _, _, result in pairs] == [os.path.join("out", "x", "a.png")] and made_by == {
+            "sha256": "new"
+        }
+
+
+def test_damaged_description_is_ignored(touch, add_result):
+    touch("in/a.jpg")
+    add_result("in/a.jpg", "a.png", crop_size=None)
+    for text in ("[]", "{", ""):
+        pathlib.Path("out", RESULTS).write_text(text)
+        assert pair()[2] == {"crop_size": None}
 
 
 def test_newest_of_two_results_of_one_image_is_used(touch, add_result):
