@@ -1,7 +1,13 @@
-"""The steps of an evaluation, one after another: get_invalid_images.py, test.py, then both metrics."""
+"""docs/reproduce.md in miniature, and the steps of an evaluation on other images, one after another."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
+import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 from support.checkpoints import save_checkpoint
@@ -9,7 +15,7 @@ from support.checkpoints import save_checkpoint
 import numpy as np
 import paddle
 import pytest
-from conftest import save_image
+from conftest import ROOT, save_image
 from PIL import Image
 from skimage import data
 
@@ -19,7 +25,6 @@ import metrics_auc
 import test
 from model import CIC
 
-ROOT = Path(get_invalid_images.__file__).parent
 SYNSETS = ("n01443537", "n02123045", "n04285008")
 IMAGES = [data.coffee()[:200, :300], data.chelsea()[50:250, 50:350], data.rocket()[100:300, 200:500]]
 
@@ -70,3 +75,104 @@ def test_three_steps_of_evaluation_give_results_for_all_suitable_images(tmp_path
     assert 0.5 < area["auc_raw"] < 0.99
     lightness = [np.asarray(Image.open(path).convert("L"), float).std() for path in results]
     assert min(lightness) > 5  # pictures, not plain areas
+
+
+# -------------------------------------------------------------------------------------------------
+# docs/reproduce.md
+
+SMALLER = {  # commands of the page: the same for a set of 40 images and an untrained classifier
+    'classifier=""': 'classifier="--arch squeezenet1_1 --weights classifier.pdparams"',
+    "--load_size 256 --crop_size 256": "--load_size 64 --crop_size 56",
+    "--max_steps 450000": "--max_steps 3 --load_size 40 --crop_size 32 --batch_size 4 --num_workers 0",
+    "--load_model official": "--load_model small",
+}
+ROWS = ("full", "non_rebalance", "rebalance", "l2", "l2_ft", "official")
+
+
+def crops(count):
+    """Yield crops of scikit-image's images as JPEG files."""
+    for i in range(count):
+        image = Image.fromarray(np.roll(IMAGES[i % 3], 29 * i, axis=1)).resize((100 + i, 90))
+        file = BytesIO()
+        image.save(file, "JPEG")
+        yield file.getvalue()
+
+
+def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, BytesIO(content))
+
+
+def make_imagenet(folder, names):
+    """Write ImageNet's two archives in their official layout: one archive per class, and a flat one of `names`."""
+    images = crops(20 + len(names))
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train:
+        for synset in (*SYNSETS, "n01440764"):
+            content = BytesIO()
+            with tarfile.open(fileobj=content, mode="w") as archive:
+                for i in range(5):
+                    add(archive, f"{synset}_{i}.JPEG", next(images))
+            add(train, f"{synset}.tar", content.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as val:
+        for name in names:
+            add(val, f"{name}.JPEG", next(images))
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Copy the project, with split lists of ten images each. Return the copy."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name in ("support", "resources"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    script, table = (tmp_path / "resources" / name for name in ("imagenet_splits.py", "ctest10k.txt"))
+    script.write_text(script.read_text().replace("VALIDATION_IMAGES = 10_000", "VALIDATION_IMAGES = 10"))
+    table.write_text("".join(f"{synset} {30_000 + i} {40_000 + i} {45_000 + i}\n" for i, synset in enumerate(SYNSETS)))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_all_commands_of_the_page_lead_to_the_table(project):
+    test_set = [f"ILSVRC2012_val_{number + i:08d}" for i in range(3) for number in (30_000, 40_000, 45_000)]
+    make_imagenet(project, [*(f"ILSVRC2012_val_{i:08d}" for i in range(1, 12)), *test_set])
+    paddle.seed(0)
+    paddle.save(paddle.vision.models.squeezenet1_1().state_dict(), str(project / "classifier.pdparams"))
+    page = (ROOT / "docs" / "reproduce.md").read_text("utf-8")
+    for command, smaller in SMALLER.items():
+        assert command in page
+        page = page.replace(command, smaller)
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=project,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ctest10k: 9 of 9 images (links)" in done.stdout and "val10k: 10 of 10 images (links)" in done.stdout
+    assert "from 20 color images" in done.stdout and not list((project / "imagenet" / "train").glob("*.tar"))
+    for name in ("gray_auc.json", "random_auc.json", "random_accuracy.json"):
+        assert json.loads((project / "metrics" / name).read_text())["images"] == 9
+    table = json.loads((project / "ablation" / "ablation.json").read_text())
+    assert sorted(table["results"]) == sorted((*ROWS, "gray", "true")) and table["images"] == 9
+    for row in ROWS:
+        area, accuracy = (
+            json.loads((project / "metrics" / row / f"{name}.json").read_text()) for name in ("auc", "accuracy")
+        )
+        assert area["pixels"] == 9 * 56 * 56 and area["load_size"] == 64 and area["left_out"] == {}
+        for quantity in ("auc_raw", "auc_rebalanced", "chroma"):
+            assert table["results"][row][quantity]["value"] == pytest.approx(area[quantity], abs=1e-9)
+        assert table["results"][row]["top1"]["value"] == accuracy["accuracy"]["colored"]["top1"]
+        if row != "official":
+            log = (project / "runs" / row / "train.jsonl").read_text().splitlines()
+            assert json.loads(log[-1])["step"] == 3
+    assert len({area["coloring"]["sha256"] for area in _areas(project)}) == len(ROWS)
+    for heading in ("no rebalancing", "λ = 0.5 (full)", "λ = 0", "L2", "L2, ft", "official", "gray (ab = 0)"):
+        assert f"| {heading} | " in done.stdout
+
+
+def _areas(project):
+    return [json.loads((project / "metrics" / row / "auc.json").read_text()) for row in ROWS]
