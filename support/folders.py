@@ -105,7 +105,7 @@ def one_form(name):
 def random_others(images, seed):
     """Return a different one for each image, so that all are taken: one random cycle."""
     if len(images) == 1:
-        raise UserError(f"{images[0]}: there is no other image, whose colors it could get")
+        raise UserError(f"{images[0]}: is the only image; a random other one needs at least two")
     others = [None] * len(images)
     order = np.random.default_rng(seed).permutation(len(images))
     for i, following in zip(order, np.roll(order, -1)):

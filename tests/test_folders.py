@@ -147,7 +147,7 @@ def test_results_without_records_are_paired_by_name_with_a_note(tmp_path, touch,
 
 
 def test_images_and_results_that_were_moved_are_paired_by_their_records(tmp_path, touch, add_result, capsys):
-    """As by a rename, or by tar, which keeps times in whole seconds."""
+    """The folder was renamed, and tar rounded the times to whole seconds."""
     for name in ("x/a", "b"):
         touch(f"in/{name}.jpg")
         add_result(f"in/{name}.jpg", f"{name}.png")

@@ -265,7 +265,7 @@ def test_confusions_are_sorted_by_what_colorization_adds():
 
 
 def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusions(tmp_path, weights, ranking, capsys):
-    """Of the classes, one is found among the five only with its colors, one only without, one either way."""
+    """One class is found among the five only with its colors, one only without them, and one either way."""
     true, colored = tmp_path / "t", tmp_path / "c"
     order = {name: ranking(image) for name, image in IMAGES.items()}
     results = {**IMAGES, "coffee": as_gray(IMAGES["coffee"]), "rocket": IMAGES["rocket"]}

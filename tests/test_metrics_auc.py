@@ -412,7 +412,7 @@ def test_images_with_names_of_any_bytes_are_paired_and_listed(tmp_path):
         (("--image_dir", "t", "--result_path", "missing"), "missing: no such file or folder"),
         (("--image_dir", "t", "--result_path", "other"), "t and other have no image in common"),
         (("--image_dir", "t", "--gray", "--prior", "missing.npy"), "missing.npy: cannot be read as a prior"),
-        (("--image_dir", "t", "--random"), "a.png: there is no other image"),
+        (("--image_dir", "t", "--random"), "a.png: is the only image"),
         (("--image_dir", "unreadable", "--gray"), "none of the 1 images can be compared"),
         (
             ("--image_dir", "t", "--gray", "--crop_size", "9", "--load_size", "8"),
