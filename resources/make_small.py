@@ -22,7 +22,7 @@ import numpy as np
 from pretrained import SMALL, read_weights
 from utils import load_prior, rebalancing_weights
 
-STRENGTH, LOAD_SIZE = 0.4, 112  # docs/weights.md describes how they were chosen
+STRENGTH, LOAD_SIZE = 0.4, 112  # README.md in this folder describes how they were chosen
 TRANSPOSED = "conv8.0.weight"  # its output channels come second: [512, 256, 4, 4]
 
 
