@@ -460,13 +460,14 @@ def last_step_of(progress, args, steps_per_epoch):
 
 def announce(args, network, loader, validation, autocast):
     """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
-    others = f", {len(validation.images)} for validation" if validation is not None else ""
+    for_validation = f", {len(validation.images)} for validation" if validation is not None else ""
     precision = autocast["dtype"] if autocast["enable"] else "float32"
     # The weights, and a training state of the weights and Adam's two moments, all float32
     megabytes = 4 * 4 * sum(x.size for x in network.state_dict().values()) / 1e6
-    data = f"{cli.counted(len(loader.dataset), 'image')}{others}; {cli.counted(len(loader), 'step')} per epoch"
+    data = f"{cli.counted(len(loader.dataset), 'image')}{for_validation}; {cli.counted(len(loader), 'step')} per epoch"
     folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
-    columns = f"columns: {OBJECTIVES[args.loss].meaning};\n  lr: learning rate; waiting: share of time spent waiting"
+    others = "lr: learning rate; waiting: share of time spent waiting for images"
+    columns = f"columns: {OBJECTIVES[args.loss].meaning};\n  {others}"
     lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{columns}"
     processes.on_first(partial(print, flush=True), lines)
 
