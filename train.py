@@ -231,9 +231,9 @@ def describe(images, folder):
 def warn_of_overlap(images, val_images, args):
     """Print a note if images for validation are also used for training."""
     top = os.path.realpath(args.image_dir)
-    paths = (images.path(i)[len(args.image_dir) :].strip(os.sep) for i in range(len(images)))
-    training = {os.path.join(top, path) for path in paths}
-    both = sum(os.path.realpath(val_images.path(i)) in training for i in range(len(val_images)))
+    validation = {os.path.realpath(val_images.path(i)) for i in range(len(val_images))}
+    training = (f"{top}{os.sep}{images.path(i)[len(args.image_dir) :].strip(os.sep)}" for i in range(len(images)))
+    both = sum(path in validation for path in training)
     if both:
         note(f"{args.val_dir}: {both} of {len(val_images)} images for validation are also used for training")
 
