@@ -425,7 +425,7 @@ def build(names, colorizer):
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
-                gr.HTML('<p role="status"></p>', elem_id="message", padding=False)
+                gr.HTML('<p role="status"></p>', elem_id="message")
                 with gr.Row(elem_id="examples"):
                     examples = [example_button(name, EXAMPLE_FOLDER / file) for name, file in EXAMPLES.items()]
             picture = gr.ImageSlider(

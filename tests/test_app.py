@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from support.cli import UserError
@@ -24,6 +24,7 @@ from support.images import InvalidImageError
 import numpy as np
 import paddle
 import pytest
+import tifffile
 from conftest import ROOT
 from page_client import PageClient
 from PIL import ExifTags, Image
@@ -297,30 +298,38 @@ SERVER = """if True:
 """
 
 
+@contextmanager
+def served(folder, checkpoint, *flags):
+    """Serve the page in a process of its own and yield its address. The log and temporary files lie in `folder`."""
+    (folder / "tmp").mkdir()
+    with app.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, "--port", port, "--load_model", checkpoint, "--model_path", folder, *flags]
+    with open(folder / "log", "w") as log:
+        settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
+        server = subprocess.Popen([*map(str, command)], env=environment, **settings)
+    try:
+        address = server.stdout.readline().split(": ")[0]
+        assert address.endswith(f":{port}"), (folder / "log").read_text()
+        yield address
+    finally:
+        server.terminate()
+        assert server.wait(timeout=30) == 128 + signal.SIGTERM
+        assert not [path for path in (folder / "tmp").rglob("*") if path.is_file()]
+
+
 @pytest.fixture(scope="module")
 def page(cic_checkpoint, tmp_path_factory):
-    """Serve the page and return its address."""
+    """Serve the page with models that raise errors, and return its address."""
     if app.gr is None:
         pytest.skip("Gradio is not installed: requirements-app.txt")
     folder = tmp_path_factory.mktemp("page")
-    (folder / "tmp").mkdir()
     for name in ERRORS:
         (folder / f"epoch_{name}_model.pdparams").touch()
-    with app.listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, "--port", port, "--load_model", cic_checkpoint, "--model_path", folder]
-    with open(folder / "log", "w") as log:
-        environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
-        server = subprocess.Popen(
-            map(str, command), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-    address = server.stdout.readline().split(": ")[0]
-    assert address == f"http://127.0.0.1:{port}", (folder / "log").read_text()
-    yield address
-    server.terminate()
-    assert server.wait(timeout=30) == 128 + signal.SIGTERM
+    with served(folder, cic_checkpoint) as address:
+        yield address
     assert set(re.findall("^calls (.*)", (folder / "log").read_text(), re.M)) <= {"127.0.0.1"}
-    assert not [path for path in (folder / "tmp").rglob("*") if path.is_file()]
 
 
 def until(condition, seconds=60):
@@ -362,6 +371,32 @@ def test_photos_that_cannot_be_read_or_written_give_their_users_a_message(page):
     with pytest.raises(RuntimeError, match="^wide_colorized.jpg: "):
         client.download("JPEG")
     assert Image.open(io.BytesIO(client.download("PNG"))).size == (70_000, 40)
+
+
+@needs_gradio
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "address", "limited"), [("::1", r"\[::1\]", False), ("::", "localhost", True)])
+def test_other_addresses_are_served_and_uploads_are_limited_unless_only_this_machine_can_send_them(
+    cic_checkpoint, tmp_path, host, address, limited
+):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with served(tmp_path, cic_checkpoint, "--host", host) as served_at:
+        assert re.fullmatch(rf"http://{address}:\d+", served_at)
+        refusal = (
+            pytest.raises(OSError, match="413") if limited else pytest.raises(RuntimeError, match="cannot be read")
+        )
+        with refusal:
+            PageClient(served_at).take("large.jpg", bytes(app.MAX_MEGABYTES * 2**20 + 1))
+
+
+@pytest.mark.slow
+def test_scan_of_46_megabytes_is_accepted(page, tmp_path):
+    """Of 4.3x5 inches, 600 dots per inch and 16 bits, uncompressed."""
+    tifffile.imwrite(tmp_path / "scan.tif", np.full((3000, 2580, 3), 30_000, np.uint16), photometric="rgb")
+    client = PageClient(page)
+    client.take("scan.tif", (tmp_path / "scan.tif").read_bytes())
+    assert len(set(client.color())) == 2
 
 
 @pytest.mark.slow
@@ -519,7 +554,7 @@ def test_page_works_in_a_browser(page, browser, cic_checkpoint, image_folder, tm
     tab.get_by_role("slider", name="Share in gray").fill("100")
     until(lambda: "100%" in tab.locator("#picture img").last.get_attribute("style"))
 
-    # A text file gives one message; the photo stays, and another one can be chosen
+    # A text file gives one message; the photo stays, and the field is empty again
     (tmp_path / "text.jpg").write_text("not a photo")
     before = pictures(tab)
     field.set_input_files(tmp_path / "text.jpg")
@@ -578,34 +613,49 @@ def tab_to(tab, name):
 
 
 @pytest.mark.slow
-def test_page_can_be_used_by_keyboard_alone(page, browser, image_folder):
-    tab = browser(page, 1366, 768)
+@pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)])
+def test_page_can_be_used_by_keyboard_alone(page, browser, width, height):
+    tab = browser(page, width, height)
+    tab.on("filechooser", lambda chooser: chooser.set_files(app.EXAMPLE_FOLDER / "coffee.png"))
     tab_to(tab, "Click to upload")
-    with tab.expect_file_chooser() as chooser:
-        tab.keyboard.press("Enter")
-    chooser.value.set_files(image_folder / "coffee.png")
+    tab.keyboard.press("Enter")
     until(lambda: len(pictures(tab)) == 2)
     until(lambda: "Click to upload" in focused(tab))  # the focus is kept
     until(lambda: inspected(tab, "At 50%"))
 
-    def press(*keys):
-        for key in keys:
-            tab.keyboard.press(key)
+    def press(key):
+        changes(tab, lambda: tab.keyboard.press(key))
 
     tab_to(tab, "range slider for Temperature")
-    changes(tab, lambda: press("ArrowRight"))
-    tab_to(tab, "Save as JPEG")
+    press("ArrowRight")
+    tab_to(tab, "range slider for Strength")
+    press("ArrowRight")
+    tab_to(tab, "Save as PNG")
     tab_to(tab, "From left")
     tab.keyboard.type("30")
     until(lambda: inspected(tab, "At 30%"))
-    tab_to(tab, "a ")
+    tab_to(tab, "a ")  # the most likely colors
+    press("Enter")
     tab_to(tab, "Gray")
-    changes(tab, lambda: press("Enter"))
+    press("Enter")
     tab_to(tab, "range slider for Reach")
-    changes(tab, lambda: press("ArrowRight"))
+    press("ArrowRight")
+    before = colorized(tab)
     tab_to(tab, "Undo")
-    changes(tab, lambda: press("Enter"))
+    press("Enter")
     tab_to(tab, "Reset")
+    assert np.abs(np.int16(before) - np.int16(colorized(tab))).mean() > 0.1
+
+    # Saved with a correction, back among the first controls
+    while "Gray" not in focused(tab):
+        tab.keyboard.press("Shift+Tab")
+    press("Enter")
+    while "Save as PNG" not in focused(tab):
+        tab.keyboard.press("Shift+Tab")
+    with tab.expect_download() as download:
+        tab.keyboard.press("Enter")
+    saved = Image.open(download.value.path())
+    assert np.abs(np.int16(saved) - np.int16(colorized(tab))).mean() < 2
 
 
 @pytest.mark.slow
