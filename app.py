@@ -312,8 +312,8 @@ def distribution(photo, settings):
     else:
         probability = paddle.nn.functional.softmax(output.flatten() / settings.temperature, axis=0).numpy()
         a, b = bins[probability.argmax()]
-        likeliest = f"a = {a:.0f}, b = {b:.0f} (probability {probability.max():.0%})"
-        text = f"{place}, the most likely color is {likeliest}. The annealed mean is {ab}."
+        most_likely = f"a = {a:.0f}, b = {b:.0f} (probability {probability.max():.0%})"
+        text = f"{place}, the most likely color is {most_likely}. The annealed mean is {ab}."
     colors = colors_like(np.asarray(photo.preview)[pixel(*photo.preview.size, settings)], bins)
     buttons = [gr.Button(visible=False)] * LIKELY
     for rank, index in enumerate(likely_bins(output)):
@@ -378,13 +378,13 @@ A neural network predicts a photo's **colors** from its **lightness**. Colors al
 PLACE = f"""
 ## Correct a color
 Click a place in the picture, or enter its position. The chart shows what the network predicts there: the area of a
-square is the probability of its color at this temperature. Click the color that the place should have, or press a
+square is the probability of its color. Click the color that the place should have, or press a
 button. *Reach* then sets how far this correction extends. Up to {MAX_CORRECTIONS} places can be corrected.
 """
 ABOUT = f"""
-**Temperature.** At 1, the color of a place is the mean of all 313 colors, weighted by their probabilities. Lower
-temperatures give the more likely colors more weight, and near 0 only the most likely one counts. The paper uses
-{TEMPERATURE}.
+**Variety of colors.** At 1, the color of a place is the mean of all 313 colors, weighted by their probabilities. Lower
+values give the more likely colors more weight, and near 0 only the most likely one counts. The paper calls it
+temperature and uses {TEMPERATURE}.
 
 **Strength.** Multiplies all colors of the photo: 0 is gray, 1 leaves them as they are.
 
@@ -392,12 +392,13 @@ temperatures give the more likely colors more weight, and near 0 only the most l
 results as evidence of anything.
 
 **Model.** *small* is bundled with the page. It turns skies blue and plants often green; clothes, flowers and furniture
-mostly remain brown or gray. *official* is the model of the paper's authors, trained on the 1.3 million photos of
-ImageNet. All other models are checkpoints from a folder of this server.
+mostly remain brown or gray. *official*, if it is in the list, is the model of the paper's authors, trained on the
+1.3 million photos of ImageNet. All other models are checkpoints from a folder of this server.
 
 **Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
 hour after it if you close the page, or earlier if many people use the page.
 """
+HINT = "temperature; low: most likely color"
 EMPTIED = """() => {
     setTimeout(() => document.activeElement === document.body && document.querySelector("#photo button").focus(), 100);
     return null;
@@ -438,7 +439,7 @@ def build(names, colorizer):
             )
             with gr.Column(elem_id="adjust"):
                 suits = colorizer(names[0]).temperature or TEMPERATURE  # it does not apply to networks that predict ab
-                temperature = slider("temperature", "Temperature", suits, 0.02, "low: likeliest color, 1: mean of all")
+                temperature = slider("temperature", "Variety of colors", suits, 0.02, HINT)
                 saturation = slider("saturation", "Strength of all colors", 1, 0.05)
                 choices = [(Path(name).name, name) for name in names]
                 weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")

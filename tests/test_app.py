@@ -535,7 +535,7 @@ def test_page_works_in_a_browser(page, browser, cic_checkpoint, image_folder, tm
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
     # Another temperature gives other colors, in the downloads, too
-    changes(tab, lambda: tab.get_by_role("slider", name="Temperature").fill("0.1"))
+    changes(tab, lambda: tab.get_by_role("slider", name="Variety of colors").fill("0.1"))
     expected = np.int16(Colorizer(cic_checkpoint)(image_folder / "coffee.png", temperature=0.1))
     for name, suffix, tolerance in (("PNG", "png", 1), ("JPEG", "jpg", 60)):
         download = save(tab, name)
@@ -584,14 +584,14 @@ def test_colors_are_corrected_in_a_browser(page, browser, width, height):
     assert np.abs(orange - before)[400:420, 100:150].mean() > 30  # the suit
     assert np.abs(orange - before)[:50].mean() < 3  # the background
 
-    changes(tab, lambda: tab.get_by_role("slider", name="Temperature").fill("0.7"))
+    changes(tab, lambda: tab.get_by_role("slider", name="Variety of colors").fill("0.7"))
     saved = Image.open(save(tab, "PNG").path())
     assert np.abs(np.int16(saved) - np.int16(colorized(tab))).mean() < 2
 
     changes(tab, lambda: tab.get_by_role("slider", name="Strength").fill("0"))
     assert np.ptp(np.int16(colorized(tab)), axis=-1).mean() < 2
     changes(tab, lambda: tab.get_by_role("slider", name="Strength").fill("1"))
-    changes(tab, lambda: tab.get_by_role("slider", name="Temperature").fill("0.38"))
+    changes(tab, lambda: tab.get_by_role("slider", name="Variety of colors").fill("0.38"))
     changes(tab, lambda: tab.get_by_role("button", name="Undo").click())
     assert np.abs(np.int16(colorized(tab)) - before).mean() < 0.1
 
@@ -626,7 +626,7 @@ def test_page_can_be_used_by_keyboard_alone(page, browser, width, height):
     def press(key):
         changes(tab, lambda: tab.keyboard.press(key))
 
-    tab_to(tab, "range slider for Temperature")
+    tab_to(tab, "range slider for Variety of colors")
     press("ArrowRight")
     tab_to(tab, "range slider for Strength")
     press("ArrowRight")
@@ -672,7 +672,7 @@ def test_typed_numbers_are_moved_into_their_ranges(page, browser):
     tab = browser(page, 1366, 768)
     tab.get_by_role("button", name="Coffee").click()
     until(lambda: inspected(tab, "At 50%"))
-    for name, typed, valid in (("Temperature", "0", "0.02"), ("Strength", "7", "2"), ("Reach", "-3", "1")):
+    for name, typed, valid in (("Variety of colors", "0", "0.02"), ("Strength", "7", "2"), ("Reach", "-3", "1")):
         field = tab.locator(f"input[type=number][aria-label*='{name}']")
         field.fill(typed)
         field.press("Tab")
