@@ -20,6 +20,7 @@ rows' names, the table also contains the KL of the last validation, and the trai
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, printable_names, run_script, whole
@@ -79,23 +80,40 @@ def heading(row):
 # Measuring
 
 
-def recognize(classifier, originals, pairs, num_workers):
+class Row(NamedTuple):
+    """The results of one folder: what `pair_images` returns of them, and then what `metrics_auc.measure` returns."""
+
+    pairs: list
+    left_out: dict
+    coloring: dict
+    names: list
+    sums: dict
+    counts: np.ndarray
+
+
+def measure(folder, args):
+    pairs, left_out, coloring = pair_images(args.val_dir, folder, COLORING, RECORDS)
+    errors = metrics_auc.measure(pairs, args.num_workers, **metrics_auc.square_size(coloring))
+    return Row(pairs, left_out, coloring, *errors)
+
+
+def recognize(classifier, originals, rows, num_workers):
     """Classify the originals and each row's results: {row: (names, int64 [N, 5])}, see `metrics_acc.measure`."""
     controls = [(name, path, None) for name, path in originals.items()]
     names, versions = metrics_acc.measure(classifier, controls, num_workers=num_workers)
     found = {GRAY: (names, versions["gray"]), TRUE: (names, versions["true"])}
-    for row, images in pairs.items():
-        results = [(name, None, result) for name, _, result in images]
+    for title, row in rows.items():
+        results = [(name, None, result) for name, _, result in row.pairs]
         names, versions = metrics_acc.measure(classifier, results, num_workers=num_workers)
-        found[row] = names, versions["colored"]
+        found[title] = names, versions["colored"]
     return found
 
 
-def align(errors, classes, labels):
+def align(rows, classes, labels):
     """Select the images that all rows have.
 
     Args:
-        errors (dict): Result of `metrics_auc.measure` by row.
+        rows (dict): Row by title.
         classes (dict): Result of `recognize`; {} without a classifier.
         labels (dict): Numbers of the classes by the images' names.
 
@@ -103,22 +121,23 @@ def align(errors, classes, labels):
         tuple[list, dict, dict]: The names of the N images, their sums ([N, ...] by name) by row, and whether they are
         recognized (bool [N, 2]) by row.
     """
-    names = sorted(set.intersection(*({*found} for found, *_ in (*errors.values(), *classes.values()))))
-    if not names:
+    measured = [*(row.names for row in rows.values()), *(names for names, _ in classes.values())]
+    chosen = sorted(set.intersection(*map(set, measured)))
+    if not chosen:
         raise UserError("the rows have no image in common that could be compared")
 
-    def select(found, values):
-        place = {name: i for i, name in enumerate(found)}
-        return values[[place[name] for name in names]]
+    def select(names, values):
+        place = {name: i for i, name in enumerate(names)}
+        return values[[place[name] for name in chosen]]
 
-    sums = {row: {x: select(found, values) for x, values in of.items()} for row, (found, of, _) in errors.items()}
+    sums = {title: {x: select(row.names, y) for x, y in row.sums.items()} for title, row in rows.items()}
     first = next(iter(sums))
-    for row, images in sums.items():
+    for title, images in sums.items():
         if not np.array_equal(images["pixels"], sums[first]["pixels"]):
-            raise UserError(f"{row} and {first} differ in size or crop: compare them in separate tables")
-    wanted = np.array([labels.get(name) for name in names])
-    hits = {row: metrics_acc.find_hits(select(found, top), wanted) for row, (found, top) in classes.items()}
-    return names, sums, hits
+            raise UserError(f"{title} and {first} differ in size or crop: compare them in separate tables")
+    wanted = np.array([labels.get(name) for name in chosen])
+    hits = {title: metrics_acc.find_hits(select(*found), wanted) for title, found in classes.items()}
+    return chosen, sums, hits
 
 
 # -------------------------------------------------------------------------------------------------
@@ -248,11 +267,10 @@ def plot_curves(logs, path):
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def plot_errors(errors, bin_weights, path):
-    """Plot the curves of the AuC from the results of `metrics_auc.measure` by row."""
+def plot_errors(rows, bin_weights, path):
     curves = {}
-    for row, (_, _, counts) in errors.items():
-        curves[heading(row)], curves[metrics_auc.GRAY] = (metrics_auc.curves(x, bin_weights) for x in counts)
+    for title, row in rows.items():
+        curves[heading(title)], curves[metrics_auc.GRAY] = (metrics_auc.curves(x, bin_weights) for x in row.counts)
     metrics_auc.plot(curves, path)
 
 
@@ -266,6 +284,17 @@ def save_sheet(names, originals, results, path):
     headings = ("gray", *(heading(row).split(" (")[0] for row in results), "ground truth")
     with atomic_path(path) as temporary:
         contact_sheet(rows, headings, THUMBNAIL[0]).save(temporary, format="JPEG", quality=85)
+
+
+def write(summary, logs, output):
+    """Write the values, the tables and the curves of training. Return the tables."""
+    write_json(summary, output / "ablation.json")
+    tables = markdown(summary)
+    with atomic_text(output / "ablation.md") as file:
+        file.write(tables)
+    if logs:
+        plot_curves(logs, output / "ablation_curves.png")
+    return tables
 
 
 # -------------------------------------------------------------------------------------------------
@@ -304,7 +333,7 @@ def find_rows(folders):
 
 def main(args):
     # Setup; report wrong flags before the work
-    output, results, originals = Path(args.save_path), find_rows(args.results), named_images(args.val_dir)
+    output, folders, originals = Path(args.save_path), find_rows(args.results), named_images(args.val_dir)
     bin_weights = metrics_auc.inverse_prior(args.prior)
     classifier, labels = None, {}
     if args.arch != "none":
@@ -312,61 +341,50 @@ def main(args):
         labels = metrics_acc.find_labels(originals, args.val_dir, args.labels)
     subject = {
         "true_images": printable(os.path.abspath(args.val_dir)),
-        "colored_images": ", ".join(printable(os.path.abspath(folder)) for folder in results.values()),
+        "colored_images": ", ".join(printable(os.path.abspath(folder)) for folder in folders.values()),
     }
     make_folder(output)
     warn_replaced(output / "ablation.json", subject)
 
     # Measure
-    pairs, unpaired, coloring, errors, classes = {}, {}, {}, {}, {}
-    for row, folder in results.items():
-        pairs[row], unpaired[row], coloring[row] = pair_images(args.val_dir, folder, COLORING, RECORDS)
-        errors[row] = metrics_auc.measure(pairs[row], args.num_workers, **metrics_auc.square_size(coloring[row]))
-    if classifier:
-        classes = recognize(classifier, originals, pairs, args.num_workers)
-    names, sums, hits = align(errors, classes, labels)
+    rows = {title: measure(folder, args) for title, folder in folders.items()}
+    classes = recognize(classifier, originals, rows, args.num_workers) if classifier else {}
+    names, sums, hits = align(rows, classes, labels)
 
     # Pool and resample
     found = evaluate(sums, hits, resamples(len(names), args.bootstrap, args.seed), bin_weights)
     estimates = {row: {x: estimate(v) for x, v in values.items()} for row, values in found.items()}
-    logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in results} if args.runs else {}
+    logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in rows} if args.runs else {}
     for row, lines in logs.items():
         validations = [line["val_kl"] for line in lines if "val_kl" in line]
         if validations:
             estimates[row]["kl"] = {"value": validations[-1]}
 
     # Write and print
-    compared = {*names}
-    left_out = [printable(name) for name in originals if name not in compared]
+    left_out = sorted({*originals} - {*names})
     summary = {
         "results": estimates,
         "differences": differences(found),
         "images": len(names),
         **subject,
-        "coloring": coloring,
+        "coloring": {title: row.coloring for title, row in rows.items()},
         "bootstrap": args.bootstrap,
         "seed": args.seed,
         "prior": metrics_auc.describe_prior(args.prior),
         "classifier": metrics_acc.describe(args) if classifier else None,
-        "left_out": left_out,
-        "unpaired": {row: printable_names(problems) for row, problems in unpaired.items()},
+        "left_out": [printable(name) for name in left_out],
+        "unpaired": {title: printable_names(row.left_out) for title, row in rows.items()},
         **provenance(),
     }
-    write_json(summary, output / "ablation.json")
-    with atomic_text(output / "ablation.md") as file:
-        file.write(markdown(summary))
-    plot_errors(errors, bin_weights, output / "ablation_auc.png")
+    print(write(summary, logs, output))
+    plot_errors(rows, bin_weights, output / "ablation_auc.png")
     shown = np.random.default_rng(args.seed).permutation(names)[: args.panel]
-    paths = {row: {name: result for name, _, result in images} for row, images in pairs.items()}
-    save_sheet(shown, originals, paths, output / "ablation_sheet.jpg")
-    files = "ablation.json, .md, _auc.png, _sheet.jpg"
-    if logs:
-        plot_curves(logs, output / "ablation_curves.png")
-        files += ", _curves.png"
-    print(markdown(summary))
+    results = {title: {name: result for name, _, result in row.pairs} for title, row in rows.items()}
+    save_sheet(shown, originals, results, output / "ablation_sheet.jpg")
+    files = "ablation.json, .md, _auc.png, _sheet.jpg" + (", _curves.png" if logs else "")
     skipped = f", {len(left_out)} skipped" if left_out else ""
-    print(f"{printable(output)}: {files}; {len(results)} rows, {len(names)} images{skipped}")
-    return EXIT_SKIPPED if left_out or any(unpaired.values()) else 0
+    print(f"{printable(output)}: {files}; {len(rows)} rows, {len(names)} images{skipped}")
+    return EXIT_SKIPPED if left_out or any(row.left_out for row in rows.values()) else 0
 
 
 if __name__ == "__main__":
