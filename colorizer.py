@@ -227,7 +227,7 @@ def join(rgb, ab, maps=None, saturation=1):
             corrected = upsample_ab(maps, height, width, top, rows, stride=1)
             colors = corrected[:1] * colors + corrected[1:]
         lab = paddle.concat([lightness, (saturation * colors).unsqueeze(0)], axis=1)
-        result[strip] = to_uint8(lab_to_rgb(lab))[0].transpose([1, 2, 0]).numpy()
+        result[strip] = to_uint8(lab_to_rgb(lab, keep_lightness=True))[0].transpose([1, 2, 0]).numpy()
 
     list(threads(1 if on_gpu() else available_cores()).map(join_strip, range(0, height, rows)))
     return result

@@ -93,6 +93,32 @@ def test_lab_to_rgb_clips_out_of_gamut_colors():
     assert np.isfinite(rgb).all() and rgb.min() >= 0 and rgb.max() <= 1
 
 
+@pytest.fixture(scope="module")
+def outside():
+    """Return Lab colors outside the gamut, a grid of 5 in L and 11 in a and b: float32 [1, 3, K, 1]."""
+    grid = np.stack(np.meshgrid(np.arange(5, 100, 5), np.arange(-110, 111, 11), np.arange(-110, 111, 11)))
+    grid = grid.reshape(1, 3, -1, 1).astype(np.float32)
+    back = color.rgb2lab(lab_to_rgb(paddle.to_tensor(grid)).numpy(), channel_axis=1)
+    return grid[:, :, np.abs(back - grid).max(axis=(0, 1, 3)) > 0.5]
+
+
+def test_lightness_and_hue_of_out_of_gamut_colors_are_kept(outside):
+    """At the largest chroma but 1/64: the smallest step is 1/128. Clipping moves L by up to 30."""
+    found = color.rgb2lab(lab_to_rgb(paddle.to_tensor(outside), keep_lightness=True).numpy(), channel_axis=1)
+    chroma = np.hypot(found[:, 1], found[:, 2])
+    turned = np.angle((found[:, 1] + 1j * found[:, 2]) / (outside[:, 1] + 1j * outside[:, 2]), deg=True)
+    assert np.abs(found[:, 0] - outside[:, 0]).max() < 0.2 and np.abs(turned)[chroma > 5].max() < 1
+    more = outside.copy()
+    more[:, 1:] *= (chroma / np.hypot(outside[:, 1], outside[:, 2]) + 1 / 64)[:, None]
+    clipped = color.rgb2lab(lab_to_rgb(paddle.to_tensor(more)).numpy(), channel_axis=1)
+    assert (np.abs(clipped - more).max(axis=1) > 0.1).mean() > 0.99
+
+
+def test_colors_in_gamut_do_not_depend_on_keeping_lightness(grid):
+    lab = rgb_to_lab(paddle.to_tensor(grid))
+    assert np.array_equal(lab_to_rgb(lab, keep_lightness=True), lab_to_rgb(lab))
+
+
 def test_every_8_bit_color_is_restored_from_lab():
     green_blue = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij")).astype(np.uint8)
     for red in range(0, 256, 8):

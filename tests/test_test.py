@@ -102,10 +102,11 @@ def test_results_keep_the_subfolder_and_size_of_their_images(colorize_files, tmp
 
 
 def test_result_keeps_the_lightness_of_its_image(colorize_files, image_folder):
-    _, result = colorize_files(image_folder, "--temperature", 1000)
+    """Also where strong colors leave the gamut, apart from rounding to 8 bits."""
+    _, result = colorize_files(image_folder, "--saturation", 10)
     for path in image_folder.iterdir():
-        before, after = (color.rgb2lab(pixels(p))[..., 0] for p in (path, result / path.name))
-        assert np.abs(before - after).mean() < 0.5  # colors out of gamut are clipped, which moves L a little
+        before, after = (color.rgb2lab(pixels(p)) for p in (path, result / path.name))
+        assert np.abs(before - after)[..., 0].max() < 0.5 and np.hypot(*after.T[1:]).max() > 50
 
 
 def test_result_equals_step_by_step_computation(colorize_files, small_checkpoint, tmp_path):
@@ -123,8 +124,10 @@ def test_result_equals_step_by_step_computation(colorize_files, small_checkpoint
         ab = annealed_mean(network(lightness - 50), load_ab_bins())
     full = rgb_to_lab(paddle.to_tensor(np.asarray(image).transpose(2, 0, 1)[None]))
     ab = paddle.to_tensor(upsample_by_scipy(ab[0].numpy(), *full.shape[2:])[None].astype(np.float32))
-    expected = to_uint8(lab_to_rgb(paddle.concat([full[:, :1], ab], axis=1)))[0].transpose([1, 2, 0]).numpy()
-    assert largest_difference(pixels(result / "coffee.png"), expected) <= 1
+    lab = paddle.concat([full[:, :1], ab], axis=1)
+    expected = to_uint8(lab_to_rgb(lab, keep_lightness=True))[0].transpose([1, 2, 0]).numpy()
+    difference = np.abs(pixels(result / "coffee.png").astype(int) - expected)
+    assert np.quantile(difference, 0.99) <= 1 and difference.max() <= 4  # the share of chroma in gamut has steps
 
 
 def test_saturation_multiplies_predicted_ab_and_is_recorded(colorize_files, image_folder):
