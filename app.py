@@ -327,7 +327,7 @@ def colors_like(rgb, ab):
     """Return the colors of ab values at the lightness of a color: uint8 [3], float32 [N, 2] -> uint8 [N, 3]."""
     lightness = rgb_to_lightness(paddle.to_tensor(rgb.reshape([1, 3, 1, 1]))).item()
     lab = np.insert(ab, 0, lightness, axis=1)[:, :, None, None]  # [N, 3, 1, 1]
-    return to_uint8(lab_to_rgb(paddle.to_tensor(lab)))[:, :, 0, 0].numpy()
+    return to_uint8(lab_to_rgb(paddle.to_tensor(lab), keep_lightness=True))[:, :, 0, 0].numpy()
 
 
 CHART = 600  # pixels per side
