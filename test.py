@@ -89,7 +89,7 @@ def plan(results, settings, args):
     records = {} if args.output else read_records(args.folder / RECORDS)
     for path, name in results.items():
         before, now = records.get(name), make_record(path, settings, args.folder, name)
-        changed = what_changed(before, now) if before else ""
+        changed = what_changed(before, now, args.folder) if before else ""
         if args.skip_existing and before and not changed:
             up_to_date[path] = name
         elif problem := obstacle(args.folder / name, before, now, args):

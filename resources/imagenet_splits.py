@@ -65,7 +65,7 @@ def place(source, target):
 
 
 def same_image(source, target):
-    return os.path.exists(target) and same_file(size_and_time(source), size_and_time(target))
+    return same_file(size_and_time(source), target)
 
 
 def link(source, target):

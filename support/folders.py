@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+import zlib
 from contextlib import suppress
 from pathlib import PurePath
 
@@ -141,13 +142,22 @@ def size_and_time(path):
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns} if status else {}
 
 
-def same_file(one, other):
-    """Return whether two results of `size_and_time` agree. A copy's time may be rounded, up to two seconds."""
-    if "size" not in one or one["size"] != other.get("size"):
+def checksum(path):
+    with open(path, "rb") as file:
+        return zlib.crc32(file.read())
+
+
+def same_file(recorded, path):
+    """Return whether a file has the recorded size and time or, if only the time differs, the recorded checksum.
+
+    A copy's time may be rounded, up to two seconds.
+    """
+    now = size_and_time(path)
+    if not now or now["size"] != recorded.get("size"):
         return False
-    times = one["mtime_ns"], other["mtime_ns"]
+    times = recorded["mtime_ns"], now["mtime_ns"]
     coarser = max(next(unit for unit in RESOLUTIONS if time % unit == 0) for time in times)
-    return abs(times[0] - times[1]) < coarser
+    return abs(times[0] - times[1]) < coarser or ("crc32" in recorded and recorded["crc32"] == checksum(path))
 
 
 def source_name(record):
@@ -156,29 +166,33 @@ def source_name(record):
     return one_form("/".join(PurePath(record["source"]["path"]).parts[-depth:]))
 
 
-def same_source(one, other):
+def same_source(before, now):
     """Return whether two records are of one source, whose folder may have been moved or copied."""
-    one_source, other_source = one["source"], other["source"]
-    moved = source_name(one) == source_name(other) and same_file(one_source, other_source)
-    return moved or one_source["path"] == other_source["path"]
+    path = now["source"]["path"]
+    moved = source_name(before) == source_name(now) and same_file(before["source"], path)
+    return moved or before["source"]["path"] == path
 
 
-def what_changed(before, now):
-    """Return in a few words why a result is out of date by its records before and now; "" if it is up to date."""
+def what_changed(before, now, folder):
+    """Return in a few words why a result in `folder` is out of date by its records before and now; "" if it is not."""
     keys = sorted({*before["settings"], *now["settings"]})
     if changed := [key for key in keys if before["settings"].get(key) != now["settings"].get(key)]:
         return f"other settings ({', '.join(changed)})"
-    if not (same_source(before, now) and same_file(before["source"], now["source"])):
+    if not (same_source(before, now) and same_file(before["source"], now["source"]["path"])):
         return "the original has changed"
     if "size" not in now["result"]:
         return "the result is missing"
     if "size" not in before["result"]:
         return "the result was not completed"
-    return "" if same_file(before["result"], now["result"]) else "the result has changed"
+    unchanged = same_file(before["result"], os.path.join(folder, now["result"]["path"]))
+    return "" if unchanged else "the result has changed"
 
 
 def append_record(record, path):
-    """Append a record to a file of records."""
+    """Append a record to a file of records, with the checksums of its files if the result is written."""
+    if "size" in record["result"]:
+        result = os.path.join(os.path.dirname(path), record["result"]["path"])
+        record["result"]["crc32"], record["source"]["crc32"] = checksum(result), checksum(record["source"]["path"])
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"\n{json.dumps(record)}")  # the line break first: an earlier line may have been cut short
 
@@ -278,13 +292,13 @@ def _pair_by_records(true, true_dir, colored, records):
         source = name
         if true is not None:
             source = places.get(record["source"]["path"], below.get(source_name(record)))
-        if not same_file(record["result"], size_and_time(colored[name])):
+        if not same_file(record["result"], colored[name]):
             problems[name] = "changed since it was recorded"
         elif settings not in ({}, record["settings"]):
             problems[name] = "made with other settings than the newest result"
         elif source is None:
             problems[name] = NO_ORIGINAL
-        elif true is not None and not same_file(record["source"], size_and_time(true[source])):
+        elif true is not None and not same_file(record["source"], true[source]):
             problems[name] = "original changed since it was recorded"
         elif source in result_of:
             problems[name] = "older than another result of the same image"

@@ -249,10 +249,31 @@ def test_newest_of_two_results_of_one_image_is_used(touch, add_result):
         (1_700_000_001_300_000_001, False),
     ],
 )
-def test_times_agree_up_to_the_resolution_of_a_copy(copy, same):
-    original, copy = ({"size": 5, "mtime_ns": time} for time in (1_700_000_001_234_567_891, copy))
-    assert same_file(original, copy) == same_file(copy, original) == same
-    assert not same_file(original, {**copy, "size": 6}) and not same_file({}, original) and not same_file({}, {})
+def test_times_agree_up_to_the_resolution_of_a_copy(tmp_path, copy, same):
+    path, time = tmp_path / "a.png", 1_700_000_001_234_567_891
+    path.write_text("12345")
+    for recorded, now in ((time, copy), (copy, time)):
+        os.utime(path, ns=(now, now))
+        assert same_file({"size": 5, "mtime_ns": recorded}, path) == same
+        assert not same_file({"size": 6, "mtime_ns": now}, path) and not same_file({}, path)
+    assert not same_file({"size": 5, "mtime_ns": time}, tmp_path / "missing")
+
+
+def test_copies_that_do_not_keep_their_time_are_recognized_by_their_checksum(touch, add_result, error_message):
+    touch("in/a.jpg", "in/b.jpg")
+    for name in "ab":
+        pathlib.Path(f"in/{name}.jpg").write_text(f"original {name}")
+        pathlib.Path("out").mkdir(exist_ok=True)
+        pathlib.Path(f"out/{name}.png").write_text(f"result {name}")
+        append_record(make_record(f"in/{name}.jpg", {}, "out", f"{name}.png"), f"out/{RECORDS}")
+    for path in (*pathlib.Path("in").iterdir(), *pathlib.Path("out").iterdir()):
+        os.utime(path, (1, 1))
+    os.rename("in", "copy")
+    assert [name for name, _, _ in pair("copy")[0]] == ["a", "b"]
+    pathlib.Path("copy/a.jpg").write_text("original c")  # of the same size
+    os.utime("copy/a.jpg", (2, 2))
+    pairs, left_out, _ = pair("copy")
+    assert [name for name, _, _ in pairs] == ["b"] and left_out == {"original changed since it was recorded": ["a"]}
 
 
 def test_names_agree_whether_accents_are_composed_or_not(tmp_path, touch, monkeypatch):

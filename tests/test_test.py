@@ -333,7 +333,7 @@ def test_skip_existing_reports_why_an_image_is_colorized_again(
     if change == "source":
         write_image("in/a.png", 50)
     elif change == "result":
-        os.utime(result / "a.png", ns=(0, 0))
+        (result / "a.png").write_bytes((result / "a.png").read_bytes()[:-1] + b"x")
     elif change == "deleted":
         (result / "a.png").unlink()
     elif change == "killed":
