@@ -4,12 +4,13 @@
     python -m paddle.distributed.launch --gpus 0,1,2,3 train.py --image_dir DIR      four GPUs
     python train.py --image_dir DIR --continue_train                                 resume after a stop
 
-Ctrl-C, SIGTERM and SIGHUP save `latest` and end the run. Exit codes: 0 finished, 1 an error (reported on one line),
-2 a usage error, 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 standard output was closed.
+Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save `latest` and end the run. Exit codes: 0 finished, 1 an error (reported
+on one line), 2 a usage error, 128 + its number if a signal stopped it (130: Ctrl-C, 143: SIGTERM), 141 standard output
+was closed.
 
 The defaults are those of the paper's final model, except for 20 epochs instead of --max_steps 450000. Variants of the
-loss: --gamma 0.5 (the default, the paper's model), --rebalance False (the paper's "class") and --gamma 0 (of an earlier
-Paddle port).
+loss: --gamma 0.5 (the default, the paper's model), --rebalance False (the paper's "class"), --gamma 0 (of an earlier
+Paddle port) and --loss l2 (the paper's baseline).
 
 At its first step, every --loss_step steps and at its last step, a run prints a line (and writes the same values as
 JSON to <log_path>/train.jsonl):
