@@ -21,6 +21,7 @@ damaged in the middle may decode to a wrong picture.
 """
 
 import csv
+import filecmp
 import os
 import shlex
 import shutil
@@ -120,10 +121,12 @@ def move(source, target):
 
     Raises OSError or UserError. No part of an image is then left at the target.
     """
-    if os.path.lexists(target):
-        raise FileExistsError(None, f"there is already {target}")
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.islink(source):
+    if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):  # copied before the script was stopped
+        os.remove(source)
+    elif os.path.lexists(target):
+        raise FileExistsError(None, f"there is already {target}")
+    elif os.path.islink(source):
         copy(source, target)
         os.remove(source)
     else:

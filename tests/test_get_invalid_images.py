@@ -213,6 +213,13 @@ def test_failed_move_to_another_disk_leaves_the_image_and_no_part_of_it(
     assert path.read_bytes() == content and not os.listdir(tmp_path / "moved")
 
 
+def test_move_to_another_disk_that_was_stopped_after_copying_is_completed(tmp_path):
+    path = save_image(tmp_path / "images" / "gray.png", GRAY)
+    save_image(tmp_path / "moved" / "gray.png", GRAY)
+    assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
+    assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
+
+
 def test_times_and_permissions_that_a_disk_refuses_do_not_prevent_moving(tmp_path, another_disk, monkeypatch):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
 
