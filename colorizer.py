@@ -9,9 +9,10 @@
 test.py, hubconf.py and the web demo all colorize images with this module.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from support.cpu import available_cores, threads
+from support.cpu import available_cores
 from support.gpu import on_gpu
 from support.images import read_image
 from support.inference import make_predictor
@@ -229,5 +230,6 @@ def join(rgb, ab, maps=None, saturation=1):
         lab = paddle.concat([lightness, (saturation * colors).unsqueeze(0)], axis=1)
         result[strip] = to_uint8(lab_to_rgb(lab, keep_lightness=True))[0].transpose([1, 2, 0]).numpy()
 
-    list(threads(1 if on_gpu() else available_cores()).map(join_strip, range(0, height, rows)))
+    with ThreadPoolExecutor(1 if on_gpu() else available_cores()) as pool:
+        list(pool.map(join_strip, range(0, height, rows)))
     return result
