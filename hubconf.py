@@ -7,12 +7,14 @@ From GitHub: "OWNER/REPOSITORY:main" for DIR, without `source`.
 """
 
 import os as _os
+import re as _re
 import sys as _sys
 
 dependencies = ["paddle", "numpy", "PIL", "safetensors", "tqdm"]
 
 _HERE = _os.path.dirname(_os.path.abspath(__file__))
 _OURS = {"colorizer", "dataset", "model", "pretrained", "support", "utils"}
+_PREFIX = _re.sub(r"\W", "_", _HERE) + "__"  # of the unique names of these modules
 
 
 def colorizer(weights=None, **settings):
@@ -46,14 +48,23 @@ def network(weights=None, model_path="./model"):
 
 
 def _import(name):
-    """Import a module of this folder. The caller's modules of the same names (`utils`, `model`) stay as they are."""
+    """Import a module of this folder. The caller's modules of the same names (`utils`, `model`) stay as they are.
+
+    Afterwards the modules have unique names, under which their classes can be pickled.
+    """
     theirs = _remove_modules()
+    _sys.modules.update({module.__name__: module for key, module in _sys.modules.items() if key.startswith(_PREFIX)})
     _sys.path.insert(0, _HERE)
     try:
         return __import__(name)
     finally:
         _sys.path.remove(_HERE)
-        _remove_modules()
+        for original, module in _remove_modules().items():
+            unique = _PREFIX + original.replace(".", "_")
+            _sys.modules[unique] = module
+            for value in vars(module).values():
+                if isinstance(value, type) and value.__module__ == original:
+                    value.__module__ = unique
         _sys.modules.update(theirs)
 
 

@@ -3,6 +3,7 @@
 import re
 import urllib.request
 from argparse import ArgumentTypeError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.files import sha256
 
 import numpy as np
 from paddle import nn
+from paddle.base import initializer
 
 from model import CIC
 from utils import RESOURCES, TEMPERATURE, load_ab_bins
@@ -142,21 +144,26 @@ class Weights:
 
     def network(self):
         """Return a network with these weights. Raises UserError if they are damaged or another network's."""
-        # Paddle does not return the current global initializer: a caller's own is lost.
-        nn.initializer.set_global_initializer(_Unset(), _Unset())
-        try:
+        with _without_initial_weights():
             network = CIC(self.head)
-        finally:
-            nn.initializer.set_global_initializer(None)
         if self.extra_relu:
             network.conv5.add_sublayer("extra_relu", nn.ReLU())
         set_weights(network, self.state, self.path)
         return network
 
 
-class _Unset(nn.initializer.Initializer):
-    """Leave parameters as they are: drawing 32 million random weights takes longer than reading the checkpoint's."""
+@contextmanager
+def _without_initial_weights():
+    """Make layers whose weights are not set: drawing 32 million random numbers takes longer than reading a file."""
+    before = initializer._global_weight_initializer(), initializer._global_bias_initializer()
+    nn.initializer.set_global_initializer(_Unset(), _Unset())
+    try:
+        yield
+    finally:  # _Unset is that of a thread that loads another network; it would stay
+        nn.initializer.set_global_initializer(*(None if isinstance(x, _Unset) else x for x in before))
 
+
+class _Unset(nn.initializer.Initializer):
     def forward(self, tensor, block=None):
         return tensor
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import inference
-from support.cli import Parser, UserError, printable, run_script
+from support.cli import Parser, UserError, check_stop, printable, run_script
 from support.files import atomic_path
 
 import paddle
@@ -65,6 +65,7 @@ def convert(network):
         try:  # without the optimizer, which would install packages
             converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
         except Exception as error:
+            check_stop()
             raise UserError(f"paddle2onnx cannot convert this: {error}") from error
     return named(onnx.load_from_string(converted))
 

@@ -21,7 +21,8 @@ _is_script = _folder in (_root, os.path.join(_root, "resources"))
 if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-os.environ.setdefault("GLOG_minloglevel", "2")
+if "paddle" not in sys.modules:
+    os.environ.setdefault("GLOG_minloglevel", "2")
 _level = logging.getLogger().level  # Paddle raises it, and every library becomes verbose
 _threads = os.environ.get("OMP_NUM_THREADS")  # Paddle sets it to 1, also in its launcher
 _may_be_paddles = _threads == "1" and ("paddle" in sys.modules or "PADDLE_TRAINER_ID" in os.environ)

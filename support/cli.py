@@ -89,6 +89,25 @@ def handle_signals(handler):
     return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
+class _StopHandler:
+    """The handler of the stop signals in a script: raises Stopped, and remembers it for `check_stop`."""
+
+    number = None
+
+    def __call__(self, number, _):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the script immediately
+        if self.number is None:  # service managers repeat the other signals
+            self.number = number
+            raise Stopped(number)
+
+
+def check_stop():
+    """Raise Stopped if a stop signal came, but its exception was lost: in C++ that calls Python, or in a `__del__`."""
+    for handler in map(signal.getsignal, SIGNALS):
+        if isinstance(handler, _StopHandler) and handler.number is not None:
+            raise Stopped(handler.number)
+
+
 def run_script(main, parse_args, after_stop=""):
     """Run a script and return its exit code. If it stops early, one line reports why.
 
@@ -98,7 +117,7 @@ def run_script(main, parse_args, after_stop=""):
     _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
-        handle_signals(_raise_stopped)
+        handle_signals(_StopHandler())
     try:
         code = main(parse_args())
         sys.stdout.flush()
@@ -133,15 +152,11 @@ def _open_closed_streams():
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
-def _raise_stopped(number, _):
-    for other in SIGNALS:  # a second Ctrl-C ends the script immediately; service managers repeat the other signals
-        signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
-    raise Stopped(number)
-
-
 def progress(images, total, title=None):
     """Yield the images, or results of images, and show a progress bar on a terminal."""
-    return tqdm(images, title, total, unit="image", disable=None)
+    for image in tqdm(images, title, total, unit="image", disable=None):
+        check_stop()
+        yield image
 
 
 AT_THE_END = "nothing was written"  # an `after_stop` for scripts that write their results at the end

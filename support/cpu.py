@@ -4,9 +4,7 @@ import ctypes
 import math
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 from support import OMP_NUM_THREADS
@@ -66,12 +64,6 @@ def _read(path):
 def cores_each():
     """Return the number of this machine's cores for each of the processes that train on it."""
     return available_cores(int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
-
-
-@cache
-def threads(count):
-    """Return a pool of threads that stays for later calls: each new thread would start OpenMP threads of its own."""
-    return ThreadPoolExecutor(count)
 
 
 def lower_priority():

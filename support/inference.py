@@ -4,7 +4,7 @@ import os
 import tempfile
 import threading
 
-from support.cli import note
+from support.cli import check_stop, note
 from support.cpu import available_cores, computes_bf16
 from support.gpu import autocast, half_types
 
@@ -41,8 +41,11 @@ def make_predictor(load_layer, example, precision="auto"):
         return eager_predictor(layer, precision), precision
     if has_engine():
         try:
-            return engine_predictor(layer, example, precision), precision
+            predict = engine_predictor(layer, example, precision)
+            check_stop()
+            return predict, precision
         except Exception as error:  # the engine raises many kinds
+            check_stop()
             reason = str(error).strip().partition("\n")[0]
             note(f"Paddle Inference cannot be used in {precision} ({reason}); computing in a slower way, in float32")
             layer = load_layer()
@@ -141,7 +144,9 @@ def engine(folder, precision="float32"):
     predictor = inference.create_predictor(config)
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     result = predictor.get_output_handle(predictor.get_output_names()[0])
-    lock = threading.Lock()
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):  # a copy of the process must not have the lock held, or the engine amid a run
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
     def run(array):
         with lock:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import struct
 import zlib
 from pathlib import Path
 
 from support.checkpoints import save_checkpoint
-from support.cli import UserError
+from support.cli import SIGNALS, UserError
 from support.cpu import use_all_cores
 
 import numpy as np
@@ -158,6 +159,15 @@ def error_message():
         return message
 
     return call
+
+
+@pytest.fixture
+def handlers():
+    """Restore the usual handlers, because Ctrl-C is ignored when a shell runs the tests in the background."""
+    before = {x: signal.signal(x, signal.SIG_DFL) for x in SIGNALS}
+    yield
+    for signal_number, handler in before.items():
+        signal.signal(signal_number, handler)
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from support import cli
-from support.cli import Parser, add_bool_flag, number, printable, run_script, whole
+from support.cli import Parser, add_bool_flag, number, printable, progress, run_script, whole
 
 import pytest
 from conftest import ROOT
@@ -89,15 +90,6 @@ def test_names_with_any_bytes_are_printed_on_one_line():
 
 
 @pytest.fixture
-def handlers():
-    """Restores the usual handlers, because Ctrl-C is ignored when a shell runs the tests in the background."""
-    before = {x: signal.signal(x, signal.SIG_DFL) for x in cli.SIGNALS}
-    yield
-    for signal_number, handler in before.items():
-        signal.signal(signal_number, handler)
-
-
-@pytest.fixture
 def end_of(handlers, capsys):
     """Run a main function as a script does. Return the exit code and the one line on standard error."""
 
@@ -115,6 +107,20 @@ def test_stopped_script_reports_the_reason(end_of, number, code, why):
         os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
 
     assert end_of(main, "continue so") == (code, f"stopped {why}; continue so")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_whose_exception_was_lost_stops_at_the_next_image(end_of, number):
+    """Paddle's C++ makes another exception of it; Python ignores those of `__del__`."""
+
+    def main():
+        for i in progress(range(9), 9):
+            assert i == 0
+            with suppress(cli.Stopped):
+                os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # as service managers repeat it
+
+    assert end_of(main)[0] == 128 + number
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from support.regions import geodesic_distance, region_weights
 import numpy as np
 import paddle
 import pytest
-from conftest import bundled_image, upsample_by_scipy
+from conftest import ROOT, bundled_image, upsample_by_scipy
 from PIL import Image
 from skimage.color import lab2rgb, rgb2lab
 from skimage.transform import resize
@@ -105,6 +107,36 @@ def test_weights_are_read_once(small_checkpoint, image_folder, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or original(path))
     colorizer.Colorizer(small_checkpoint)(image_folder / "coffee.png")
     assert opened.count(small_checkpoint) == 1
+
+
+FORKED = """
+import os, sys
+from multiprocessing import get_context
+
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from colorizer import Colorizer
+
+image = np.random.default_rng(0).integers(0, 256, (500, 600, 3), np.uint8)  # joined in three strips
+colorize = Colorizer(sys.argv[2])
+expected = np.asarray(colorize(image))
+
+def job(_):
+    return np.abs(np.subtract(colorize(image), expected, dtype=int)).max()
+
+with get_context("fork").Pool(2) as pool:
+    assert pool.map_async(job, [0, 1]).get(60) == [0, 0]
+    pool.close()
+    pool.join()
+if (child := os.fork()) == 0:
+    os._exit(job(0))
+assert job(0) == 0 and os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
+def test_used_colorizer_works_in_forked_processes(cic_checkpoint):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, ROOT, cic_checkpoint], check=True, timeout=100)
 
 
 # Networks that predict ab itself

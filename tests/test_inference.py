@@ -1,8 +1,13 @@
 """Predictors: the engine, eager mode and bf16 agree; what a platform lacks is reported in one line."""
 
+import faulthandler
 import os
+import signal
+import threading
+from contextlib import suppress
 from functools import partial
 
+from support.cli import Stopped, run_script
 from support.inference import eager_predictor, fold_batch_norm, make_predictor, temporary_folder
 
 import numpy as np
@@ -101,3 +106,39 @@ def test_temporary_folder_has_an_ascii_name_on_windows(tmp_path, temporary, monk
     monkeypatch.setenv("PUBLIC", str(tmp_path))
     with temporary_folder() as folder:
         assert os.path.dirname(folder) == str(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
+def test_process_forked_amid_a_run_of_another_thread_can_run_the_engine(cic_checkpoint):
+    predict, _ = make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "float32")
+    x = paddle.ones([1, 1, 64, 64])
+    expected, stop = predict(x).numpy(), threading.Event()
+
+    def run():
+        while not stop.is_set():
+            predict(x)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(3):
+            if (child := os.fork()) == 0:
+                faulthandler.dump_traceback_later(30, exit=True)  # if it hangs
+                os._exit(not np.array_equal(predict(x).numpy(), expected))
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, None], ids=["another exception", "no exception"])
+def test_stop_that_is_lost_while_the_engine_is_built_stops_the_script(handlers, monkeypatch, capsys, error):
+    def build(*_):
+        with suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if error:
+            raise error("In transformed code:")
+
+    monkeypatch.setattr("support.inference.engine_predictor", build)
+    assert run_script(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT), lambda: None) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
