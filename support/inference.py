@@ -1,5 +1,6 @@
 """Predictors of any layer. On CPUs with oneDNN, Paddle Inference runs it several times faster than eager mode."""
 
+import errno
 import os
 import tempfile
 import threading
@@ -93,11 +94,17 @@ def export(layer, inputs, folder):
         layer (Layer): The layer.
         inputs (list[InputSpec]): Shapes of its inputs.
         folder (str): An existing folder.
+
+    Raises:
+        OSError: If the disk is full.
     """
     layer.eval()
     fold_batch_norm(layer)
     paddle.jit.not_to_static(type(layer).forward)  # without control flow: its source need not be converted, 0.3 s
     paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs, full_graph=True), os.path.join(folder, "program"))
+    size = sum(tensor.size * tensor.element_size() for tensor in layer.state_dict().values())
+    if os.path.getsize(os.path.join(folder, "program.pdiparams")) < size:  # Paddle does not notice a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
 
 
 class Affine(nn.Layer):

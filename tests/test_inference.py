@@ -142,3 +142,16 @@ def test_stop_that_is_lost_while_the_engine_is_built_stops_the_script(handlers, 
     monkeypatch.setattr("support.inference.engine_predictor", build)
     assert run_script(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT), lambda: None) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_full_disk_is_the_reason_that_is_printed(monkeypatch, capsys):
+    save = paddle.jit.save
+
+    def save_half(layer, path):
+        save(layer, path)
+        os.truncate(f"{path}.pdiparams", os.path.getsize(f"{path}.pdiparams") // 2)
+
+    monkeypatch.setattr(paddle.jit, "save", save_half)
+    assert make_predictor(SmallNetwork, SMALLEST_INPUT, "float32")[1] == "float32"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be used in float32 ([Errno 28] No space left on device: '" in line and "slower way" in line
