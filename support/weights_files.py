@@ -15,6 +15,7 @@ from safetensors import deserialize
 
 ZIP = b"PK"  # PyTorch since 1.6
 LEGACY_PYTORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before: the pickle of a magic number
+LONGEST_HEADER = 1_000_000  # bytes of a safetensors file's description of its arrays, about 80 for each
 CAFFE = (b"\n", b"\x1a", b"\xa2\x06")  # a network's name, inputs or layers
 
 
@@ -23,8 +24,7 @@ def read_weights(content):
 
     NumPy arrays take the place of tensors. Errors are of many types.
     """
-    header_length = int.from_bytes(content[:8], "little")
-    if content[8:9] == b"{" and header_length < len(content):
+    if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < LONGEST_HEADER:
         return read_safetensors(content)
     if content.startswith(ZIP):
         state = read_zip(content)

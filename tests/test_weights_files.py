@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from caffe_files import field, varint
-from weights import Call, assert_same_state, refusal
+from weights import Call, assert_same_state, peak_memory, refusal
 
 
 @pytest.fixture
@@ -86,6 +86,14 @@ def test_forged_safetensors_are_refused(path):
         {"a": entry, "__metadata__": {"load_size": 96}},
     ):
         assert "not a readable checkpoint" in refusal(path, safetensors_file(header, bytes(8)))
+
+
+def test_header_of_millions_of_bytes_takes_no_memory(path):
+    """Each entry of the header would take 30 times its size."""
+    content = safetensors_file(
+        {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**5)}, b""
+    )
+    assert len(content) > 5e6 and peak_memory(lambda: refusal(path, content)) < len(content) + 1e6
 
 
 # PyTorch
