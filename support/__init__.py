@@ -27,19 +27,24 @@ _level = logging.getLogger().level  # Paddle raises it, and every library become
 _threads = os.environ.get("OMP_NUM_THREADS")  # Paddle sets it to 1, also in its launcher
 _may_be_paddles = _threads == "1" and ("paddle" in sys.modules or "PADDLE_TRAINER_ID" in os.environ)
 OMP_NUM_THREADS = None if _may_be_paddles else _threads
-with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # of Paddle's import only (no ccache, …)
-    warnings.simplefilter("ignore")
-    try:
+_messages = io.StringIO()
+try:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(_messages):  # of Paddle's import only (no ccache, …)
+        warnings.simplefilter("ignore")
         import paddle  # noqa: F401
-    except ImportError as error:  # a line instead of a traceback where the remedy is known
-        remedies = {
-            "libgomp": "on Debian and Ubuntu: apt-get install libgomp1",
-            "No module named 'paddle'": "activate the environment, or install it: pip install -r requirements.txt",
-        }
-        for cause, remedy in remedies.items():
-            if cause in str(error):
-                raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
-        raise
+except ImportError as error:  # a line instead of a traceback where the remedy is known
+    remedies = {
+        "libgomp": "on Debian and Ubuntu: apt-get install libgomp1",
+        "No module named 'paddle'": "activate the environment, or install it: pip install -r requirements.txt",
+    }
+    for cause, remedy in remedies.items():
+        if cause in str(error):
+            raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
+    raise
+finally:
+    for _line in _messages.getvalue().splitlines():
+        if "OMP_NUM_THREADS" not in _line:  # two lines about values over 1, which are harmless
+            print(_line, file=sys.stderr)
 logging.getLogger().setLevel(_level)
 if _threads is None:  # otherwise the processes that a script starts would get it
     os.environ.pop("OMP_NUM_THREADS", None)
