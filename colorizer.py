@@ -24,7 +24,7 @@ from PIL import Image
 
 from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
 from pretrained import check_entry, find_weights, read_weights
-from utils import annealed_mean, load_ab_bins, upsample_ab
+from utils import STRIDE, annealed_mean, load_ab_bins, upsample_ab
 
 SMALLEST_INPUT = [1, 1, 8, 8]  # of the network
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
@@ -171,48 +171,48 @@ def colored(image, ab, corrections=(), saturation=1):
     """
     if not 0 <= saturation < np.inf:
         raise ValueError(f"saturation: must be finite and not negative, not {saturation!r:.40}")
-    maps = correction_maps(image, corrections) if corrections else None
-    result = Image.fromarray(join(np.asarray(image), ab, maps, saturation))
+    stride = STRIDE
+    if corrections:
+        ab, stride = correct(image, ab, corrections), 1
+    result = Image.fromarray(join(np.asarray(image), saturation * ab, stride))
     result.info = image.info
     return result
 
 
-def correction_maps(image, corrections):
-    """Combine corrections into one map.
+def correct(image, ab, corrections):
+    """Replace predicted colors.
 
     Args:
         image (Image): An RGB image.
-        corrections (list[Correction]): Colors to use instead of the predicted ones.
+        ab (Tensor): Predicted ab, float32 [2, h, w].
+        corrections (list[Correction]): Colors to use instead, later ones over earlier ones.
 
     Returns:
-        Tensor: float32 [3, h, w]: the share of the predicted ab that remains at each place, and the ab to add.
+        Tensor: ab at each pixel of the image reduced to a longer side of 320 pixels, float32 [2, H', W'].
 
     Raises:
         ValueError: If a correction is out of range.
     """
     scale = REGION_SIDE / max(image.size)
     small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-    pixels = paddle.to_tensor(np.asarray(small)).transpose([2, 0, 1]).unsqueeze(0)
-    gray = rgb_to_lightness(pixels)[0, 0].numpy() / 100
-    kept, added = np.ones(gray.shape), np.zeros([2, *gray.shape])
-    for across, down, ab, reach in corrections:
-        valid = 0 <= across <= 1 and 0 <= down <= 1 and np.abs(ab).max() <= 128 and 0 < reach < np.inf
+    gray = rgb_to_lightness(paddle.to_tensor(np.asarray(small)).transpose([2, 0, 1]).unsqueeze(0))[0, 0].numpy() / 100
+    ab = upsample_ab(ab, *gray.shape).numpy()
+    for across, down, color, reach in corrections:
+        valid = 0 <= across <= 1 and 0 <= down <= 1 and np.abs(color).max() <= 128 and 0 < reach < np.inf
         if not valid:  # NaN is not valid, either
-            raise ValueError(f"a correction is out of range: place {across}, {down}, ab {ab}, reach {reach}")
+            raise ValueError(f"a correction is out of range: place {across}, {down}, ab {color}, reach {reach}")
         weights = region_weights(geodesic_distance(gray, across, down), reach)
-        kept *= 1 - weights
-        added += weights * (np.reshape(ab, [2, 1, 1]) - added)
-    return paddle.to_tensor(np.stack([kept, *added]).astype(np.float32))
+        ab = ab + weights * (np.reshape(color, [2, 1, 1]) - ab)
+    return paddle.to_tensor(ab.astype(np.float32))
 
 
-def join(rgb, ab, maps=None, saturation=1):
-    """Combine an image's lightness with predicted ab, brought to its size.
+def join(rgb, ab, stride=STRIDE):
+    """Combine an image's lightness with ab, brought to its size.
 
     Args:
         rgb (ndarray): uint8 [H, W, 3].
         ab (Tensor): float32 [2, h, w].
-        maps (Tensor, optional): Result of `correction_maps`.
-        saturation (float): Factor of ab.
+        stride (int): As for `upsample_ab`.
 
     Returns:
         ndarray: uint8 [H, W, 3].
@@ -223,11 +223,8 @@ def join(rgb, ab, maps=None, saturation=1):
     def join_strip(top):
         strip = slice(top, top + rows)
         lightness = rgb_to_lightness(paddle.to_tensor(np.ascontiguousarray(rgb[strip].transpose(2, 0, 1)[None])))
-        colors = upsample_ab(ab, height, width, top, rows)
-        if maps is not None:
-            corrected = upsample_ab(maps, height, width, top, rows, stride=1)
-            colors = corrected[:1] * colors + corrected[1:]
-        lab = paddle.concat([lightness, (saturation * colors).unsqueeze(0)], axis=1)
+        colors = upsample_ab(ab, height, width, top, rows, stride)
+        lab = paddle.concat([lightness, colors.unsqueeze(0)], axis=1)
         result[strip] = to_uint8(lab_to_rgb(lab, keep_lightness=True))[0].transpose([1, 2, 0]).numpy()
 
     with ThreadPoolExecutor(1 if on_gpu() else available_cores()) as pool:

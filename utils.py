@@ -156,7 +156,7 @@ def upsample_ab(ab, height, width, top=0, rows=None, stride=STRIDE):
         width (int): Width of the image in pixels.
         top (int): First row to compute.
         rows (int): Number of rows to compute. Default: all from `top` on.
-        stride (int): 4 for the network's output; 1 for a map whose values belong to the centers of its pixels.
+        stride (int): 4 for the network's output; 1 if the values belong to the centers of a smaller image's pixels.
 
     Returns:
         Tensor: float32 [..., rows, width].

@@ -1,4 +1,4 @@
-"""Measure the page: time to the first result, memory over many uploads, waiting times of simultaneous users.
+"""Measure the page: times to the first result and to a changed one, memory over many uploads, simultaneous users.
 
     python tests/benchmarks/bench_app.py [--load_model NAME] [--uploads 200] [--users 20]
 
@@ -67,6 +67,17 @@ def main():
         client.color()
         print(f"start: page after {ready:.1f} s, first result after {time.perf_counter() - start:.1f} s")
 
+        changes = {"temperature": ("temperature", "input"), "correction": ("Gray", "click")}
+        seconds = {name: [] for name in changes}
+        for i in range(20):
+            for name, event in changes.items():
+                start = time.perf_counter()
+                client.change(*event, temperature=0.2 + i / 50)  # at one place: there is one correction
+                seconds[name].append(time.perf_counter() - start)
+            client.change("Reset", "click")
+        medians = {name: np.median(values) for name, values in seconds.items()}
+        print(", ".join(f"{name} changed: {value:.2f} s" for name, value in medians.items()), flush=True)
+
         seconds = []
         for i in range(1, args.uploads + 1):
             mine = photograph(i)
@@ -91,7 +102,7 @@ def main():
             gray = time.perf_counter() - start
             client.color()
             colored = time.perf_counter() - start
-            client.move(0.1)
+            client.change("temperature", temperature=0.1)
             moved = time.perf_counter() - start - colored
             difference = np.int16(expected[i]) - Image.open(io.BytesIO(client.download()))
             mine = not difference.any()
