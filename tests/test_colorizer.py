@@ -229,8 +229,7 @@ def test_correction_gives_the_place_its_color_and_keeps_the_lightness(astronaut)
     place, before = rgb2lab(np.asarray(colorizer.colored(image, ab, [ORANGE]))), rgb2lab(np.asarray(image))
     row, column = int(0.8 * 160), int(0.3 * 200)
     np.testing.assert_allclose(place[row, column, 1:], ORANGE.ab, atol=2)
-    in_gamut = before[..., 0] > 40
-    assert np.abs(place - before)[in_gamut, 0].mean() < 0.5
+    assert np.abs(place - before)[..., 0].max() < 1  # dark colors have few levels
 
 
 def test_correction_lies_at_the_same_place_in_every_size(astronaut):
