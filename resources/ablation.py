@@ -268,10 +268,9 @@ def plot_curves(logs, path):
 
 
 def plot_errors(rows, bin_weights, path):
-    curves = {}
-    for title, row in rows.items():
-        curves[heading(title)], curves[metrics_auc.GRAY] = (metrics_auc.curves(x, bin_weights) for x in row.counts)
-    metrics_auc.plot(curves, path)
+    curves = {heading(title): metrics_auc.curves(row.counts[0], bin_weights) for title, row in rows.items()}
+    first = next(iter(rows.values()))
+    metrics_auc.plot({**curves, metrics_auc.GRAY: metrics_auc.curves(first.counts[1], bin_weights)}, path)
 
 
 def save_sheet(names, originals, results, path):
