@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from pathlib import Path
 
 from support.files import atomic_path, make_folder
 
@@ -63,7 +64,7 @@ def test_folder_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     assert error_message(make_folder, tmp_path) == f"{tmp_path}: cannot be written to: permission denied"
 
 
