@@ -36,7 +36,7 @@ from support import cli
 from support.cli import EXIT_SKIPPED, UserError, note, printable, report_os_errors, run_script
 from support.cpu import available_cores
 from support.damage import find_damage
-from support.files import atomic_path, atomic_text, make_folder, open_text
+from support.files import atomic_path, atomic_text, make_folder, open_text, write_csv
 from support.folders import relative_path
 from support.images import InvalidImageError, open_image, to_rgb
 from support.workers import parallel_map
@@ -48,7 +48,6 @@ from dataset import list_images
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
 NOT_CHECKED = "not checked"
-HEADER = ("path", "reason")  # of the list
 
 
 def why_invalid(path, tolerance):
@@ -66,18 +65,12 @@ def why_invalid(path, tolerance):
     return GRAY if spread <= tolerance else ""
 
 
-def write_list(reasons, path):
-    with atomic_text(path) as file:
-        rows = ((path.replace(os.sep, "/"), reason) for path, reason in reasons.items())
-        csv.writer(file).writerows([HEADER, *rows])
-
-
 def read_list(path):
-    """Return the paths in a list that `write_list` wrote. Raises UserError if it cannot be read or is another file."""
+    """Return the paths in a list that this script wrote. Raises UserError if it cannot be read or is another file."""
     with report_os_errors(f"{path}: cannot be read"), open_text(path) as file:
         text = file.read()
-    if not text.startswith(",".join(HEADER)):
-        raise UserError(f"{path}: not a list of this script, which begins with {','.join(HEADER)}")
+    if not text.startswith("path,reason"):
+        raise UserError(f"{path}: not a list of this script, which begins with path,reason")
     return [row[0] for row in csv.reader(StringIO(text, newline="")) if row][1:]
 
 
@@ -177,7 +170,7 @@ def main(args):
 
     # Write the list and the script, and remove the images if asked to
     list_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
-    write_list(invalid, list_path)
+    write_csv({"path": [path.replace(os.sep, "/") for path in invalid], "reason": invalid.values()}, list_path)
     write_script(args, list_path, script_path)
     removed, failed = remove(invalid, args) if args.remove else (0, 0)
 

@@ -12,9 +12,12 @@ END_OF_IMAGE = b"\xd9"
 
 def find_damage(path):
     """Return how an image file is damaged; "" if it may be intact."""
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):  # a pipe would wait for its other end
         return ""
-    content = Path(path).read_bytes()
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, MemoryError):
+        return ""
     if not content:
         return "empty file"
     if content.count(0) == len(content):

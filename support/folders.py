@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import PurePath
 
 from support.cli import UserError, counted, note, note_some
-from support.files import read_json
+from support.files import atomic_text, open_text, read_json
 
 import numpy as np
 
@@ -143,7 +143,8 @@ def size_and_time(path):
 
 
 def checksum(path):
-    with open(path, "rb") as file:
+    """Return a file's CRC-32; None if it cannot be read, because it may have been moved since it was processed."""
+    with suppress(OSError), open(path, "rb") as file:
         return zlib.crc32(file.read())
 
 
@@ -157,7 +158,9 @@ def same_file(recorded, path):
         return False
     times = recorded["mtime_ns"], now["mtime_ns"]
     coarser = max(next(unit for unit in RESOLUTIONS if time % unit == 0) for time in times)
-    return abs(times[0] - times[1]) < coarser or ("crc32" in recorded and recorded["crc32"] == checksum(path))
+    if abs(times[0] - times[1]) < coarser:
+        return True
+    return recorded.get("crc32") is not None and recorded["crc32"] == checksum(path)
 
 
 def source_name(record):
@@ -193,8 +196,15 @@ def append_record(record, path):
     if "size" in record["result"]:
         result = os.path.join(os.path.dirname(path), record["result"]["path"])
         record["result"]["crc32"], record["source"]["crc32"] = checksum(result), checksum(record["source"]["path"])
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"\n{json.dumps(record)}")  # the line break first: an earlier line may have been cut short
+    line = f"\n{json.dumps(record)}"  # the line break first: an earlier line may have been cut short
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:  # some network file systems write whole files only
+        with open_text(path) as file:
+            before = file.read()
+        with atomic_text(path) as file:
+            file.write(before + line)
 
 
 def read_records(path):

@@ -1,6 +1,7 @@
 """Damage that a file itself proves."""
 
 import struct
+from pathlib import Path
 
 from support.damage import find_damage
 
@@ -69,6 +70,16 @@ def test_only_what_can_be_no_image_proves_damage_in_other_files(tmp_path, conten
 
 def test_missing_file_proves_nothing(tmp_path):
     assert find_damage(tmp_path / "missing.jpg") == ""
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_file_that_cannot_be_read_proves_nothing(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    path = save_image(tmp_path / "a.png", COFFEE)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert find_damage(path) == ""
 
 
 def test_intact_files_of_all_formats_are_not_damaged(tmp_path):

@@ -295,6 +295,30 @@ def test_many_left_out_images_are_counted(touch, add_result, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no result"
 
 
+def test_records_are_kept_where_files_cannot_be_appended_to(tmp_path, monkeypatch):
+    """As in an rclone mount, where the first record is a new file."""
+
+    def no_appending(path, mode="r", *more, original=open, **options):
+        if "a" in mode and os.path.exists(path):
+            raise PermissionError(1, "Operation not permitted")
+        return original(path, mode, *more, **options)
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr("builtins.open", no_appending)
+    for name in ("a", "b", "c"):
+        append_record(make_record(tmp_path / "a.png", {}, tmp_path, name), tmp_path / RECORDS)
+    assert list(read_records(tmp_path / RECORDS)) == ["a", "b", "c"]
+
+
+def test_record_of_an_original_that_was_moved_meanwhile_is_written(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.png").touch()
+    record = make_record(tmp_path / "a.png", {}, tmp_path, "b.png")
+    (tmp_path / "a.png").unlink()
+    append_record(record, tmp_path / RECORDS)
+    assert not same_file(read_records(tmp_path / RECORDS)["b.png"]["source"], tmp_path / "a.png")
+
+
 def test_record_that_a_kill_cut_short_is_ignored(tmp_path):
     (tmp_path / "a.png").touch()
     for name in ("a", "b"):
