@@ -51,6 +51,12 @@ def test_all_pages_are_listed():
         assert page.name == "README.md" or f"({page.name})" in listed, page.name
 
 
+def test_modules_of_support_are_listed():
+    table = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for module in (ROOT / "support").glob("[!_]*.py"):
+        assert re.search(rf"^\|[^|]*`{module.stem}`", table, re.MULTILINE), module.name
+
+
 def test_named_functions_exist():
     """Pages name them as `module.name`."""
     pattern = r"`(dataset|model|train|utils|colorizer)\.(?!py|jsonl)(\w+)"
