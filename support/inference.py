@@ -152,7 +152,7 @@ def engine(folder, precision="float32"):
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     result = predictor.get_output_handle(predictor.get_output_names()[0])
     lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):  # a copy of the process must not have the lock held, or the engine amid a run
+    if hasattr(os, "register_at_fork"):  # a copy of the process must not have the lock held, or the engine during a run
         os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
     def run(array):

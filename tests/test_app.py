@@ -392,7 +392,7 @@ def test_other_addresses_are_served_and_uploads_are_limited_unless_only_this_mac
 
 @pytest.mark.slow
 def test_scan_of_46_megabytes_is_accepted(page, tmp_path):
-    """Of 4.3x5 inches, 600 dots per inch and 16 bits, uncompressed."""
+    """Return a scan of 4.3x5 inches, 600 dots per inch and 16 bits, uncompressed."""
     tifffile.imwrite(tmp_path / "scan.tif", np.full((3000, 2580, 3), 30_000, np.uint16), photometric="rgb")
     client = PageClient(page)
     client.take("scan.tif", (tmp_path / "scan.tif").read_bytes())

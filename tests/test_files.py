@@ -30,7 +30,7 @@ def test_replaced_file_keeps_its_permissions_and_links_to_it(tmp_path):
 
 @pytest.mark.parametrize("refused", ["chmod", "fsync", "access"])
 def test_file_systems_that_refuse_courtesies_hold_results(tmp_path, monkeypatch, refused):
-    """As network file systems do. `shutil.copymode` calls `chmod`."""
+    """Fail as network file systems do. `shutil.copymode` calls `chmod`."""
 
     def refuse(*_, **__):
         raise OSError(errno.EPERM, "Operation not permitted")

@@ -296,7 +296,7 @@ def test_many_left_out_images_are_counted(touch, add_result, capsys):
 
 
 def test_records_are_kept_where_files_cannot_be_appended_to(tmp_path, monkeypatch):
-    """As in an rclone mount, where the first record is a new file."""
+    """Imitate an rclone mount, where the first record is a new file."""
 
     def no_appending(path, mode="r", *more, original=open, **options):
         if "a" in mode and os.path.exists(path):
