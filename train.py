@@ -505,7 +505,7 @@ def report(run, args, stop):
 
 def take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule):
     """Change the weights by one step of Adam. Return the values of each image, without gradients."""
-    values, _ = OBJECTIVES[args.loss].compute(model, rgb, constants, args, autocast)
+    values, _ = OBJECTIVES[args.loss].compute(model, gpu.to_device(rgb), constants, args, autocast)
     scaler.scale(values[:, 0].mean()).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -541,6 +541,7 @@ def main(args):
         optimizer, schedule = make_optimizer(network, args)
         autocast, scaler = gpu.mixed_precision(args.amp)
 
+        # State
         run = make_run(args, network, optimizer, scaler, loader.dataset)
         progress = run.progress
         if resumes:
@@ -563,7 +564,7 @@ def main(args):
                 log.open()
 
             # Validation, after an epoch and at the end; it comes first because a kill may have prevented it
-            ended = progress["step"] >= last_step
+            ended = progress["step"] >= last_step and progress["batch"] < len(sampler)  # else the epoch is not counted
             due = progress["validated"] < progress["step"] and (ended or progress["batch"] == 0)
             if validation is not None and due:
                 validate(run, validation, constants, args, autocast, stop, log)
@@ -576,7 +577,6 @@ def main(args):
             loader.dataset.epoch = progress["epoch"]
             meter.begin_epoch()
             for rgb, broken in meter.timed(from_workers(loader, stop)):
-                rgb = gpu.to_device(rgb)
                 values = take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule)
                 meter.add(values, broken)
                 progress["step"] += 1

@@ -157,13 +157,18 @@ def test_run_killed_after_any_write_of_a_checkpoint_can_be_resumed(run_training,
             assert same_values(state(tmp_path / "whole"), state(tmp_path / folder))
 
 
-def test_validation_that_a_kill_prevented_is_done_when_resumed(run_training, change_progress, square_crops):
+def test_end_of_an_epoch_that_a_kill_prevented_is_done_when_resumed(
+    run_training, change_progress, square_crops, tmp_path
+):
     """The run saved at the last step of an epoch and was killed during the validation."""
     flags = ["--batch_size", 1, "--num_epochs", 1]
     run_training(*flags, "--max_steps", 4)
     change_progress(epoch=0, batch=4)
+    (tmp_path / "run" / "model" / "epoch_0_model.pdparams").unlink()
     lines = run_training(*flags, "--max_steps", 9, "--val_dir", square_crops, "--continue_train")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4] and "val_kl" in lines[-1]
+    assert saved_names(tmp_path / "run") == {"0", "best", "latest"}
+    assert state(tmp_path / "run")["progress"]["epoch"] == 1
 
 
 def test_progress_of_a_wrong_type_prints_one_line(run_training, change_progress, error_message):
