@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from support.cli import Parser, UserError, report_os_errors, run_script, whole
 from support.cpu import return_freed_memory, use_all_cores
-from support.images import InvalidImageError, image_size, open_rgb, read_image, save
+from support.images import InvalidImageError, image_size, open_image, open_rgb, read_image, save, to_rgb
 
 import numpy as np
 import paddle
@@ -142,12 +142,13 @@ def open_photo(large, path):
     if width * height > MAX_MEGAPIXELS * 1e6:
         raise InvalidImageError(path, f"{width}x{height} pixels are more than {MAX_MEGAPIXELS} megapixels")
     turn = large if width * height > LARGE * 1e6 else nullcontext()
-    with turn:
-        preview = open_rgb(path, least_side=PREVIEW)
+    data = Path(path).read_bytes()  # uploads are deleted after a minute, which may pass before the photo's turn
+    with open_image(path, least_side=PREVIEW) as opened, turn:
+        preview = to_rgb(opened, path)
     preview.thumbnail((PREVIEW, PREVIEW))
     gray = colored(preview, paddle.zeros([2, 1, 1]))
     picture = store(gray)
-    return Photo(Path(path).name, Path(path).read_bytes(), turn, preview, gray), (picture, picture), picture, None, ""
+    return Photo(Path(path).name, data, turn, preview, gray), (picture, picture), picture, None, ""
 
 
 def compute(colorizer, network, photo, weights):

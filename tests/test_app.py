@@ -89,15 +89,15 @@ def test_large_photos_are_decoded_one_at_a_time_and_small_ones_do_not_wait(tmp_p
     Image.new("1", size).save(tmp_path / "photo.png")
     decoding, most, small = [], [], Image.new("RGB", (40, 40))
 
-    def decode(path, least_side=None):
-        decoding.append(path)
-        time.sleep(0.1)
+    def decode(image, name=None):
+        decoding.append(image)
+        time.sleep(0.2)
         most.append(len(decoding))
-        decoding.remove(path)
+        decoding.remove(image)
         return small.copy()
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(app, "open_rgb", decode)
+    monkeypatch.setattr(app, "to_rgb", decode)
     monkeypatch.setattr(app, "read_image", decode)
     large = threading.Lock()
     with ThreadPoolExecutor(3) as pool:
@@ -106,6 +106,20 @@ def test_large_photos_are_decoded_one_at_a_time_and_small_ones_do_not_wait(tmp_p
         most.clear()
         list(pool.map(lambda photo: photo.decode(), photos))
     assert max(most) == together
+
+
+@needs_gradio
+def test_upload_that_is_deleted_while_it_waits_for_its_turn_is_read(tmp_path, monkeypatch):
+    Image.new("1", (5_000, 3_000)).save(tmp_path / "photo.png")
+
+    @contextmanager
+    def turn():
+        (tmp_path / "photo.png").unlink()
+        yield
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    photo, *_ = app.open_photo(turn(), tmp_path / "photo.png")
+    assert photo.preview.size == (1200, 720)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
