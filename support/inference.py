@@ -4,6 +4,7 @@ import errno
 import os
 import tempfile
 import threading
+from contextlib import contextmanager
 
 from support.cli import check_stop, note
 from support.cpu import available_cores, computes_bf16
@@ -12,6 +13,7 @@ from support.gpu import autocast, half_types
 import numpy as np
 import paddle
 from paddle import inference, nn
+from paddle.base import framework
 
 
 def make_predictor(load_layer, example, precision="auto"):
@@ -101,10 +103,45 @@ def export(layer, inputs, folder):
     layer.eval()
     fold_batch_norm(layer)
     paddle.jit.not_to_static(type(layer).forward)  # without control flow: its source need not be converted, 0.3 s
-    paddle.jit.save(paddle.jit.to_static(layer, input_spec=inputs, full_graph=True), os.path.join(folder, "program"))
+    layer = paddle.jit.to_static(layer, input_spec=inputs, full_graph=True)
+    with static_mode_of_this_thread():
+        paddle.jit.save(layer, os.path.join(folder, "program"))
     size = sum(tensor.size * tensor.element_size() for tensor in layer.state_dict().values())
     if os.path.getsize(os.path.join(folder, "program.pdiparams")) < size:  # Paddle does not notice a full disk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+
+
+def lock_across_forks():
+    """Return a lock that no thread holds while the process forks: in the copy, no thread would release it."""
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock
+
+
+EXPORTING = lock_across_forks()  # by one thread at a time, as Paddle requires
+
+
+@contextmanager
+def static_mode_of_this_thread():
+    """Keep Paddle's static mode, in which `paddle.jit.save` works, from other threads.
+
+    Each thread has its mode. But Paddle also sets the mode with which threads begin, so one that uses Paddle for the
+    first time meanwhile would stay in static mode for good.
+    """
+    this_thread, modes = threading.get_ident(), framework.GlobalThreadLocal
+
+    def set_mode(self, name, value):
+        if name == "_dygraph_tracer_" and threading.get_ident() == this_thread:
+            paddle.base.core._switch_tracer(value)
+        self.__dict__[name] = value
+
+    with EXPORTING:
+        original, modes.__setattr__ = modes.__setattr__, set_mode
+        try:
+            yield
+        finally:
+            modes.__setattr__ = original
 
 
 class Affine(nn.Layer):
@@ -151,9 +188,7 @@ def engine(folder, precision="float32"):
     predictor = inference.create_predictor(config)
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     result = predictor.get_output_handle(predictor.get_output_names()[0])
-    lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):  # a copy of the process must not have the lock held, or the engine during a run
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    lock = lock_across_forks()
 
     def run(array):
         with lock:

@@ -4,6 +4,7 @@ import faulthandler
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -155,3 +156,24 @@ def test_full_disk_is_the_reason_that_is_printed(monkeypatch, capsys):
     assert make_predictor(SmallNetwork, SMALLEST_INPUT, "float32")[1] == "float32"
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be used in float32 ([Errno 28] No space left on device: '" in line and "slower way" in line
+
+
+def test_thread_that_first_uses_paddle_during_an_export_is_in_dynamic_mode():
+    """Paddle would put it into static mode for good."""
+    results = []
+
+    class Watched(SmallNetwork):
+        def forward(self, x):  # called in static mode
+            thread = threading.Thread(target=lambda: results.append(paddle.to_tensor(np.uint8([7])).numpy()))
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    assert make_predictor(Watched, SMALLEST_INPUT, "float32")[1] == "float32"
+    assert results == [7] and paddle.in_dynamic_mode()
+
+
+def test_predictors_made_by_several_threads_all_use_the_engine(capsys):
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT, "float32"), range(8)))
+    assert len(made) == 8 and not capsys.readouterr().err
