@@ -5,6 +5,7 @@ startup messages.
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -28,6 +29,8 @@ _threads = os.environ.get("OMP_NUM_THREADS")  # Paddle sets it to 1, also in its
 _may_be_paddles = _threads == "1" and ("paddle" in sys.modules or "PADDLE_TRAINER_ID" in os.environ)
 OMP_NUM_THREADS = None if _may_be_paddles else _threads
 _messages = io.StringIO()
+_collects = gc.isenabled()
+gc.disable()  # the import makes a million objects; to look for garbage among them takes 0.15 s
 try:
     with warnings.catch_warnings(), contextlib.redirect_stderr(_messages):  # of Paddle's import only (no ccache, …)
         warnings.simplefilter("ignore")
@@ -42,6 +45,8 @@ except ImportError as error:  # a line instead of a traceback where the remedy i
             raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
     raise
 finally:
+    if _collects:
+        gc.enable()
     for _line in _messages.getvalue().splitlines():
         if "OMP_NUM_THREADS" not in _line:  # two lines about values over 1, which are harmless
             print(_line, file=sys.stderr)

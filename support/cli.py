@@ -1,6 +1,7 @@
 """The command line: messages, exit codes, flags and their ranges."""
 
 import argparse
+import gc
 import math
 import os
 import signal
@@ -116,6 +117,7 @@ def run_script(main, parse_args, after_stop=""):
     _set_up_pillow()
     _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
+        gc.freeze()  # all that was imported: Python would look for garbage in it again, at the end for 0.3 s
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
         handle_signals(_StopHandler())
     try:
