@@ -96,9 +96,10 @@ def plan(results, settings, args):
             skipped[path] = f"{args.folder / name} {problem}"
         else:
             todo[path] = name
-            again[changed] += 1
-    for reason in filter(None, again if args.skip_existing else ()):
-        note(f"{counted(again[reason], 'image')} to colorize again: {reason.replace('sha256', 'checkpoint')}")
+            if args.skip_existing and before:
+                again[changed] += 1
+    for reason, count in again.items():
+        note(f"{counted(count, 'image')} to colorize again: {reason.replace('sha256', 'checkpoint')}")
     return todo, up_to_date, skipped
 
 
@@ -114,9 +115,7 @@ def obstacle(target, before, now, args):
     if before and not same_source(before, now):
         return f"is the result of {before['source']['path']}; choose another --result_path"
     if not before and not args.output and os.path.lexists(target):
-        return (
-            f"is not recorded in {RECORDS}, so it was not written by test.py; move it, or choose another --result_path"
-        )
+        return f"was not written by test.py (no record in {RECORDS}); move it, or choose another --result_path"
     return ""
 
 
@@ -378,10 +377,9 @@ def main(args):
 
     # Report
     trained = "" if colorizer.step is None else f" (epoch {colorizer.epoch}, {counted(colorizer.step, 'step')})"
-    line = (
-        f"{printable(args.output or args.result_path)}: {counted(len(todo.keys() - skipped.keys()), 'image')} colorized"
-    )
-    line += f" with {printable(colorizer.path)}{trained} in {colorizer.precision}"
+    where, done = printable(args.output or args.result_path), len(todo.keys() - skipped.keys())
+    line = f"{where}: {counted(done, 'image')} colorized with {printable(colorizer.path)}{trained}"
+    line += f" in {colorizer.precision}"
     for state, paths in (("up to date", up_to_date), ("skipped", skipped)):
         line += f", {len(paths)} {state}" if paths else ""
     print(line)
