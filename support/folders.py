@@ -183,10 +183,10 @@ def what_changed(before, now, folder):
         return f"other settings ({', '.join(changed)})"
     if not (same_source(before, now) and same_file(before["source"], now["source"]["path"])):
         return "the original has changed"
-    if "size" not in now["result"]:
-        return "the result is missing"
     if "size" not in before["result"]:
         return "the result was not completed"
+    if "size" not in now["result"]:
+        return "the result is missing"
     unchanged = same_file(before["result"], os.path.join(folder, now["result"]["path"]))
     return "" if unchanged else "the result has changed"
 

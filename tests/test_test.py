@@ -338,6 +338,7 @@ def test_skip_existing_reports_why_an_image_is_colorized_again(
         (result / "a.png").unlink()
     elif change == "killed":
         records.write_text("\n".join(records.read_text().splitlines()[:-1]))
+        (result / "a.png").unlink()
     elif change == "record":
         records.write_text(records.read_text()[:-9])  # a kill cut it short
     elif change == "settings":
