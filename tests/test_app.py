@@ -150,6 +150,19 @@ def test_missing_checkpoint_is_reported(tmp_path, error_message):
     assert "no such checkpoint" in error_message(app.main, app.parse_args(flags))
 
 
+@needs_gradio
+def test_server_that_ends_by_itself_ends_the_program(monkeypatch, error_message):
+    class Model:
+        temperature = 0.38
+
+    monkeypatch.setattr(app.uvicorn.Server, "run", lambda self, sockets: None)
+    monkeypatch.setattr(app, "Colorizer", lambda name, model_path: Model())
+    monkeypatch.setattr(app, "return_freed_memory", lambda: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "restored afterwards")
+    arguments = app.parse_args(["--load_model", "any", "--port", "7798"])
+    assert error_message(app.main, arguments) == "the server has stopped unexpectedly"
+
+
 def test_importing_the_page_changes_no_settings_of_the_process():
     state = "dict(os.environ), logging.getLogger('httpx').level, signal.getsignal(2), threading.active_count()"
     code = "import logging, os, signal, threading, support.images, colorizer, matplotlib.figure\n"
