@@ -142,10 +142,10 @@ def test_all_commands_of_the_page_lead_to_the_table(project):
     for command, smaller in SMALLER.items():
         assert command in page
         page = page.replace(command, smaller)
-    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    (project / "page.sh").write_text("".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        ["bash", "-euo", "pipefail", "page.sh"],
         cwd=project,
         env={**os.environ, "PATH": path},
         capture_output=True,
