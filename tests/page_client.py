@@ -19,7 +19,7 @@ class PageClient:
         self.weights = self.components["weights"]["props"]["value"]
 
     def take(self, name, data, **headers):
-        """Upload a photo and return the addresses of its two pictures, both gray."""
+        """Upload a photo and return the addresses of the three pictures, all gray until the network has run."""
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
         body = head + data + f"\r\n--{boundary}--\r\n".encode()
@@ -27,7 +27,7 @@ class PageClient:
         (path,) = json.loads(self._get("gradio_api/upload", body, headers))
         self.taken = self._event("photo", "upload")
         output = self._run(self.taken, {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}})
-        return self._addresses(output[1])
+        return self._addresses([*output[1], output[2]])
 
     def color(self, **settings):
         """Run the events that follow an upload and return the addresses of gray and colorized."""
