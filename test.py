@@ -14,7 +14,6 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 """
 
 import glob
-import math
 import os
 import sys
 from collections import Counter, deque
@@ -43,8 +42,6 @@ from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
 IMAGES_AHEAD = 64  # at most, as each may be an open file
-NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
-LONGEST_NAME = 255  # bytes, of the usual file systems
 METHOD = ("temperature", "saturation", "load_size", "crop_size")  # flags that change the colors, recorded with results
 COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
 
@@ -88,34 +85,32 @@ def plan(results, settings, args):
     todo, up_to_date, skipped, again = {}, {}, {}, Counter()
     records = {} if args.output else read_records(args.folder / RECORDS)
     for path, name in results.items():
-        before, now = records.get(name), make_record(path, settings, args.folder, name)
-        changed = what_changed(before, now, args.folder) if before else ""
-        if args.skip_existing and before and not changed:
-            up_to_date[path] = name
-        elif problem := obstacle(args.folder / name, before, now, args):
+        record = records.get(name)
+        if problem := obstacle(args.folder / name, record, path, args):
             skipped[path] = f"{args.folder / name} {problem}"
-        else:
+        elif not (args.skip_existing and record):
             todo[path] = name
-            if args.skip_existing and before:
-                again[changed] += 1
+        elif changed := what_changed(record, path, settings, args.folder):
+            todo[path] = name
+            again[changed] += 1
+        else:
+            up_to_date[path] = name
     for reason, count in again.items():
         note(f"{counted(count, 'image')} to colorize again: {reason.replace('sha256', 'checkpoint')}")
     return todo, up_to_date, skipped
 
 
-def obstacle(target, before, now, args):
-    """Return why a result cannot be written to `target`; `before` is the record of an earlier one, `now` the new one's.
+def obstacle(target, record, path, args):
+    """Return why the result of the image `path` must not replace the file `target`, if that has this record or None.
 
     Only files with a record are replaced, as others were not written by this script.
     """
-    if os.path.isdir(target):
-        return "is a folder"
-    if len(os.fsencode(target.name)) > LONGEST_NAME:
-        return "cannot be written: file name too long"
-    if before and not same_source(before, now):
-        return f"is the result of {before['source']['path']}; choose another --result_path"
-    if not before and not args.output and os.path.lexists(target):
+    if args.output or not os.path.lexists(target):
+        return ""
+    if not record:
         return f"was not written by test.py (no record in {RECORDS}); move it, or choose another --result_path"
+    if not same_source(record, path):
+        return f"is the result of {record['source']['path']}; choose another --result_path"
     return ""
 
 
@@ -132,6 +127,7 @@ class Item:
     image: Image.Image = None  # the image, or its crop, in RGB
     inputs: np.ndarray = None  # of the network, uint8 [h, w, 3]
     result: Image.Image = None
+    record: dict = None  # how the result was made
     error: images.InvalidImageError = None
 
     @property
@@ -155,9 +151,7 @@ def load(item, opened, file, args):
     """Decode an opened image, and make the network's input from it."""
     try:
         with file:
-            if not args.crop_size and max(opened.size) > images.LARGEST_SIDE.get(args.format, math.inf):
-                raise ValueError(f"{opened.width}x{opened.height} is too large for {args.format}")
-            if images.has_more_frames(opened):
+            if getattr(opened, "is_animated", False) and opened.format != "MPO":  # phones add depth or brightness to it
                 note(f"{item.path}: only the first of its frames or pages is colorized")
             item.image = images.to_rgb(opened, item.path)
     except images.InvalidImageError as error:
@@ -168,8 +162,6 @@ def load(item, opened, file, args):
         item.image = Image.fromarray(images.crop_resized(item.image, args.load_size, args.crop_size))
         item.image.info = info
     item.inputs = network_input(item.image, args.crop_size or args.load_size)
-    if item.inputs.max() < NEARLY_BLACK:
-        note(f"{item.path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")
     return item
 
 
@@ -199,27 +191,20 @@ def batches(items, batch_size):
             yield batch
 
 
-def record_first(items, made_by, settings, args):
-    """Yield the items. Before the first result, write how results are made; before each one, announce it."""
-    described = bool(args.output)
+def write_results(items, settings, args):
+    """Announce one result after another in the records. Yield its number of pixels and the function that writes it."""
     for item in items:
-        if item.result and not described:
-            write_json(made_by, args.folder / COLORING)
-            described = True
-        if item.result:
-            record(item, settings, args, written=False)
-        yield item
+        if not (item.error or args.output):
+            announced = make_record(item.path, settings, args.folder, item.name, written=False)
+            append_record(announced, args.folder / RECORDS)
+        yield item.pixels, partial(write, item, settings, args)
 
 
-def record(item, settings, args, written=True):
-    """Record from which image a result is made."""
-    if not args.output:
-        append_record(make_record(item.path, settings, args.folder, item.name, written), args.folder / RECORDS)
-
-
-def write(item, args):
+def write(item, settings, args):
+    """Write a result, and compute its record, which reads both files."""
     if not item.error:
         images.save(item.result, args.folder / item.name, args.format)
+        item.record = make_record(item.path, settings, args.folder, item.name)
     return item
 
 
@@ -255,13 +240,9 @@ def background_threads(count):
 
 
 def thumbnails(path, name, args):
-    """Return an image's row of a contact sheet, its name and thumbnails; None if it cannot be read any more."""
-    try:
-        original = images.open_rgb(path, args.load_size if args.crop_size else max(CELL))
-        result = images.open_rgb(args.folder / name)
-    except images.InvalidImageError as error:
-        note(f"no thumbnail: {error}")
-        return None
+    """Return an image's row of a contact sheet, its name and thumbnails."""
+    original = images.open_rgb(path, args.load_size if args.crop_size else max(CELL))
+    result = images.open_rgb(args.folder / name)
     if args.crop_size:
         original = Image.fromarray(images.crop_resized(original, args.load_size, args.crop_size))
     original = fit(original)
@@ -353,18 +334,20 @@ def main(args):
         for path, reason in skipped.items():
             note(f"skipped {path}: {reason}")
 
+        if todo and not args.output:
+            write_json(made_by, args.folder / COLORING)
+
         # Read, colorize and write simultaneously
         readers = stack.enter_context(background_threads(args.num_workers))
         writers = stack.enter_context(background_threads(args.num_workers))
         loaded = in_threads(readers, open_images(todo, args))
-        colorized = record_first(colorize(loaded, colorizer, args), made_by, settings, args)
-        writing = ((item.pixels, partial(write, item, args)) for item in colorized)
+        writing = write_results(colorize(loaded, colorizer, args), settings, args)
         for item in cli.progress(in_threads(writers, writing, at_once=True), len(todo)):
             if item.error:
                 note(f"skipped {item.error}")
                 skipped[item.path] = item.error.reason
-            else:
-                record(item, settings, args)
+            elif not args.output:
+                append_record(item.record, args.folder / RECORDS)
 
         # Draw contact sheets of all images, whenever they were colorized
         if args.compare:
@@ -372,7 +355,7 @@ def main(args):
             jobs = ((0, partial(thumbnails, path, name, args)) for path, name in drawn.items())
             rows = cli.progress(in_threads(readers, jobs), len(drawn), "contact sheets")
             write_json(made_by, args.compare_folder / COLORING)
-            count = write_sheets(filter(None, rows), COLUMNS, args.compare_folder)
+            count = write_sheets(rows, COLUMNS, args.compare_folder)
             print(f"{printable(args.compare_folder)}: {counted(count, 'contact sheet')} ({', '.join(COLUMNS)})")
 
     # Report

@@ -10,6 +10,7 @@ sorted into folders. Nothing is moved, and running this again changes nothing. M
     val10k: 10000 of 10000 images (links)
 """
 
+import filecmp
 import os
 import shutil
 import sys
@@ -20,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, Parser, UserError, note_some, printable, run_script
 from support.files import atomic_path, make_folder
-from support.folders import same_file, size_and_time
 
 from dataset import list_images
 from utils import RESOURCES
@@ -49,12 +49,12 @@ def place(source, target):
 
     Raises UserError if there is another file.
     """
-    if os.path.islink(target) and not same_image(source, target):
-        os.remove(target)  # the images were moved since it was made
-    if os.path.exists(target):
-        if not same_image(source, target):
-            raise UserError(f"{target}: is a different file; remove it or choose another --output")
+    if os.path.exists(target) and filecmp.cmp(source, target):
         return "links" if os.path.islink(target) else "hard links" if os.path.samefile(source, target) else "copies"
+    if os.path.islink(target):
+        os.remove(target)  # the images were moved since it was made
+    elif os.path.exists(target):
+        raise UserError(f"{target}: is a different file; remove it or choose another --output")
     for way, make in (("links", link), ("hard links", os.link)):
         with suppress(OSError, NotImplementedError):  # not on this file system, or not without administrator's rights
             make(source, target)
@@ -62,10 +62,6 @@ def place(source, target):
     with atomic_path(target) as temporary:
         shutil.copy2(source, temporary)
     return "copies"
-
-
-def same_image(source, target):
-    return same_file(size_and_time(source), target)
 
 
 def link(source, target):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import PurePath
 
 from support.cli import UserError, counted, note, note_some
-from support.files import atomic_text, open_text, read_json
+from support.files import read_json
 
 import numpy as np
 
@@ -16,9 +16,8 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".pbm", ".pnm",
     ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx",
 )  # fmt: skip
-OF_THE_SYSTEM = {  # names of folders with thumbnails, trash, snapshots and metadata, on a NAS, Windows and macOS
-    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "__macosx"),
-}
+# Names of folders with thumbnails, trash, snapshots and metadata, on a NAS, Windows and macOS
+OF_THE_SYSTEM = ("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "__macosx")
 
 # -------------------------------------------------------------------------------------------------
 # Lists of images
@@ -46,20 +45,19 @@ def list_images(root, results_file):
         return [root]
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such file or folder")
-    paths, visited, tops = [], set(), [root]
-    for top in tops:  # the loop appends links to folders, so a folder's own path comes before links to it
-        for folder, folders, files in os.walk(top, onerror=_note_unreadable):
-            real, within = os.path.realpath(folder), os.path.join(folder, "")
-            linked, results = real in visited, results_file in files and folder != root
-            if linked or results:
-                reason = "a link to a folder that is visited anyway" if linked else f"contains results ({results_file})"
-                note(f"{folder}: skipped: {reason}")
-                folders.clear()
-                continue
+    paths, visited = [], set()
+    for folder, folders, files in os.walk(root, onerror=_note_unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            note(f"{folder}: skipped: a link to a folder that is visited anyway")
+            folders.clear()
+        elif results_file in files and folder != root:
+            note(f"{folder}: skipped: contains results ({results_file})")
+            folders.clear()
+        else:
             visited.add(real)
             folders[:] = sorted(name for name in folders if not (name[0] == "." or name.lower() in OF_THE_SYSTEM))
-            tops += [within + name for name in folders if os.path.islink(within + name)]
-            paths += [within + name for name in files if not name.startswith((".", results_file))]
+            paths += [os.path.join(folder, name) for name in files if not name.startswith((".", results_file))]
     images = sorted(path for path in paths if path.lower().endswith(IMAGE_SUFFIXES))
     if others := len(paths) - len(images):
         suffixes = sorted({os.path.splitext(path)[1].lower() for path in paths} - {*IMAGE_SUFFIXES})
@@ -117,9 +115,6 @@ def random_others(images, seed):
 # -------------------------------------------------------------------------------------------------
 # Records of results: one JSON object per line in a file in their folder
 
-# Resolutions of times in nanoseconds: FAT and ZIP, tar, exFAT, microseconds, NTFS, and the file systems of Linux
-RESOLUTIONS = (2 * 10**9, 10**9, 10**7, 10**3, 10**2, 1)
-
 
 def absolute(path):
     """Return an absolute path without links among its folders. A file that is itself a link keeps its name."""
@@ -128,83 +123,70 @@ def absolute(path):
 
 
 def make_record(source, settings, folder, name, written=True):
-    """Describe the result `name` in `folder`, made from the file `source`, with both files' sizes and times.
+    """Describe the result `name` in `folder`, made from the file `source`, with the fingerprints of both files.
 
     A record that is not `written` announces a result, so that it can be told from other files after a kill.
     """
-    result = {"path": name, **(size_and_time(os.path.join(folder, name)) if written else {})}
-    return {"source": {"path": absolute(source), **size_and_time(source)}, "settings": settings, "result": result}
+    record = {"source": {"path": absolute(source)}, "settings": settings, "result": {"path": name}}
+    if written:
+        record["source"].update(fingerprint(source))
+        record["result"].update(fingerprint(os.path.join(folder, name)))
+    return record
 
 
-def size_and_time(path):
-    """Return a file's size in bytes and time in nanoseconds; {} if it does not exist."""
-    status = os.stat(path) if os.path.exists(path) else None
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns} if status else {}
-
-
-def checksum(path):
-    """Return a file's CRC-32; None if it cannot be read, because it may have been moved since it was processed."""
+def fingerprint(path):
+    """Return a file's size in bytes, time in nanoseconds and CRC-32; {} if it has been moved since it was processed."""
     with suppress(OSError), open(path, "rb") as file:
-        return zlib.crc32(file.read())
+        status = os.fstat(file.fileno())
+        return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": zlib.crc32(file.read())}
+    return {}
 
 
 def same_file(recorded, path):
-    """Return whether a file has the recorded size and time or, if only the time differs, the recorded checksum.
-
-    A copy's time may be rounded, up to two seconds.
-    """
-    now = size_and_time(path)
-    if not now or now["size"] != recorded.get("size"):
+    """Return whether a file has the recorded size and time or, if only the time differs, the recorded checksum."""
+    if not os.path.exists(path) or os.path.getsize(path) != recorded.get("size"):
         return False
-    times = recorded["mtime_ns"], now["mtime_ns"]
-    coarser = max(next(unit for unit in RESOLUTIONS if time % unit == 0) for time in times)
-    if abs(times[0] - times[1]) < coarser:
-        return True
-    return recorded.get("crc32") is not None and recorded["crc32"] == checksum(path)
+    return os.stat(path).st_mtime_ns == recorded["mtime_ns"] or fingerprint(path).get("crc32") == recorded.get("crc32")
 
 
-def source_name(record):
-    """Return the path of a record's source below the folder that was processed: as deep as that of the result."""
+def source_name(record, path):
+    """Return a source's path below the folder that was processed: as deep as that of the record's result."""
     depth = record["result"]["path"].count("/") + 1
-    return one_form("/".join(PurePath(record["source"]["path"]).parts[-depth:]))
+    return one_form("/".join(PurePath(path).parts[-depth:]))
 
 
-def same_source(before, now):
-    """Return whether two records are of one source, whose folder may have been moved or copied."""
-    path = now["source"]["path"]
-    moved = source_name(before) == source_name(now) and same_file(before["source"], path)
-    return moved or before["source"]["path"] == path
+def same_source(record, path):
+    """Return whether the source of a record is the file `path`, whose folder may have been moved or copied."""
+    before, now = record["source"]["path"], absolute(path)
+    moved = source_name(record, before) == source_name(record, now) and same_file(record["source"], now)
+    return moved or before == now
 
 
-def what_changed(before, now, folder):
-    """Return in a few words why a result in `folder` is out of date by its records before and now; "" if it is not."""
-    keys = sorted({*before["settings"], *now["settings"]})
-    if changed := [key for key in keys if before["settings"].get(key) != now["settings"].get(key)]:
+def what_changed(record, source, settings, folder):
+    """Return in a few words why a recorded result is out of date; "" if it is not.
+
+    Args:
+        record (dict): Its record.
+        source (str): The image from which it would be made now.
+        settings (dict): The settings with which it would be made now.
+        folder (str): The folder of the results.
+    """
+    recorded, result = record["settings"], os.path.join(folder, record["result"]["path"])
+    if changed := [key for key in sorted({*recorded, *settings}) if recorded.get(key) != settings.get(key)]:
         return f"other settings ({', '.join(changed)})"
-    if not (same_source(before, now) and same_file(before["source"], now["source"]["path"])):
-        return "the original has changed"
-    if "size" not in before["result"]:
+    if "size" not in record["result"]:
         return "the result was not completed"
-    if "size" not in now["result"]:
+    if not same_file(record["source"], source):
+        return "the original has changed"
+    if not os.path.exists(result):
         return "the result is missing"
-    unchanged = same_file(before["result"], os.path.join(folder, now["result"]["path"]))
-    return "" if unchanged else "the result has changed"
+    return "" if same_file(record["result"], result) else "the result has changed"
 
 
 def append_record(record, path):
-    """Append a record to a file of records, with the checksums of its files if the result is written."""
-    if "size" in record["result"]:
-        result = os.path.join(os.path.dirname(path), record["result"]["path"])
-        record["result"]["crc32"], record["source"]["crc32"] = checksum(result), checksum(record["source"]["path"])
-    line = f"\n{json.dumps(record)}"  # the line break first: an earlier line may have been cut short
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError:  # some network file systems write whole files only
-        with open_text(path) as file:
-            before = file.read()
-        with atomic_text(path) as file:
-            file.write(before + line)
+    """Append a record to a file of records."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(record)}")  # the line break first: an earlier line may have been cut short
 
 
 def read_records(path):
@@ -263,9 +245,9 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
             note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
     if true is not None:
         problems.update({name: NO_RESULT for name in true if name not in result_of and name not in problems})
-    left_out = {
-        problem: sorted(x for x in problems if problems[x] == problem) for problem in sorted({*problems.values()})
-    }
+    left_out = {}
+    for problem, name in sorted((problem, name) for name, problem in problems.items()):
+        left_out.setdefault(problem, []).append(name)
     if not result_of and not records:
         raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
     for problem, names in left_out.items():
@@ -301,7 +283,7 @@ def _pair_by_records(true, true_dir, colored, records):
     for name, record in reversed(records.items()):  # the newest first
         source = name
         if true is not None:
-            source = places.get(record["source"]["path"], below.get(source_name(record)))
+            source = places.get(record["source"]["path"], below.get(source_name(record, record["source"]["path"])))
         if not same_file(record["result"], colored[name]):
             problems[name] = "changed since it was recorded"
         elif settings not in ({}, record["settings"]):

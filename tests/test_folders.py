@@ -16,6 +16,8 @@ from support.folders import (
     read_records,
     relative_path,
     same_file,
+    same_source,
+    what_changed,
 )
 
 import pytest
@@ -54,12 +56,12 @@ def test_other_files_are_counted_in_one_line(tmp_path, touch, capsys):
     assert line.endswith(": 3 other files skipped (.md)")
 
 
-def test_linked_folder_is_visited_once_under_its_own_name(tmp_path, touch, capsys):
+def test_linked_folder_is_visited_once(tmp_path, touch, capsys):
     touch("z/a.png")
     for name in ("up", "up2"):
         (tmp_path / "z" / name).symlink_to("..")  # with two of them there are endless paths
     (tmp_path / "a").symlink_to("z")
-    assert listed(tmp_path) == ["z/a.png"]
+    assert listed(tmp_path) == ["a/a.png"]
     assert capsys.readouterr().err.count("a link to a folder that is visited anyway") == 3
 
 
@@ -146,17 +148,28 @@ def test_results_without_records_are_paired_by_name_with_a_note(tmp_path, touch,
     assert "other and out have no image in common" in error_message(pair, "other")
 
 
-def test_images_and_results_that_were_moved_are_paired_by_their_records(tmp_path, touch, add_result, capsys):
+def write_text(path, text):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_moved_and_copied_files_are_recognized_by_their_checksums(add_result, capsys):
     """The folder was renamed, and tar rounded the times to whole seconds."""
     for name in ("x/a", "b"):
-        touch(f"in/{name}.jpg")
+        write_text(f"in/{name}.jpg", f"original {name}")
+        write_text(f"out/{name}.png", f"result {name}")
         add_result(f"in/{name}.jpg", f"{name}.png")
     os.rename("in", "moved")
-    for path in (*(tmp_path / "moved").rglob("*.jpg"), *(tmp_path / "out").rglob("*.png")):
+    for path in (*pathlib.Path("moved").rglob("*.jpg"), *pathlib.Path("out").rglob("*.png")):
         os.utime(path, (path.stat().st_mtime_ns // 10**9,) * 2)
     pairs, left_out, _ = pair("moved")
     assert pairs == [("b", "moved/b.jpg", "out/b.png"), ("x/a", "moved/x/a.jpg", "out/x/a.png")]
     assert not left_out and capsys.readouterr().err == ""
+    write_text("moved/b.jpg", "original c")  # of the same size
+    os.utime("moved/b.jpg", (2, 2))
+    pairs, left_out, _ = pair("moved")
+    assert [name for name, _, _ in pairs] == ["x/a"] and left_out == {"original changed since it was recorded": ["b"]}
 
 
 def test_results_of_mixed_settings_are_not_used_together(touch, add_result, capsys):
@@ -177,12 +190,12 @@ def test_results_of_mixed_settings_are_not_used_together(touch, add_result, caps
     assert [name for name, _, _ in results_alone] == ["a", "b.webp"] and left_out_alone == left_out
 
 
-def test_description_of_another_run_is_not_taken_for_that_of_the_results(touch, add_result):
+@pytest.mark.parametrize("text", ['{"checkpoint": "new.pdparams", "sha256": "new", "crop_size": 224}', "[]", "{", ""])
+def test_description_of_another_run_or_damaged_one_is_not_that_of_the_results(touch, add_result, text):
     """The next run described itself, and was stopped before its first result."""
     touch("in/a.jpg")
     add_result("in/a.jpg", "a.png", sha256="old", crop_size=None)
-    with open(f"out/{RESULTS}", "w") as file:
-        json.dump({"checkpoint": "new.pdparams", "sha256": "new", "crop_size": 224}, file)
+    write_text(f"out/{RESULTS}", text)
     assert pair()[2] == {"sha256": "old", "crop_size": None}
 
 
@@ -218,14 +231,6 @@ def test_part_of_the_results_has_the_records_of_the_whole(touch, add_result):
         }
 
 
-def test_damaged_description_is_ignored(touch, add_result):
-    touch("in/a.jpg")
-    add_result("in/a.jpg", "a.png", crop_size=None)
-    for text in ("[]", "{", ""):
-        pathlib.Path("out", RESULTS).write_text(text)
-        assert pair()[2] == {"crop_size": None}
-
-
 def test_newest_of_two_results_of_one_image_is_used(touch, add_result):
     touch("in/p.jpg")
     add_result("in/p.jpg", "p.png")
@@ -233,47 +238,6 @@ def test_newest_of_two_results_of_one_image_is_used(touch, add_result):
     pairs, left_out, _ = pair()
     assert pairs == [("p", "in/p.jpg", "out/p.jpg.png")]
     assert left_out == {"older than another result of the same image": ["p"]}
-
-
-@pytest.mark.parametrize(
-    ("copy", "same"),
-    [
-        (1_700_000_001_234_567_891, True),
-        (1_700_000_001_234_567_000, True),  # microseconds
-        (1_700_000_001_234_567_800, True),  # NTFS
-        (1_700_000_001_000_000_000, True),  # tar
-        (1_700_000_000_000_000_000, True),  # FAT
-        (1_700_000_002_000_000_000, True),  # FAT, rounded up
-        (1_700_000_004_000_000_000, False),
-        (1_700_000_001_234_567_892, False),
-        (1_700_000_001_300_000_001, False),
-    ],
-)
-def test_times_agree_up_to_the_resolution_of_a_copy(tmp_path, copy, same):
-    path, time = tmp_path / "a.png", 1_700_000_001_234_567_891
-    path.write_text("12345")
-    for recorded, now in ((time, copy), (copy, time)):
-        os.utime(path, ns=(now, now))
-        assert same_file({"size": 5, "mtime_ns": recorded}, path) == same
-        assert not same_file({"size": 6, "mtime_ns": now}, path) and not same_file({}, path)
-    assert not same_file({"size": 5, "mtime_ns": time}, tmp_path / "missing")
-
-
-def test_copies_that_do_not_keep_their_time_are_recognized_by_their_checksum(touch, add_result, error_message):
-    touch("in/a.jpg", "in/b.jpg")
-    for name in "ab":
-        pathlib.Path(f"in/{name}.jpg").write_text(f"original {name}")
-        pathlib.Path("out").mkdir(exist_ok=True)
-        pathlib.Path(f"out/{name}.png").write_text(f"result {name}")
-        append_record(make_record(f"in/{name}.jpg", {}, "out", f"{name}.png"), f"out/{RECORDS}")
-    for path in (*pathlib.Path("in").iterdir(), *pathlib.Path("out").iterdir()):
-        os.utime(path, (1, 1))
-    os.rename("in", "copy")
-    assert [name for name, _, _ in pair("copy")[0]] == ["a", "b"]
-    pathlib.Path("copy/a.jpg").write_text("original c")  # of the same size
-    os.utime("copy/a.jpg", (2, 2))
-    pairs, left_out, _ = pair("copy")
-    assert [name for name, _, _ in pairs] == ["b"] and left_out == {"original changed since it was recorded": ["a"]}
 
 
 def test_names_agree_whether_accents_are_composed_or_not(tmp_path, touch, monkeypatch):
@@ -288,35 +252,44 @@ def test_names_agree_whether_accents_are_composed_or_not(tmp_path, touch, monkey
     assert sorted(named_images(["in"], RESULTS).values()) == sorted([f"in/{apart}.jpg", f"in/{composed}.jpg"])
 
 
-def test_many_left_out_images_are_counted(touch, add_result, capsys):
-    touch(*(f"in/{i:02d}.jpg" for i in range(30)))
-    add_result("in/07.jpg", "07.png")
-    assert len(pair()[1]["no result"]) == 29
-    assert capsys.readouterr().err.splitlines()[-1] == "… and 19 more: no result"
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda: None, ""),
+        (lambda: os.utime("a.jpg", (1, 1)), ""),
+        (lambda: write_text("a.jpg", "more"), "the original has changed"),
+        (lambda: write_text("out/a.png", "more"), "the result has changed"),
+        (lambda: os.remove("out/a.png"), "the result is missing"),
+    ],
+)
+def test_result_is_up_to_date_or_the_reason_is_named(touch, add_result, change, reason):
+    touch("a.jpg")
+    add_result("a.jpg", "a.png", temperature=1)
+    (record,) = read_records(f"out/{RECORDS}").values()
+    change()
+    assert what_changed(record, "a.jpg", {"temperature": 1}, "out") == reason
+    assert what_changed(record, "a.jpg", {"temperature": 2, "size": 3}, "out") == "other settings (size, temperature)"
 
 
-def test_records_are_kept_where_files_cannot_be_appended_to(tmp_path, monkeypatch):
-    """Imitate an rclone mount, where the first record is a new file."""
-
-    def no_appending(path, mode="r", *more, original=open, **options):
-        if "a" in mode and os.path.exists(path):
-            raise PermissionError(1, "Operation not permitted")
-        return original(path, mode, *more, **options)
-
-    (tmp_path / "a.png").touch()
-    monkeypatch.setattr("builtins.open", no_appending)
-    for name in ("a", "b", "c"):
-        append_record(make_record(tmp_path / "a.png", {}, tmp_path, name), tmp_path / RECORDS)
-    assert list(read_records(tmp_path / RECORDS)) == ["a", "b", "c"]
+def test_announced_result_is_not_completed(touch, add_result):
+    touch("a.jpg", "out/a.png")
+    record = make_record("a.jpg", {}, "out", "a.png", written=False)
+    assert what_changed(record, "a.jpg", {}, "out") == "the result was not completed"
 
 
-def test_record_of_an_original_that_was_moved_meanwhile_is_written(tmp_path):
-    (tmp_path / "a.png").touch()
-    (tmp_path / "b.png").touch()
-    record = make_record(tmp_path / "a.png", {}, tmp_path, "b.png")
-    (tmp_path / "a.png").unlink()
-    append_record(record, tmp_path / RECORDS)
-    assert not same_file(read_records(tmp_path / RECORDS)["b.png"]["source"], tmp_path / "a.png")
+def test_source_is_the_same_in_a_moved_folder_and_another_one_in_a_different_file(add_result):
+    for name in ("in/x/a.jpg", "in/y/a.jpg", "in/x/b.jpg", "other/x/a.jpg"):
+        write_text(name, name[0])
+    record = make_record("in/x/a.jpg", {}, "out", "x/a.png")
+    assert [same_source(record, f"in/{name}") for name in ("x/a.jpg", "y/a.jpg", "x/b.jpg")] == [True, False, False]
+    os.rename("in", "moved")
+    assert same_source(record, "moved/x/a.jpg") and not same_source(record, "other/x/a.jpg")
+
+
+def test_record_of_an_original_that_was_moved_meanwhile_is_written(tmp_path, touch):
+    touch("b.png")
+    append_record(make_record(tmp_path / "a.png", {}, tmp_path, "b.png"), tmp_path / RECORDS)
+    assert not same_file(read_records(tmp_path / RECORDS)["b.png"]["source"], tmp_path / "b.png")
 
 
 def test_record_that_a_kill_cut_short_is_ignored(tmp_path):
