@@ -2,11 +2,9 @@
 
 import os
 import pickle
-import socket
 import struct
 import subprocess
 import sys
-import tracemalloc
 import zlib
 
 from support.images import (
@@ -27,7 +25,7 @@ import pytest
 import tifffile
 from conftest import ROOT, exif, png_bomb, save_image
 from damaged import FORMATS, make, readable
-from PIL import ExifTags, Image, PngImagePlugin, features
+from PIL import ExifTags, Image, features
 from skimage import data
 
 COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
@@ -35,32 +33,11 @@ COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
 # Samples
 
 
-def test_16_bit_samples_need_little_more_memory_than_the_result(tmp_path):
-    path = save_image(tmp_path / "a.png", np.full((2000, 1000), 30_000, np.uint16))
-    tracemalloc.start()
-    read_rgb(path)
-    _, peak = tracemalloc.get_traced_memory()  # NumPy's arrays; those of Pillow are not counted
-    tracemalloc.stop()
-    assert peak < 7 * 2000 * 1000
-
-
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "webp", "jp2"])
-def test_lossless_format_keeps_every_pixel(tmp_path, suffix):
-    options = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(suffix, {})
-    assert np.array_equal(read_rgb(save_image(tmp_path / f"a.{suffix}", COFFEE, **options)), COFFEE)
-
-
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
 def test_16_bit_gray_keeps_its_range(tmp_path, suffix):
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     rgb = read_rgb(save_image(tmp_path / f"a.{suffix}", levels))
     assert np.array_equal(rgb, np.stack([np.arange(256).reshape(16, 16)] * 3, axis=2))
-
-
-def test_palette_becomes_its_colors(tmp_path):
-    image = Image.fromarray(COFFEE).quantize(64)
-    image.save(tmp_path / "a.png")
-    assert np.array_equal(read_rgb(tmp_path / "a.png"), np.asarray(image.convert("RGB")))
 
 
 def test_alpha_is_blended_over_white(tmp_path):
@@ -71,66 +48,9 @@ def test_alpha_is_blended_over_white(tmp_path):
     assert np.abs(rgb[20:30].astype(float) - (0.2 * COFFEE[20:30] + 0.8 * 255)).max() <= 1
 
 
-@pytest.mark.parametrize("subsampling", [(1, 1), (2, 2), None])
-def test_uncompressed_ycbcr_tiff_is_refused(tmp_path, subsampling):
-    """Pillow takes such a file for a truncated one. The default of tag 530 is (2, 2)."""
-    strip, tags = Image.fromarray(COFFEE).convert("YCbCr").tobytes(), {258: 8, 262: 6, 277: 3}
-    if subsampling != (1, 1):
-        strip = strip[: len(strip) // 2]
-    (tmp_path / "a.tif").write_bytes(tiff(75, 50, strip, {**tags, 530: subsampling} if subsampling else tags))
-    with pytest.raises(InvalidImageError, match="TIFF with uint8 samples, photometric interpretation 6, uncompressed"):
-        read_rgb(tmp_path / "a.tif")
-
-
-@pytest.mark.parametrize("alpha", [0, 128])
-def test_bmp_whose_alpha_is_0_everywhere_is_opaque(tmp_path, alpha):
-    pixels = np.dstack((COFFEE[::-1, :, ::-1], np.full(COFFEE.shape[:2], alpha, np.uint8))).tobytes()
-    height, width = COFFEE.shape[:2]
-    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(pixels), 2835, 2835, 0, 0)
-    header += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
-    (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + header + pixels)
-    expected = COFFEE if alpha == 0 else (COFFEE.astype(float) + 255) / 2
-    assert np.abs(read_rgb(tmp_path / "a.bmp") - expected).max() <= 1
-
-
-def tiff(width, height, strip, more_tags):
-    """Return a TIFF of one uncompressed strip; tifffile does not write every kind."""
-    tags = {256: width, 257: height, 259: 1, 273: 0, 278: height, 279: len(strip), **more_tags}
-    start = 10 + 12 * len(tags) + 4
-    tags[273] = start
-    entries = b""
-    for tag, value in sorted(tags.items()):
-        several = isinstance(value, tuple)  # two numbers of 16 bits, or one of 32
-        entries += struct.pack(">2HI2H", tag, 3, 2, *value) if several else struct.pack(">2H2I", tag, 4, 1, value)
-    return b"MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + entries + bytes(4) + strip
-
-
-def gray_tiff(path, levels, photometric, bits):
-    """Write whole numbers [H, W] as TIFF samples of 1 to 16 bits."""
-    height, width = levels.shape
-    bit_planes = levels[:, :, None] >> np.arange(bits)[::-1] & 1
-    strip = np.packbits(bit_planes.reshape(height, -1).astype(np.uint8), axis=1).tobytes()
-    path.write_bytes(tiff(width, height, strip, {258: bits, 262: photometric, 277: 1}))
-
-
-@pytest.mark.parametrize("photometric", [0, 1])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_gray_tiff_of_any_depth_is_read_or_refused(tmp_path, bits, photometric):
-    levels = np.arange(30).reshape(3, 10) * (2**bits - 1) // 29
-    gray_tiff(tmp_path / "a.tif", levels, photometric, bits)
-    expected = np.round(255 * levels / (2**bits - 1))
-    if (bits, photometric) == (16, 0):  # Pillow opens these only with the other byte order
-        with pytest.raises(InvalidImageError, match="TIFF of a kind that cannot be read"):
-            read_rgb(tmp_path / "a.tif")
-    else:
-        found = read_rgb(tmp_path / "a.tif")[..., 0]
-        assert np.array_equal(found, expected if photometric else 255 - expected)
-
-
-def test_12_bit_tiff_is_refused_by_its_format(tmp_path):
-    gray_tiff(tmp_path / "a.tif", np.arange(30).reshape(3, 10), 1, 12)
-    with pytest.raises(InvalidImageError, match="TIFF"):
-        read_rgb(tmp_path / "a.tif")
+def test_image_whose_alpha_is_0_everywhere_is_opaque(tmp_path):
+    rgba = np.dstack([COFFEE, np.zeros(COFFEE.shape[:2], np.uint8)])
+    assert np.array_equal(read_rgb(save_image(tmp_path / "a.png", rgba)), COFFEE)
 
 
 TIFFS = {  # samples and options of tifffile
@@ -155,6 +75,7 @@ REFUSED_TIFFS = {
     "float min-is-white": (np.float32(COFFEE[..., 1] / 255), {"photometric": "miniswhite"}),
     "float to 255": (np.float32(COFFEE[..., 1]), {}),
     "thumbnail": (COFFEE, {"subfiletype": 1}),
+    "uncompressed ycbcr": (COFFEE, {"photometric": "ycbcr"}),
 }
 
 
@@ -175,13 +96,13 @@ def test_tiff_that_would_be_misread_is_refused_by_its_format(tmp_path, kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "lzw.tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "lzw.tif"])
 def test_image_of_any_orientation_is_read_upright(tmp_path, suffix, orientation):
     """Recent versions of Pillow turn TIFFs themselves."""
     stored = data.coffee()[:64:2, ::8]  # 75 x 32
     turned = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2)}
     turned |= {6: np.rot90(stored, -1), 7: turned[5][::-1, ::-1], 8: np.rot90(stored)}
-    options = {"tif": {}, "png": {}, "lzw.tif": {"compression": "tiff_lzw"}}.get(suffix, {"quality": 98})
+    options = {"tif": {}, "lzw.tif": {"compression": "tiff_lzw"}, "jpg": {"quality": 98}}[suffix]
     metadata = Image.Exif()
     metadata[ExifTags.Base.Orientation] = orientation
     path = save_image(tmp_path / f"a.{suffix}", stored, exif=metadata, **options)
@@ -190,20 +111,6 @@ def test_image_of_any_orientation_is_read_upright(tmp_path, suffix, orientation)
         image.load()
         assert image_size(path) == upright_size(image) == found.shape[1::-1]
     assert np.abs(found - turned.get(orientation, stored).astype(float)).mean() < 4
-
-
-@pytest.mark.parametrize("suffix", ["avif", "heic"])
-def test_image_of_a_phone_is_read_upright(tmp_path, suffix):
-    if suffix == "heic":
-        pytest.importorskip("pillow_heif")
-    elif not features.check("avif"):
-        pytest.skip("Pillow reads AVIF from 11.3 on")
-    stored = data.coffee()[::4, ::4]
-    orientation = 6 if suffix == "avif" else 1  # pillow_heif itself rotates images
-    path = save_image(tmp_path / f"a.{suffix}", stored, quality=95, exif=exif(orientation))
-    upright = np.rot90(stored, -1) if orientation == 6 else stored
-    assert image_size(path) == upright.shape[1::-1]
-    assert np.abs(read_rgb(path) - upright.astype(int)).mean() < 4
 
 
 def chunk(kind, content):
@@ -268,17 +175,6 @@ def test_damaged_images_are_read_or_refused(tmp_path):
     assert not refused & intact and refused and {name.rsplit(".")[-1] for name in intact} == set(FORMATS)
 
 
-def test_lack_of_memory_is_an_error_of_its_image(tmp_path, monkeypatch):
-    path = save_image(tmp_path / "a.png", COFFEE)
-
-    def load(image):
-        raise MemoryError
-
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    with pytest.raises(InvalidImageError, match="not enough memory"):
-        read_rgb(path)
-
-
 STATE = """
 import support, sys, warnings
 from PIL import Image, PngImagePlugin
@@ -299,61 +195,42 @@ def test_importing_the_scripts_changes_no_setting_of_pillow_or_warnings():
 LIMITS = """
 import sys, support
 from support.cli import run_script
-from support.images import image_size, read_rgb
+from support.images import InvalidImageError, image_size, read_rgb
 
 def main(_):
-    for path in sys.argv[1:]:
-        try:
-            print(read_rgb(path).shape if "profile" in path else image_size(path))
-        except ValueError as error:
-            print(error.reason)
+    print(image_size(sys.argv[1]))
+    try:
+        print(read_rgb(sys.argv[2]).shape)
+    except InvalidImageError as error:
+        print(error.reason)
 
-print("library")
 main(0)
-print("script")
 run_script(main, lambda: None)
 """
 
 
-def test_limits_of_pillow_hold_and_scripts_allow_large_profiles_and_print_no_warnings(tmp_path):
+def test_scripts_allow_large_color_profiles_and_print_no_warnings_unlike_the_library(tmp_path):
     """An image of 100 megapixels is half of Pillow's limit, where it begins to warn."""
-    Image.new("1", (10_000, 10_000)).save(tmp_path / "100.png")
-    Image.new("1", (20_100, 10_000)).save(tmp_path / "201.png")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
     profile = struct.pack(">I", 2_000_000) + icc_profile("P3")[4:].ljust(1_999_996, b"\0")
     Image.fromarray(COFFEE).save(tmp_path / "profile.png", icc_profile=profile)
-    command = [
-        sys.executable,
-        "-W",
-        "always",
-        "-c",
-        LIMITS,
-        *(tmp_path / f"{x}.png" for x in ("100", "201", "profile")),
-    ]
+    command = [sys.executable, "-W", "always", "-c", LIMITS, tmp_path / "large.png", tmp_path / "profile.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    too_large = (
-        "Image size (201000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack."
-    )
     refused = "Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"
-    assert done.stdout.splitlines() == [
-        *("library", "(10000, 10000)", too_large, refused),
-        *("script", "(10000, 10000)", too_large, "(50, 75, 3)"),
-    ]
+    assert done.stdout.splitlines() == ["(10000, 10000)", refused, "(10000, 10000)", "(50, 75, 3)"]
     assert done.stderr.count("DecompressionBombWarning") == 1
 
 
-def test_pipes_and_sockets_are_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "x.jpg")
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(os.path.relpath(tmp_path / "y.jpg"))
-        for name in ("x.jpg", "y.jpg"):
-            with pytest.raises(InvalidImageError, match="not a regular"):
-                read_rgb(tmp_path / name)
+def test_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(InvalidImageError, match="not a regular"):
+        read_rgb(tmp_path / "a.jpg")
 
 
-@pytest.mark.parametrize("format", ["EPS", "ICO", "ICNS", "PDF"])
+@pytest.mark.parametrize("format", ["EPS", "ICO"])
 def test_other_formats_of_pillow_are_not_opened(tmp_path, format):
     Image.fromarray(COFFEE).save(tmp_path / "a.jpg", format)
-    with pytest.raises(InvalidImageError, match=f"{format} of a kind|not an image"):
+    with pytest.raises(InvalidImageError, match="not an image in a known format"):
         read_rgb(tmp_path / "a.jpg")
 
 
@@ -361,10 +238,8 @@ def test_other_formats_of_pillow_are_not_opened(tmp_path, format):
     ("head", "reason"),
     [
         (b"\0\0\0\x18ftypheic", "HEIC, which needs the package pillow-heif"),
-        (b"\0\0\0\x18ftypmif1", "HEIC, which needs the package pillow-heif"),
         (b"\0\0\0\x1cftypavif", "AVIF, which needs Pillow 11.3"),
         (b"\xff\x0a\xfa\x1f", "JPEG XL, which needs the package pillow-jxl-plugin"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, which needs the package pillow-jxl-plugin"),
     ],
 )
 def test_unsupported_format_is_named_whatever_the_suffix(tmp_path, monkeypatch, head, reason):
@@ -474,11 +349,6 @@ def test_image_with_a_color_profile_is_converted_to_srgb(in_space, colors, space
     assert np.abs(naive - true).mean() > 5
 
 
-def test_colors_outside_srgb_are_clipped(in_space):
-    pure_green = np.linalg.inv(to_xyz("sRGB")) @ to_xyz("P3") @ (0, 1, 0)
-    assert (np.abs(read_rgb(in_space(np.tile(pure_green, (4, 4, 1)), "P3")).astype(int) - (0, 255, 0)) <= 1).all()
-
-
 def test_srgb_profile_changes_no_pixel(in_space, colors):
     path = in_space(colors, "sRGB")
     Image.open(path).save(own := path.with_name("own.png"), icc_profile=srgb_profile())
@@ -503,14 +373,6 @@ def test_unusable_color_profile_warns_and_keeps_image(tmp_path, image_folder, ca
     assert np.array_equal(read_rgb(path), np.asarray(coffee))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{path}: unusable color profile")
-
-
-def test_profile_of_a_shrunk_and_rotated_jpeg_is_used(in_space, colors):
-    large = colors.repeat(16, axis=0).repeat(16, axis=1)
-    path = in_space(large, "P3", "{}.jpg", quality=98, subsampling=0, exif=exif(6))
-    true = np.rot90(255 * from_linear(colors, "sRGB"), -1)
-    found = np.asarray(open_rgb(path, least_side=80).resize((40, 40), Image.Resampling.BOX)).astype(float)
-    assert np.abs(found - true).mean() < 3
 
 
 @pytest.mark.parametrize(("index", "adobe"), [("R03", True), ("R98", False)])
@@ -594,8 +456,8 @@ def test_images_with_damaged_metadata_are_read_and_written(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg"])
-def test_written_jpeg_has_full_color_resolution_and_quality_95(sideways, tmp_path, suffix):
-    save(read_image(sideways), tmp_path / f"a.{suffix}")
+def test_written_jpeg_has_full_color_resolution_and_quality_95(tmp_path, suffix):
+    save(Image.fromarray(COFFEE), tmp_path / f"a.{suffix}")
     image = Image.open(tmp_path / f"a.{suffix}")
     assert image.format == "JPEG" and {layer[1:3] for layer in image.layer} == {(1, 1)}  # 4:4:4
     assert image.quantization[0][0] <= 2  # quality 95
