@@ -1,17 +1,16 @@
-"""Draw the paper's figures: bins, prior, rebalancing weights, annealed mean, soft-encoding, and optionally metrics.
+"""Draw the paper's figures: bins, prior, rebalancing weights, annealed mean, soft-encoding, and accuracy by class.
 
     python resources/figures.py --image_dir val
     python resources/figures.py --image_dir val --results metrics_a metrics_b
 
-`--results` names folders that metrics_auc.py and metrics_acc.py wrote (their --save_path). docs/method.md shows the
-figures.
+`--results` names folders that metrics_acc.py wrote (its --save_path). docs/method.md shows the figures.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import Parser, UserError, printable, report_os_errors, run_script
+from support.cli import Parser, printable, report_os_errors, run_script
 from support.files import atomic_path
 from support.images import open_rgb
 
@@ -21,7 +20,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import ImageOps
 
-import metrics_auc
 from colorizer import Colorizer
 from dataset import lab_to_rgb, list_images, rgb_to_lab, soft_encode
 from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
@@ -29,7 +27,6 @@ from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
 TEMPERATURES = (1, 0.77, 0.58, 0.38, 0.29, 0.14, 0.1)
 IMAGE_SIZE = (400, 400)  # in pixels; larger images are resized to fit
 HIGHLIGHTED_CLASSES, HIGHLIGHTED_PAIRS = 50, 100  # first and last ones in the plots per class, as in the paper
-MAX_CLASSES = 20  # in the accuracy plot: at most the 20 largest losses and the 20 largest gains
 
 
 def new_figure(width, height, columns=1):
@@ -98,32 +95,10 @@ def plot_soft_encoding(image, ab_bins):
     return figure
 
 
-def read_table(path, *columns):
-    """Read a CSV file of metrics_acc.py that must have the given columns."""
-    with report_os_errors(f"{path}: cannot be read"):
-        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
-    if not {*columns} <= {*table.dtype.names}:
-        raise UserError(f"{path}: needs both colorized and gray images; run metrics_acc.py with --image_dir")
-    return table
-
-
-def plot_gains(folders):
-    """Plot each class's top-1 accuracy on colorized images minus that on gray images, in percentage points."""
-    gains = {}
-    for name, folder in folders.items():
-        table = read_table(folder / "accuracy_per_class.csv", "colored_top1", "gray_top1")
-        gains[name] = dict(zip(table["class"].tolist(), 100 * (table["colored_top1"] - table["gray_top1"])))
-    classes = sorted(gains[name], key=gains[name].get)
-    classes = classes[:MAX_CLASSES] + classes[MAX_CLASSES:][-MAX_CLASSES:]
-    figure, axes = new_figure(max(5, 0.3 * len(classes)), 4)
-    for name, gain in gains.items():
-        axes.plot([gain.get(x, np.nan) for x in classes], "o", label=name)
-    axes.axhline(0, color="0.5")
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-    axes.set(ylabel="top-1 minus that of gray (points)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
-    return figure
+def read_table(path):
+    """Read a CSV file that metrics_acc.py writes if it has both results and originals."""
+    with report_os_errors(f"{path}: cannot be read; run metrics_acc.py with --image_dir"):
+        return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
 
 
 def plot_classes(folders):
@@ -136,10 +111,10 @@ def plot_classes(folders):
     figure = Figure(figsize=(9, 4.5 * len(folders)), layout="constrained")
     panels = figure.subplots(len(folders), 2, squeeze=False)
     for (left, right), (name, folder) in zip(panels, folders.items()):
-        table = read_table(folder / "accuracy_per_class.csv", "colored_top5", "gray_top5")
+        table = read_table(folder / "accuracy_per_class.csv")
         scatter(left, table["gray_top5"], table["colored_top5"], HIGHLIGHTED_CLASSES)
         left.set(xlabel="top-5 accuracy on gray images", ylabel="on colorized images", title=f"{name}: classes")
-        table = read_table(folder / "accuracy_confusions.csv", "colored", "true")
+        table = read_table(folder / "accuracy_confusions.csv")
         scatter(right, table["true"], table["colored"], HIGHLIGHTED_PAIRS)
         right.set(
             xlabel="top-5 confusion on originals", ylabel="on colorized images", title=f"{name}: pairs of classes"
@@ -160,20 +135,11 @@ def scatter(axes, before, after, highlighted):
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
 
 
-def read_curves(folders):
-    """Read auc.txt of {name: folder}: curves [3, 151] by name, and those of gray."""
-    curves = {}
-    for name, folder in folders.items():
-        shares = np.genfromtxt(folder / "auc.txt", skip_footer=1)[:, 2:].T  #                [6, 151]: results, gray
-        curves[name] = shares[:3]
-    return {**curves, metrics_auc.GRAY: shares[3:]}
-
-
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--image_dir", required=True, help="folder whose first image is drawn, or one file")
-    add("--results", nargs="+", default=[], metavar="DIR", help="folders with the output of the metrics")
+    add("--results", nargs="+", default=[], metavar="DIR", help="folders with the output of metrics_acc.py")
     add("--load_model", metavar="NAME", default="small", help="small, official or a checkpoint's path")
     add("--prior", help="file with 313 probabilities (default: the bundled prior)")
     add("--save_path", default="./figures", help="folder for the figures")
@@ -191,14 +157,12 @@ def main(args):
     }
     if colorize.temperature is not None:  # the network predicts a distribution
         figures["annealed_mean"] = plot_annealed_mean(colorize, image, ab_bins)
-    folders = {printable(x): Path(x) for x in args.results}
-    if folders:
-        metrics_auc.plot(read_curves(folders), Path(args.save_path, "auc.png"))
-        figures["accuracy_gains"], figures["accuracy_classes"] = plot_gains(folders), plot_classes(folders)
+    if args.results:
+        figures["accuracy_classes"] = plot_classes({printable(x): Path(x) for x in args.results})
     for name, figure in figures.items():
         with atomic_path(Path(args.save_path, f"{name}.png")) as temporary:
             figure.savefig(temporary, format="png", dpi=80)
-    print(f"{printable(args.save_path)}: {', '.join(figures)}{', auc' * bool(folders)} (.png)")
+    print(f"{printable(args.save_path)}: {', '.join(figures)} (.png)")
 
 
 if __name__ == "__main__":
