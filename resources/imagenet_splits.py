@@ -41,7 +41,8 @@ def find_images(folder, output):
     """Return the images of the validation set in `folder`, {name: path}, except for links that this script made."""
     ours = tuple(os.path.join(os.path.abspath(output), name, "") for name in SETS)
     paths = [path for path in list_images(folder) if not os.path.abspath(path).startswith(ours)]
-    return {Path(path).stem: path for path in paths if Path(path).stem.startswith("ILSVRC2012_val_")}
+    names = [Path(path).stem[: len(NAME.format(0))] for path in paths]  # at Hugging Face, the class follows
+    return {name: path for name, path in zip(names, paths) if name.startswith("ILSVRC2012_val_")}
 
 
 def place(source, target):

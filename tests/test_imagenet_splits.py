@@ -89,6 +89,13 @@ def test_running_again_changes_nothing_however_files_are_placed(
     ]
 
 
+def test_names_that_end_with_the_class_are_accepted(tmp_path, small_sets, image_dir):
+    """Hugging Face's copy of ImageNet has such names."""
+    for path in [*image_dir.iterdir()]:
+        path.rename(path.with_stem(f"{path.stem}_{SYNSETS[7]}"))
+    assert run(image_dir, tmp_path) == 0 and len(found(tmp_path / "val10k")) == 3
+
+
 def test_missing_images_are_reported_and_links_follow_moved_images(tmp_path, small_sets, image_dir, capsys):
     (image_dir / "ILSVRC2012_val_00000002.JPEG").unlink()
     assert run(image_dir, tmp_path) == EXIT_SKIPPED
