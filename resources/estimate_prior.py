@@ -27,8 +27,11 @@ from dataset import list_images, rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256
+BATCH = 32  # images that are converted to Lab together
+CHUNK = 4096  # cells that are encoded together
 AB_LIMIT = 128  # colors are counted for ab within ±AB_LIMIT; sRGB stays within 110
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
+CELLS = 2 * AB_LIMIT * CELLS_PER_UNIT  # on each axis
 
 
 def read_square(path):
@@ -37,19 +40,17 @@ def read_square(path):
 
 
 def count_colors(ab):
-    """Count the colors in each cell of the ab plane: ab [2, M] -> int64 [cells * cells]."""
-    cells = 2 * AB_LIMIT * CELLS_PER_UNIT
-    a, b = np.floor((ab + AB_LIMIT) * CELLS_PER_UNIT).astype(np.int64).clip(0, cells - 1)
-    return np.bincount(a * cells + b, minlength=cells * cells)
+    """Count the colors in each cell of the ab plane: ab [2, M] -> int64 [CELLS * CELLS]."""
+    a, b = np.floor((ab + AB_LIMIT) * CELLS_PER_UNIT).astype(np.int64)
+    return np.bincount(a * CELLS + b, minlength=CELLS * CELLS)
 
 
-def encode_counts(counts, ab_bins, sigma, chunk=4096):
-    """Return the mean distribution of the counted colors over the bins: [cells * cells], [Q, 2] -> float64 [Q]."""
-    cells = 2 * AB_LIMIT * CELLS_PER_UNIT
+def encode_counts(counts, ab_bins, sigma):
+    """Return the mean distribution of the counted colors over the bins: [CELLS * CELLS], [Q, 2] -> float64 [Q]."""
     occupied = np.flatnonzero(counts)
     total = np.zeros(len(ab_bins))
-    for part in np.array_split(occupied, len(occupied) // chunk + 1):
-        centers = (np.stack(np.divmod(part, cells), axis=1) + 0.5) / CELLS_PER_UNIT - AB_LIMIT
+    for part in np.array_split(occupied, len(occupied) // CHUNK + 1):
+        centers = (np.stack(np.divmod(part, CELLS), axis=1) + 0.5) / CELLS_PER_UNIT - AB_LIMIT
         squared = ((centers[:, None] - ab_bins) ** 2).sum(axis=2)
         weights = np.exp((squared.min(axis=1, keepdims=True) - squared) / (2 * sigma**2))
         total += counts[part] @ (weights / weights.sum(axis=1, keepdims=True))
@@ -63,7 +64,6 @@ def parse_args(argv=None):
     parser.add_argument("--image_dir", required=True, help="folder of images, nested or flat")
     parser.add_argument("--output", default="prior_probs.npy", help="output file")
     parser.add_argument("--sigma", type=cli.number(1e-3, 1e3), default=5.0, help="sigma of the Gaussian in ab units")
-    parser.add_argument("--batch_size", type=cli.whole(), default=32, help="images per batch")
     parser.add_argument("--num_workers", type=cli.WORKERS, default=min(2, default_workers()), help="worker processes")
     return parser.parse_args(argv)
 
@@ -74,13 +74,13 @@ def main(args):
     make_folder(Path(args.output).parent)
     counts, used, gray = 0, 0, 0
     squares = parallel_map(read_square, paths, args.num_workers, "counting")
-    while batch := list(islice(squares, args.batch_size)):
+    while batch := list(islice(squares, BATCH)):
         rgb = np.stack([square for _, square in batch])
         ab = rgb_to_lab(paddle.to_tensor(rgb.transpose(0, 3, 1, 2)))[:, 1:]
         color = ~is_gray(ab).numpy()
         counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
-        used += int(color.sum())
-        gray += int((~color).sum())
+        used += color.sum()
+        gray += (~color).sum()
     unreadable = len(paths) - used - gray
     left_out = f"{gray} gray, {unreadable} unreadable"
     if not used:
