@@ -8,9 +8,10 @@
 Plausible colors help a classifier that was trained on color images. The originals and their gray versions (ab = 0) are
 classified as controls, on the images that have a result. Results can score lower than gray.
 
-An image's class is its folder's name, a WordNet id such as n01440764. For a flat folder, each line of --labels contains
-an image's name and its class (a WordNet id, or a number, from 0, in the sorted list of ids,
-resources/imagenet_synsets.txt). Kaggle's LOC_val_solution.csv can be passed as it is.
+An image's class is a WordNet id such as n01440764: its folder's name, or the end of its own name (as in
+ILSVRC2012_val_00000293_n01440764.JPEG). For other flat folders, each line of --labels contains an image's name and its
+class (a WordNet id, or a number, from 0, in the sorted list of ids, resources/imagenet_synsets.txt). Kaggle's
+LOC_val_solution.csv can be passed as it is.
 
 With --random, the names of the files begin with random_.
 
@@ -24,7 +25,6 @@ the confusions that it adds; all are in accuracy_confusions.csv:
     added most (top-5 confusions minus the originals'): n03417042 as n03930630 +16.7, ...
 """
 
-import logging
 import os
 import re
 import sys
@@ -35,8 +35,8 @@ from itertools import islice
 from support import cli
 from support.checkpoints import load_checkpoint, set_weights
 from support.cpu import use_all_cores
-from support.files import make_folder, provenance, sha256, warn_replaced, write_csv, write_json
-from support.folders import IMAGE_SUFFIXES, one_form, pair_images, random_others
+from support.files import full_path, prepare_results, provenance, sha256, write_csv, write_json
+from support.folders import IMAGE_SUFFIXES, one_form, pair_images, pair_originals
 from support.images import crop_resized, open_rgb
 from support.workers import default_workers, parallel_map
 
@@ -44,13 +44,13 @@ import numpy as np
 import paddle
 from paddle.vision import models
 
-from dataset import COLORING, RECORDS, lab_to_rgb, named_images, rgb_to_lab, rgb_to_lightness
+from dataset import COLORING, RECORDS, lab_to_rgb, rgb_to_lab, rgb_to_lightness
 from utils import RESOURCES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of Paddle's classifiers
-TOP = (1, 5)
+TOP = {"top1": 1, "top5": 5}  # an image counts as recognized if its class is among that many
 SHOWN = 10  # classes and confusions that are printed
-BOXES_HEADER = "ImageId,PredictionString"  # of Kaggle's file of labels
+LABEL = r"(.+?)[\s,]+(n[0-9]{8}\b|[0-9]+$)"  # a line of labels begins so; in Kaggle's file, boxes follow
 
 # -------------------------------------------------------------------------------------------------
 # Classes
@@ -64,33 +64,20 @@ def load_synsets():
 def read_labels(path, numbers):
     """Read lines "name label", separated by space, comma or tab, as {name without suffix: number of the class}.
 
-    A label is a WordNet id or a number; numbers: {WordNet id: number}. Kaggle's LOC_val_solution.csv can be read, too.
+    A label is a WordNet id or a number; numbers: {WordNet id: number}. The first line may be a heading.
     """
-    classes = {**numbers, **{str(number): number for number in numbers.values()}}
-    labels = {}
+    classes, labels = {**numbers, **{str(number): number for number in numbers.values()}}, {}
     reading = cli.report_os_errors(f"{path}: cannot be read")
     with reading, open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = file.read().splitlines()
-    with_boxes = lines[:1] == [BOXES_HEADER]
     for i, line in enumerate(lines, 1):
-        if not line.strip() or line == BOXES_HEADER:
-            continue
-        name, label = split_line(line.strip(), with_boxes)
-        number = classes.get(re.sub("^0+(?=.)", "", label))
-        if not name or number is None:
+        match = re.match(LABEL, line.strip())
+        number = classes.get(match[2]) if match else None
+        if number is None and line.strip() and i > 1:
             raise cli.UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
-        if labels.setdefault(without_suffix(one_form(name)), number) != number:
-            raise cli.UserError(f"{path}, line {i}: {name} has a different class in an earlier line")
+        if number is not None and labels.setdefault(without_suffix(one_form(match[1])), number) != number:
+            raise cli.UserError(f"{path}, line {i}: {match[1]} has a different class in an earlier line")
     return labels
-
-
-def split_line(line, with_boxes):
-    """Return the name and the label of a line; with boxes, the class that all of them have."""
-    if not with_boxes:
-        return re.fullmatch(r"(?:(.*?)[\s,]+)?([^\s,]*)", line).groups()
-    name, _, boxes = line.partition(",")
-    classes = {*boxes.split()[::5]}  # class and corners of each box
-    return name, classes.pop() if len(classes) == 1 else ""
 
 
 def without_suffix(name):
@@ -98,15 +85,16 @@ def without_suffix(name):
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def label_by_folder(name, root, numbers):
-    """Return the class of an image below `root` from the name of its folder."""
+def label_by_name(name, root, numbers):
+    """Return the class of an image below `root`: the WordNet id at the end of its name, or else its folder's name."""
     folder = os.path.basename(os.path.dirname(name) or os.path.abspath(root))
-    if folder not in numbers:
+    number = numbers.get(without_suffix(name).split("_")[-1], numbers.get(folder))
+    if number is None:
         raise cli.UserError(
             f"{folder}: the folder of {name} is not an ImageNet class (a WordNet id such as n01440764); "
             "for a flat folder pass --labels FILE"
         )
-    return numbers[folder]
+    return number
 
 
 def label_by_file(name, labels, path):
@@ -119,10 +107,10 @@ def label_by_file(name, labels, path):
 
 
 def find_labels(names, root, path=None):
-    """Return the classes of named images below `root`, from a file of labels or else from folders: {name: number}."""
+    """Return the classes of named images below `root`, {name: number}, from a file of labels or else from names."""
     numbers = {synset: i for i, synset in enumerate(load_synsets())}
     if not path:
-        return {name: label_by_folder(name, root, numbers) for name in names}
+        return {name: label_by_name(name, root, numbers) for name in names}
     labels = read_labels(path, numbers)
     return {name: label_by_file(name, labels, path) for name in names}
 
@@ -141,37 +129,18 @@ def load_classifier(arch, weights=None):
         network = create()
         set_weights(network, load_checkpoint(weights), weights)
     else:
-        network = download_classifier(create, arch)
+        try:
+            network = create(pretrained=True)  # Paddle downloads its weights once
+        except (AssertionError, RuntimeError, OSError) as error:
+            advice = "pass --weights FILE, downloaded on a machine with internet access"
+            raise cli.UserError(f"--arch {arch}: no published weights: {error}; {advice}") from error
     network.eval()
     return network
 
 
-def download_classifier(create, arch):
-    """Create a classifier with its published weights, which Paddle downloads once; report a failure on one line."""
-    logger = logging.getLogger("paddle.utils.download")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # Paddle logs every retry
-    try:
-        return create(pretrained=True)
-    except AssertionError:
-        raise cli.UserError(f"--arch {arch}: Paddle has no published weights for it; pass --weights FILE") from None
-    except (RuntimeError, OSError) as error:
-        url = re.search(r"https?://\S+", str(error))
-        file = url.group() if url else f"weights of {arch} ({error})"
-        advice = f"download the file on a machine with internet access, then pass --arch {arch} --weights FILE"
-        raise cli.UserError(f"{file}: download failed; {advice}") from error
-    finally:
-        logger.setLevel(level)
-
-
-def absolute_or_none(path):
-    """Return an absolute path, for the provenance of the results; None without a path."""
-    return cli.printable(os.path.abspath(path)) if path else None
-
-
 def describe(args):
     """Describe the classifier of --arch and --weights, for the provenance of the results."""
-    weights = absolute_or_none(args.weights) or "published with Paddle"
+    weights = full_path(args.weights) or "published with Paddle"
     return {"arch": args.arch, "weights": weights, "sha256": sha256(args.weights) if args.weights else None}
 
 
@@ -181,7 +150,7 @@ def top_classes(network, rgb):
     logits = network((rgb - mean) / std)
     if isinstance(logits, (tuple, list)):  # GoogLeNet also returns those of its auxiliary classifiers
         logits = logits[0]
-    return paddle.topk(logits, max(TOP), axis=1)[1]
+    return paddle.topk(logits, max(TOP.values()), axis=1)[1]
 
 
 def with_ab(rgb, ab):
@@ -245,9 +214,9 @@ def measure(network, pairs, random=False, load_size=256, crop_size=224, batch_si
 
 
 def find_hits(classes, labels):
-    """Return whether each image's class is among the first 1 and 5: int64 [N, 5], [N] -> bool [N, 2]."""
+    """Return whether each image's class is among the first 1 and 5: int64 [N, 5], [N] -> {"top1": bool [N], …}."""
     right = classes == labels[:, None]
-    return np.stack([right[:, :top].any(axis=1) for top in TOP], axis=1)
+    return {name: right[:, :count].any(axis=1) for name, count in TOP.items()}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -255,10 +224,10 @@ def find_hits(classes, labels):
 
 
 def rank_classes(hits, labels):
-    """Return {class: top-5 accuracy on results minus that on gray images}, in descending order."""
-    change = hits["colored"][:, 1].astype(int) - hits["gray"][:, 1]
-    gains = {c: change[labels == c].mean() for c in np.unique(labels)}
-    return dict(sorted(gains.items(), key=lambda item: -item[1]))
+    """Return (class, top-5 accuracy on results minus that on gray images) of each class, in descending order."""
+    change = hits["colored"]["top5"].astype(int) - hits["gray"]["top5"]
+    gains = [(c, change[labels == c].mean()) for c in np.unique(labels)]
+    return sorted(gains, key=lambda gain: -gain[1])
 
 
 def confusion_rates(classes, labels):
@@ -291,14 +260,9 @@ def rank_confusions(classes, labels):
 # Output files
 
 
-def accuracies(hits):
-    """Return {"top1": …, "top5": …} of bool [N, 2]."""
-    return dict(zip(("top1", "top5"), hits.mean(axis=0).tolist()))
-
-
 def by_heading(hits):
-    """Return whether images are recognized, bool [N, 2] by version, as columns, bool [N] by heading."""
-    return {f"{version}_top{top}": right[:, i] for version, right in hits.items() for i, top in enumerate(TOP)}
+    """Return whether images are recognized, {version: {"top1": bool [N], …}}, as columns of a table by heading."""
+    return {f"{version}_{top}": right for version, found in hits.items() for top, right in found.items()}
 
 
 def write_per_class(hits, labels, classes, synsets, path):
@@ -320,25 +284,25 @@ def write_images(names, hits, labels, synsets, path):
     write_csv({"image": names, "class": [synsets[label] for label in labels], **recognized}, path)
 
 
-def print_table(hits):
+def print_table(accuracy):
     print(f"{'':8s}   top-1   top-5")
-    for name, values in hits.items():
-        print(f"{name:8s}" + "".join(f"{share:8.2%}" for share in values.mean(axis=0)))
+    for version, shares in accuracy.items():
+        print(f"{version:8s}" + "".join(f"{share:8.2%}" for share in shares.values()))
+
+
+def print_first(title, changes):
+    """Print the first of (text, change) in percentage points."""
+    shown = [f"{text} {100 * change:+.1f}" for text, change in changes[:SHOWN]]
+    print(f"{title}: {', '.join(shown) or 'none'}")
 
 
 def print_extremes(gains, pairs, rates, synsets):
-    """Print the first and last of `rank_classes` and the first of `rank_confusions`, in percentage points."""
-    ranked = [(f"{synsets[c]} {100 * gain:+.1f}", gain) for c, gain in gains.items()]
-    raised = [text for text, gain in ranked if gain > 0]
-    lowered = [text for text, gain in reversed(ranked) if gain < 0]
-    added = [
-        f"{synsets[c]} as {synsets[d]} {100 * (colored - true):+.1f}"
-        for (c, d), (colored, true) in zip(pairs[:SHOWN], rates)
-        if colored > true
-    ]
-    print(f"raised most (top-5 minus gray's): {', '.join(raised[:SHOWN]) or 'none'}")
-    print(f"lowered most (top-5 minus gray's): {', '.join(lowered[:SHOWN]) or 'none'}")
-    print(f"added most (top-5 confusions minus the originals'): {', '.join(added) or 'none'}")
+    """Print the first and last of `rank_classes` and the first of `rank_confusions`."""
+    gains = [(synsets[c], gain) for c, gain in gains]
+    added = [(f"{synsets[c]} as {synsets[d]}", rate[0] - rate[1]) for (c, d), rate in zip(pairs, rates)]
+    print_first("raised most (top-5 minus gray's)", [x for x in gains if x[1] > 0])
+    print_first("lowered most (top-5 minus gray's)", [x for x in reversed(gains) if x[1] < 0])
+    print_first("added most (top-5 confusions minus the originals')", [x for x in added if x[1] > 0])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -352,9 +316,9 @@ def parse_args(argv=None):
     originals = "folder of the originals, same layout; these and their gray versions are the controls"
     add("--image_dir", "--imgs_dir", help=originals)
     add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py)")
-    add_baseline = group.add_mutually_exclusive_group().add_argument
-    add_baseline("--controls_only", action="store_true", help="classify the controls only, without results")
-    add_baseline("--random", action="store_true", help="evaluate the ab of a random other original instead of results")
+    add_baseline = partial(group.add_mutually_exclusive_group().add_argument, dest="baseline", action="store_const")
+    add_baseline("--controls_only", const="controls", help="classify the controls only, without results")
+    add_baseline("--random", const="random", help="evaluate the ab of a random other original instead of results")
     add("--seed", type=cli.SEED, default=0, help="seed of --random")
     add("--labels", metavar="FILE", help="lines of an image's name and its class (default: names of class folders)")
     add("--load_size", type=cli.SIDE, default=256, help="the shorter side is resized to this many pixels")
@@ -372,67 +336,61 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def find_pairs(args):
-    """Return what `pair_images` does; the controls have no results, or those of --random."""
-    if args.controls_only or args.random:
-        images = named_images(args.image_dir)
-        others = random_others([*images.values()], args.seed) if args.random else [None] * len(images)
-        return [(name, path, other) for (name, path), other in zip(images.items(), others)], {}, None
-    return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
-
-
 def main(args):
     cli.check_crop(args)
-    baseline = args.controls_only or args.random
-    if baseline and not args.image_dir:
+    if args.baseline and not args.image_dir:
         raise cli.UserError("--controls_only and --random need --image_dir")
     use_all_cores()
 
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
-    pairs, left_out, coloring = find_pairs(args)
+    seed = args.seed if args.baseline == "random" else None
+    if args.baseline:
+        pairs, left_out, coloring = pair_originals(args.image_dir, COLORING, seed), {}, None
+    else:
+        pairs, left_out, coloring = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
     all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
     subject = {
-        "true_images": absolute_or_none(args.image_dir),
-        "colored_images": None if baseline else absolute_or_none(args.result_path),
+        "true_images": full_path(args.image_dir),
+        "colored_images": None if args.baseline else full_path(args.result_path),
     }
-    base = os.path.join(args.save_path, "random_accuracy" if args.random else "accuracy")
-    make_folder(args.save_path)
-    warn_replaced(f"{base}.json", subject)
+    base = os.path.join(args.save_path, "random_accuracy" if args.baseline == "random" else "accuracy")
+    prepare_results(f"{base}.json", subject)
 
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
     settings = {x: getattr(args, x) for x in ("load_size", "crop_size", "batch_size", "num_workers")}
-    names, classes = measure(network, pairs, args.random, **settings)
+    names, classes = measure(network, pairs, args.baseline == "random", **settings)
     if unreadable := sorted({*all_labels} - {*names}):
         left_out["unreadable"] = unreadable
     labels = np.array([all_labels[name] for name in names])
     hits = {version: find_hits(found, labels) for version, found in classes.items()}
 
     # Write and print
-    synsets = load_synsets()
+    synsets, ranked = load_synsets(), np.unique(labels)
+    accuracy = {version: {x: float(right.mean()) for x, right in found.items()} for version, found in hits.items()}
     summary = {
-        "accuracy": {name: accuracies(values) for name, values in hits.items()},
+        "accuracy": accuracy,
         "images": len(labels),
-        "classes": len(np.unique(labels)),
+        "classes": len(ranked),
         **subject,
         "coloring": coloring,
         "load_size": args.load_size,
         "crop_size": args.crop_size,
         "classifier": describe(args),
-        "labels": absolute_or_none(args.labels) or "class folders",
-        "seed": args.seed if args.random else None,
+        "labels": full_path(args.labels) or "class folders",
+        "seed": seed,
         "left_out": cli.printable_names(left_out),
         **provenance(),
     }
     write_json(summary, f"{base}.json")
     write_images(names, hits, labels, synsets, f"{base}_images.csv")
-    print_table(hits)
-    ranked, files = np.unique(labels), ".json, _images.csv, _per_class.csv"
-    if "colored" in classes and "true" in classes:
+    print_table(accuracy)
+    files = ".json, _images.csv, _per_class.csv"
+    if "colored" in hits and "true" in hits:
         gains, (pairs, rates) = rank_classes(hits, labels), rank_confusions(classes, labels)
         write_confusions(pairs, rates, synsets, f"{base}_confusions.csv")
         print_extremes(gains, pairs, rates, synsets)
-        ranked, files = list(gains), f"{files}, _confusions.csv"
+        ranked, files = [c for c, _ in gains], f"{files}, _confusions.csv"
     write_per_class(hits, labels, ranked, synsets, f"{base}_per_class.csv")
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
     print(f"written: {cli.printable(base)}{files}")

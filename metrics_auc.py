@@ -16,8 +16,8 @@ of all images are pooled, weighted in three ways:
 Also reported: chroma, the mean of hypot(a, b) over all pixels; colorfulness (Hasler and Süsstrunk 2003) and the PSNR of
 RGB values, both averaged over images (the PSNR without exact copies, for which it is infinite).
 
-Images are paired by their path without its suffix. Results with the original's size are compared with the whole
-original; square crops, as `test.py --load_size 224 --crop_size 224` writes, with the same crop of the original.
+Images are paired by their path without its suffix. Results are compared with the whole original; square crops, as
+`test.py --load_size 224 --crop_size 224` writes, with the same crop of the original.
 
 Prints these values for the results and for gray, and writes auc.json, auc.csv (per image), auc.txt (the counts behind
 the curve) and auc.png (the curve) to --save_path. With --gray and --random the names begin with gray_ and random_.
@@ -34,15 +34,15 @@ from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import (
     atomic_path,
     atomic_text,
-    make_folder,
+    full_path,
+    prepare_results,
     provenance,
     sha256,
-    warn_replaced,
     write_csv,
     write_json,
 )
-from support.folders import pair_images, random_others, relative_path
-from support.images import InvalidImageError, crop_resized, image_size, open_rgb
+from support.folders import pair_images, pair_originals
+from support.images import InvalidImageError, crop_resized, open_rgb
 from support.workers import parallel_map
 
 import numpy as np
@@ -51,7 +51,7 @@ from PIL import Image
 from skimage.color import lab2rgb, rgb2xyz, xyz2lab
 from skimage.metrics import peak_signal_noise_ratio
 
-from dataset import COLORING, RECORDS, list_images, read_rgb
+from dataset import COLORING, RECORDS, read_rgb
 from utils import MAX_THRESHOLD, PRIOR, auc, error_histogram, load_ab_bins, load_prior, rebalancing_weights
 
 KINDS = ("raw", "rebalanced", "macro")  # of the AuC
@@ -80,15 +80,16 @@ def read_pair(true_path, colored_path, load_size=None, crop_size=None):
 
     Raises InvalidImageError if one cannot be read or their sizes do not match.
     """
+    if crop_size:
+        true = crop_resized(open_rgb(true_path, least_side=load_size), load_size, crop_size)
+    else:
+        true = read_rgb(true_path)
     colored = read_rgb(colored_path) if colored_path else None
-    if crop_size is None and (colored is None or colored.shape[1::-1] == image_size(true_path)):
-        return read_rgb(true_path), colored
-    height, width = (crop_size, crop_size) if colored is None else colored.shape[:2]
-    load_size = load_size or width
-    if height != width or width > load_size or crop_size not in (None, width):
-        wanted = f"--crop_size {crop_size}" if crop_size else "the original's {}x{}".format(*image_size(true_path))
-        raise InvalidImageError(colored_path, f"{width}x{height} does not match {wanted}")
-    return crop_resized(open_rgb(true_path, least_side=load_size), load_size, width), colored
+    if colored is not None and colored.shape != true.shape:
+        (height, width, _), (true_height, true_width, _) = colored.shape, true.shape
+        problem = f"{width}x{height} does not match the original's {true_width}x{true_height}"
+        raise InvalidImageError(colored_path, f"{problem} (square crops need --load_size and --crop_size)")
+    return true, colored
 
 
 def compare(pair, grid, load_size=None, crop_size=None, random=False):
@@ -98,7 +99,7 @@ def compare(pair, grid, load_size=None, crop_size=None, random=False):
         pair (tuple): Name, path of the original, and path of the result. If it is None, gray takes its place.
         grid (ndarray): Result of `bins_on_grid`.
         load_size (int): Size of the original's shorter side before the crop.
-        crop_size (int): Side of the compared square crops.
+        crop_size (int): Side of the compared square crops. Without it, whole images are compared.
         random (bool): The second path is another original, whose ab is to be taken.
 
     Returns:
@@ -185,23 +186,27 @@ def measure(pairs, num_workers=0, **settings):
         settings: `load_size`, `crop_size` and `random` of `compare`.
 
     Returns:
-        tuple[list, dict, ndarray]: The names of the N images that can be compared, their sums by name, [N, ...], and
-        the number of all their pixels by bin and error, int64 [2, 313, 152], for the results and for gray. Other
-        images are reported on stderr.
+        tuple[dict, ndarray]: The sums of each image that can be compared (result of `compare`) by the image's name, and
+        the number of all their pixels by bin and error, int64 [2, 313, 152], for the results and for gray. Other images
+        are reported on stderr.
 
     Raises:
         UserError: If no image can be compared.
     """
     keep_freed_memory()
     job = partial(compare, grid=bins_on_grid(load_ab_bins().numpy()), **settings)
-    names, images, totals = [], [], 0
+    images, totals = {}, 0
     for i, (counts, sums) in parallel_map(job, pairs, num_workers, "comparing"):
         totals = totals + counts.astype(np.int64)
-        names.append(pairs[i][0])
-        images.append(sums)
-    if not names:
+        images[pairs[i][0]] = sums
+    if not images:
         raise cli.UserError(f"none of the {len(pairs)} images can be compared")
-    return names, {key: np.array([sums[key] for sums in images]) for key in images[0]}, totals
+    return images, totals
+
+
+def stack(images):
+    """Stack the sums of N images: [{name: [...]}] -> {name: [N, ...]}."""
+    return {name: np.array([sums[name] for sums in images]) for name in images[0]}
 
 
 def pool(sums, times):
@@ -308,12 +313,11 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--image_dir", "--imgs_dir", required=True, help="folder of the originals, nested or flat")
     add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py), same layout")
-    add("--crop_size", type=cli.SIDE, help="compare center crops of this side (default: the results', if square)")
-    add("--load_size", type=cli.SIDE, help="shorter side before the crop, as given to test.py (default: the crop's)")
-    add = group.add_mutually_exclusive_group().add_argument
-    baseline = {"dest": "baseline", "action": "store_const"}
-    add("--gray", const="gray", **baseline, help="evaluate gray (ab = 0) instead of results")
-    add("--random", const="random", **baseline, help="evaluate the ab of a random other original instead of results")
+    add("--crop_size", type=cli.SIDE, help="compare center crops of this side (default: as in the results' records)")
+    add("--load_size", type=cli.SIDE, help="shorter side before the crop, as given to test.py")
+    add = partial(group.add_mutually_exclusive_group().add_argument, dest="baseline", action="store_const")
+    add("--gray", const="gray", help="evaluate gray (ab = 0) instead of results")
+    add("--random", const="random", help="evaluate the ab of a random other original instead of results")
 
     add = parser.add_argument_group("metric").add_argument
     add("--prior", default=PRIOR, help="file of 313 probabilities of the ab bins")
@@ -325,46 +329,36 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def find_pairs(args):
-    """Return what `pair_images` does; a baseline has no results, or those of --random."""
-    if not args.baseline:
-        return pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
-    originals = list_images(args.image_dir)
-    others = [None] * len(originals)
-    if args.baseline == "random":
-        others = random_others(originals, args.seed)
-    return [(relative_path(path, args.image_dir), path, other) for path, other in zip(originals, others)], {}, None
-
-
 def square_size(coloring):
-    """Return the load_size and crop_size of results that are square crops, from `find_pairs`; None for whole images."""
+    """Return load_size and crop_size from the description of results; both are None unless these are square crops."""
     crops = coloring and coloring.get("crop_size")
     return {x: coloring[x] if crops else None for x in ("load_size", "crop_size")}
 
 
 def main(args):
     cli.check_crop(args)
-    if args.baseline and args.load_size and not args.crop_size:
-        raise cli.UserError(f"--load_size has no effect on --{args.baseline} without --crop_size")
+    if bool(args.load_size) != bool(args.crop_size):
+        raise cli.UserError("--load_size and --crop_size: give both or neither")
     use_all_cores()
     bin_weights = inverse_prior(args.prior)
-    pairs, left_out, coloring = find_pairs(args)
-    sizes = {"load_size": args.load_size, "crop_size": args.crop_size}
-    if not (args.load_size or args.crop_size):
-        sizes = square_size(coloring)
+    seed = args.seed if args.baseline == "random" else None
+    if args.baseline:
+        pairs, left_out, coloring = pair_originals(args.image_dir, COLORING, seed), {}, None
+    else:
+        pairs, left_out, coloring = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
+    sizes = square_size(vars(args) if args.crop_size else coloring)
     title = {"gray": GRAY, "random": "random ab"}.get(args.baseline, "colored")
     subject = {
-        "true_images": cli.printable(os.path.abspath(args.image_dir)),
-        "colored_images": title if args.baseline else cli.printable(os.path.abspath(args.result_path)),
+        "true_images": full_path(args.image_dir),
+        "colored_images": title if args.baseline else full_path(args.result_path),
     }
     base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
-    make_folder(args.save_path)
-    warn_replaced(f"{base}.json", subject)
+    prepare_results(f"{base}.json", subject)
 
     # Compare
-    names, sums, counts = measure(pairs, args.num_workers, random=args.baseline == "random", **sizes)
-    compared = {*names}
-    if failed := [name for name, *_ in pairs if name not in compared]:
+    images, counts = measure(pairs, args.num_workers, random=args.baseline == "random", **sizes)
+    names, sums = list(images), stack([*images.values()])
+    if failed := sorted({name for name, *_ in pairs} - {*names}):
         left_out["unreadable, or of another size"] = failed
     pooled = evaluate(pool(sums, np.ones((1, len(names)))), bin_weights)
     values = {v: {x: None if np.isnan(y[0]) else float(y[0]) for x, y in found.items()} for v, found in pooled.items()}
@@ -382,7 +376,7 @@ def main(args):
         **subject,
         "coloring": coloring,
         **sizes,
-        "seed": args.seed if args.baseline == "random" else None,
+        "seed": seed,
         "prior": describe_prior(args.prior),
         "left_out": cli.printable_names(left_out),
         **provenance(),

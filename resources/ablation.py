@@ -14,7 +14,7 @@ order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance), and for the L2
 λ = 0 is a variant of the earlier Paddle port, the others are the paper's. With --runs, a folder of log folders with the
 rows' names, the table also contains the KL of the last validation, and the training curves of the KL are plotted.
 
-    ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images
+    ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images, 0 skipped
 """
 
 import os
@@ -24,16 +24,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, printable_names, run_script, whole
-from support.files import atomic_path, atomic_text, make_folder, provenance, warn_replaced, write_json
+from support.files import atomic_path, atomic_text, full_path, prepare_results, provenance, write_json
 from support.folders import pair_images
 from support.images import open_rgb
 from support.logs import read_log
-from support.sheets import contact_sheet
+from support.sheets import contact_sheet, fit
 from support.workers import default_workers
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import ImageOps
 
 import metrics_acc
 import metrics_auc
@@ -86,8 +85,7 @@ class Row(NamedTuple):
     pairs: list
     left_out: dict
     coloring: dict
-    names: list
-    sums: dict
+    images: dict
     counts: np.ndarray
 
 
@@ -98,14 +96,14 @@ def measure(folder, args):
 
 
 def recognize(classifier, originals, rows, num_workers):
-    """Classify the originals and each row's results: {row: (names, int64 [N, 5])}, see `metrics_acc.measure`."""
+    """Classify the originals and each row's results: {row: {name: the five most likely classes}}."""
     controls = [(name, path, None) for name, path in originals.items()]
     names, versions = metrics_acc.measure(classifier, controls, num_workers=num_workers)
-    found = {GRAY: (names, versions["gray"]), TRUE: (names, versions["true"])}
+    found = {version: dict(zip(names, versions[version])) for version in (GRAY, TRUE)}
     for title, row in rows.items():
         results = [(name, None, result) for name, _, result in row.pairs]
         names, versions = metrics_acc.measure(classifier, results, num_workers=num_workers)
-        found[title] = names, versions["colored"]
+        found[title] = dict(zip(names, versions["colored"]))
     return found
 
 
@@ -119,24 +117,22 @@ def align(rows, classes, labels):
 
     Returns:
         tuple[list, dict, dict]: The names of the N images, their sums ([N, ...] by name) by row, and whether they are
-        recognized (bool [N, 2]) by row.
+        recognized (result of `metrics_acc.find_hits`) by row.
     """
-    measured = [*(row.names for row in rows.values()), *(names for names, _ in classes.values())]
+    measured = [*(row.images for row in rows.values()), *classes.values()]
     chosen = sorted(set.intersection(*map(set, measured)))
     if not chosen:
         raise UserError("the rows have no image in common that could be compared")
-
-    def select(names, values):
-        place = {name: i for i, name in enumerate(names)}
-        return values[[place[name] for name in chosen]]
-
-    sums = {title: {x: select(row.names, y) for x, y in row.sums.items()} for title, row in rows.items()}
+    sums = {title: metrics_auc.stack([row.images[name] for name in chosen]) for title, row in rows.items()}
     first = next(iter(sums))
     for title, images in sums.items():
         if not np.array_equal(images["pixels"], sums[first]["pixels"]):
             raise UserError(f"{title} and {first} differ in size or crop: compare them in separate tables")
     wanted = np.array([labels.get(name) for name in chosen])
-    hits = {title: metrics_acc.find_hits(select(*found), wanted) for title, found in classes.items()}
+    hits = {
+        title: metrics_acc.find_hits(np.array([found[name] for name in chosen]), wanted)
+        for title, found in classes.items()
+    }
     return chosen, sums, hits
 
 
@@ -168,8 +164,7 @@ def evaluate(sums, hits, times, bin_weights):
         found[row] = values["colored"]
     found[GRAY], found[TRUE] = values["gray"], values["true"]  # the same for all rows
     for row, recognized in hits.items():
-        for i, top in enumerate(metrics_acc.TOP):
-            found[row][f"top{top}"] = times @ recognized[:, i] / len(recognized)
+        found[row].update({top: times @ right / len(right) for top, right in recognized.items()})
     return {row: {x: v for x, v in values.items() if np.isfinite(v).all()} for row, values in found.items()}
 
 
@@ -261,16 +256,9 @@ def plot_curves(logs, path):
                 axes.plot(*means, style, color=f"C{i}", markersize=4, linewidth=1, label=heading(row) + suffix)
     axes.set(xlabel="step", ylabel="KL, nats per position, not re-weighted")
     axes.grid(alpha=0.3)
-    if axes.lines:
-        figure.legend(loc="outside lower center", ncols=len(logs))
+    figure.legend(loc="outside lower center", ncols=len(logs))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-def plot_errors(rows, bin_weights, path):
-    curves = {heading(title): metrics_auc.curves(row.counts[0], bin_weights) for title, row in rows.items()}
-    first = next(iter(rows.values()))
-    metrics_auc.plot({**curves, metrics_auc.GRAY: metrics_auc.curves(first.counts[1], bin_weights)}, path)
 
 
 def save_sheet(names, originals, results, path):
@@ -278,22 +266,11 @@ def save_sheet(names, originals, results, path):
     rows = []
     for name in names:
         paths = [originals[name], *(images[name] for images in results.values())]
-        original, *versions = (ImageOps.contain(open_rgb(path), THUMBNAIL) for path in paths)
+        original, *versions = (fit(open_rgb(path), THUMBNAIL) for path in paths)
         rows.append((printable(os.path.basename(name)), (original.convert("L").convert("RGB"), *versions, original)))
     headings = ("gray", *(heading(row).split(" (")[0] for row in results), "ground truth")
     with atomic_path(path) as temporary:
         contact_sheet(rows, headings, THUMBNAIL[0]).save(temporary, format="JPEG", quality=85)
-
-
-def write(summary, logs, output):
-    """Write the values, the tables and the curves of training. Return the tables."""
-    write_json(summary, output / "ablation.json")
-    tables = markdown(summary)
-    with atomic_text(output / "ablation.md") as file:
-        file.write(tables)
-    if logs:
-        plot_curves(logs, output / "ablation_curves.png")
-    return tables
 
 
 # -------------------------------------------------------------------------------------------------
@@ -339,11 +316,10 @@ def main(args):
         classifier = metrics_acc.load_classifier(args.arch, args.weights)
         labels = metrics_acc.find_labels(originals, args.val_dir, args.labels)
     subject = {
-        "true_images": printable(os.path.abspath(args.val_dir)),
-        "colored_images": ", ".join(printable(os.path.abspath(folder)) for folder in folders.values()),
+        "true_images": full_path(args.val_dir),
+        "colored_images": ", ".join(map(full_path, folders.values())),
     }
-    make_folder(output)
-    warn_replaced(output / "ablation.json", subject)
+    prepare_results(output / "ablation.json", subject)
 
     # Measure
     rows = {title: measure(folder, args) for title, folder in folders.items()}
@@ -375,14 +351,21 @@ def main(args):
         "unpaired": {title: printable_names(row.left_out) for title, row in rows.items()},
         **provenance(),
     }
-    print(write(summary, logs, output))
-    plot_errors(rows, bin_weights, output / "ablation_auc.png")
+    write_json(summary, output / "ablation.json")
+    tables = markdown(summary)
+    with atomic_text(output / "ablation.md") as file:
+        file.write(tables)
+    curves = {heading(title): metrics_auc.curves(row.counts[0], bin_weights) for title, row in rows.items()}
+    curves[metrics_auc.GRAY] = metrics_auc.curves(next(iter(rows.values())).counts[1], bin_weights)
+    metrics_auc.plot(curves, output / "ablation_auc.png")
+    if logs:
+        plot_curves(logs, output / "ablation_curves.png")
     shown = np.random.default_rng(args.seed).permutation(names)[: args.panel]
     results = {title: {name: result for name, _, result in row.pairs} for title, row in rows.items()}
     save_sheet(shown, originals, results, output / "ablation_sheet.jpg")
+    print(tables)
     files = "ablation.json, .md, _auc.png, _sheet.jpg" + (", _curves.png" if logs else "")
-    skipped = f", {len(left_out)} skipped" if left_out else ""
-    print(f"{printable(output)}: {files}; {len(rows)} rows, {len(names)} images{skipped}")
+    print(f"{printable(output)}: {files}; {len(rows)} rows, {len(names)} images, {len(left_out)} skipped")
     return EXIT_SKIPPED if left_out or any(row.left_out for row in rows.values()) else 0
 
 

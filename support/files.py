@@ -156,8 +156,9 @@ def read_json(path):
         return content if isinstance(content, dict) else None
 
 
-def warn_replaced(path, subject):
-    """Report that a JSON file about a different subject, {key: value}, is to be replaced."""
+def prepare_results(path, subject):
+    """Make the folder of a JSON file. Report that a file about a different subject, {key: value}, will be replaced."""
+    make_folder(os.path.dirname(path))
     earlier = read_json(path) or {}
     others = [str(earlier[key]) for key, value in subject.items() if earlier.get(key, value) != value]
     if others:
@@ -167,6 +168,11 @@ def warn_replaced(path, subject):
 def sha256(path):
     """Return a file's SHA-256 as hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def full_path(path):
+    """Return a path for a JSON file: absolute and printable. Without a path, return None."""
+    return printable(os.path.abspath(path)) if path else None
 
 
 def provenance():

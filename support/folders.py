@@ -101,17 +101,6 @@ def one_form(name):
     return unicodedata.normalize("NFC", name)
 
 
-def random_others(images, seed):
-    """Return a different one for each image, so that all are taken: one random cycle."""
-    if len(images) == 1:
-        raise UserError(f"{images[0]}: is the only image; a random other one needs at least two")
-    others = [None] * len(images)
-    order = np.random.default_rng(seed).permutation(len(images))
-    for i, following in zip(order, np.roll(order, -1)):
-        others[i] = images[following]
-    return others
-
-
 # -------------------------------------------------------------------------------------------------
 # Records of results: one JSON object per line in a file in their folder
 
@@ -206,6 +195,22 @@ def read_records(path):
 # Pairs of originals and results
 
 NO_RESULT, NO_ORIGINAL = "no result", "no original"
+
+
+def pair_originals(true_dir, results_file, seed=None):
+    """Pair originals with nothing or, given a seed, with a random other one each, so that all are taken: one cycle.
+
+    Returns (name, path, path of the other or None) of each, sorted by name. Raises UserError if there is only one.
+    """
+    names, paths = zip(*named_images([true_dir], results_file).items())
+    others = [None] * len(paths)
+    if seed is not None:
+        if len(paths) == 1:
+            raise UserError(f"{paths[0]}: is the only image; a random other one needs at least two")
+        order = np.random.default_rng(seed).permutation(len(paths))
+        for i, following in zip(order, np.roll(order, -1)):
+            others[i] = paths[following]
+    return list(zip(names, paths, others))
 
 
 def pair_images(true_dir, colored_dir, results_file, records_file):

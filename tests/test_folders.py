@@ -13,6 +13,7 @@ from support.folders import (
     make_record,
     named_images,
     pair_images,
+    pair_originals,
     read_records,
     relative_path,
     same_file,
@@ -134,6 +135,19 @@ def test_records_pair_results_with_their_images(touch, add_result, capsys):
     add_result("in/p.jpg", "p.jpg.png")
     pairs, _, _ = pair()
     assert pairs == [("p", "in/p.bmp", "out/p.png"), ("p.jpg", "in/p.jpg", "out/p.jpg.png")]
+
+
+def test_originals_are_paired_with_nothing_or_all_others_at_random(tmp_path, touch, monkeypatch, error_message):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{i}" for i in range(9)]
+    touch(*(f"in/{name}.jpg" for name in names), "one/a.jpg")
+    assert pair_originals("in", RESULTS) == [(name, f"in/{name}.jpg", None) for name in names]
+    first, second = (pair_originals("in", RESULTS, seed) for seed in (0, 1))
+    for pairs in (first, second):
+        assert [name for name, _, _ in pairs] == names and all(path != other for _, path, other in pairs)
+        assert sorted(other for _, _, other in pairs) == [path for _, path, _ in pairs]
+    assert first != second and first == pair_originals("in", RESULTS, 0)
+    assert "one/a.jpg: is the only image" in error_message(pair_originals, "one", RESULTS, 0)
 
 
 def test_results_without_records_are_paired_by_name_with_a_note(tmp_path, touch, monkeypatch, capsys, error_message):
