@@ -130,17 +130,14 @@ def compare(pair, grid, load_size=None, crop_size=None, random=False):
     with np.errstate(divide="ignore"):  # an exact copy has an infinite PSNR
         ratios = [peak_signal_noise_ratio(true, rgb, data_range=255) for rgb in (colored, gray)]
     psnr = np.array([*ratios, np.inf])
-    copies = np.isinf(psnr)
     return counts.astype(np.uint32), {
         "images": 1,
         "pixels": bins.size,
-        "areas": np.float32(
-            [*(counts @ AREAS), counts[0].sum(axis=1)]
-        ),  #            [3, 313]; the original has no error
+        "areas": np.float32([*(counts @ AREAS), counts[0].sum(axis=1)]),  #      [3, 313]; the original has no error
         "chroma": (length(colored_ab).sum(), 0, true_chroma.sum()),
         "colorfulness": (colorfulness(colored), 0, colorfulness(true)),
-        "psnr": np.where(copies, 0, psnr),
-        "copies": copies,
+        "psnr": np.where(np.isinf(psnr), 0, psnr),
+        "not_copies": np.isfinite(psnr),
     }
 
 
@@ -224,7 +221,7 @@ def evaluate(sums, bin_weights):
             "auc_macro": (areas / pixels.clip(min=1)).sum(axis=2) / (pixels > 0).sum(axis=1),
             "chroma": sums["chroma"].T / sums["pixels"],
             "colorfulness": sums["colorfulness"].T / sums["images"],
-            "psnr": sums["psnr"].T / (sums["images"] - sums["copies"].T),
+            "psnr": sums["psnr"].T / sums["not_copies"].T,
         }
     return {version: {x: values[i] for x, values in found.items()} for i, version in enumerate(VERSIONS)}
 

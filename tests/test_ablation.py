@@ -296,7 +296,7 @@ def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, result
         (("gray",), ("--arch", "none"), "rows have the folders' names, which must differ and be neither gray nor true"),
         (
             ("full",),
-            ("--weights", "missing.pdparams"),
+            ("--arch", "mobilenet_v2", "--weights", "missing.pdparams"),
             "missing.pdparams: no such checkpoint",
         ),
     ],

@@ -52,23 +52,22 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory, network):
-    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.pdparams"
-    paddle.save(network.state_dict(), str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
 def ranking(network):
     """Return a function that sorts the classes of an image by descending logit."""
     return lambda image: np.argsort(-logits(network, image))
 
 
-def run(output, weights, *flags):
-    """Return main's exit code and its JSON."""
-    arguments = ["--save_path", str(output), "--arch", "mobilenet_v2", "--weights", str(weights), "--num_workers", "0"]
-    code = metrics_acc.main(metrics_acc.parse_args([*arguments, *map(str, flags)]))
-    return code, json.loads((output / "accuracy.json").read_text())
+@pytest.fixture
+def run(tmp_path, monkeypatch, network):
+    """Run main with that network. Return its exit code and its JSON."""
+    monkeypatch.setattr(metrics_acc, "load_classifier", lambda arch, weights: network)
+
+    def run(*flags, name="accuracy.json"):
+        arguments = ["--save_path", tmp_path, "--num_workers", 0, *flags]
+        code = metrics_acc.main(metrics_acc.parse_args([*map(str, arguments)]))
+        return code, json.loads((tmp_path / name).read_text())
+
+    return run
 
 
 # -------------------------------------------------------------------------------------------------
@@ -136,17 +135,17 @@ def test_class_is_the_name_of_the_folder_or_the_end_of_the_image_name(name, root
 # Accuracy
 
 
-def test_accuracy_of_a_flat_folder_agrees_with_the_ranking(tmp_path, weights, ranking):
+def test_accuracy_of_a_flat_folder_agrees_with_the_ranking(tmp_path, run, ranking):
     """The labels have the ranks 1, 3, 6 and 5: one of four is the most likely class, three are among five."""
     lines = [f"{name}.JPEG {ranking(image)[i]}" for (name, image), i in zip(IMAGES.items(), (0, 2, 5, 4))]
     (tmp_path / "labels.txt").write_text("\n".join(lines))
     flags = ["--labels", tmp_path / "labels.txt", "--batch_size", 3, "--num_workers", 2]
-    code, summary = run(tmp_path, weights, "--result_path", save_images(tmp_path / "c", IMAGES), *flags)
+    code, summary = run("--result_path", save_images(tmp_path / "c", IMAGES), *flags)
     assert (code, summary["images"]) == (0, 4)
     assert summary["accuracy"] == {"colored": {"top1": 0.25, "top5": 0.75}}
 
 
-def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path, weights, ranking, capsys):
+def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path, run, ranking, capsys):
     """Each folder is named by the top class of its original image, so that all originals are right."""
     true, colored, expected = tmp_path / "t", tmp_path / "c", {"colored": [], "true": [], "gray": []}
     for name, image in IMAGES.items():
@@ -158,7 +157,7 @@ def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path
             rank = ranking(versions[version]).tolist().index(label)
             expected[version].append([rank < 1, rank < 5])
     (colored / "coloring.json").write_text('{"checkpoint": "some.pdparams"}')
-    code, summary = run(tmp_path, weights, "--result_path", colored, "--image_dir", true)
+    code, summary = run("--result_path", colored, "--image_dir", true)
     shares = {version: np.mean(hits, axis=0).tolist() for version, hits in expected.items()}
     assert code == 0
     assert {version: [*found.values()] for version, found in summary["accuracy"].items()} == shares
@@ -181,7 +180,7 @@ def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path
             assert [recognized[name][heading] for name in IMAGES] == [f"{hit[i]:d}" for hit in hits]
     assert summary["coloring"] == {"checkpoint": "some.pdparams"}
     # The controls alone
-    _, controls = run(tmp_path, weights, "--controls_only", "--image_dir", true)
+    _, controls = run("--controls_only", "--image_dir", true)
     assert controls["accuracy"] == {version: summary["accuracy"][version] for version in ("true", "gray")}
     assert controls["colored_images"] is None
 
@@ -200,7 +199,7 @@ def test_gray_control_is_the_image_without_ab():
     assert np.abs(found.transpose(1, 2, 0) * 255 - as_gray(IMAGES["coffee"])).max() < 0.6
 
 
-def test_random_baseline_has_the_lightness_of_an_image_and_the_colors_of_another(tmp_path, weights):
+def test_random_baseline_has_the_lightness_of_an_image_and_the_colors_of_another(tmp_path, run):
     image, other = (IMAGES[name][:96, :96] for name in ("coffee", "rocket"))
     found = metrics_acc.to_versions([(image, other)], random=True)
     assert list(found) == ["random", "true", "gray"]
@@ -210,10 +209,8 @@ def test_random_baseline_has_the_lightness_of_an_image_and_the_colors_of_another
     assert np.abs(found["random"].numpy()[0].transpose(1, 2, 0) - expected).max() < 2e-3
     for name, pixels in IMAGES.items():
         save_image(tmp_path / "t" / SYNSETS[5] / f"{name}.png", pixels)
-    arguments = ["--image_dir", str(tmp_path / "t"), "--random"]
-    defaults = ["--arch", "mobilenet_v2", "--weights", str(weights), "--num_workers", "0", "--save_path", str(tmp_path)]
-    assert metrics_acc.main(metrics_acc.parse_args([*arguments, *defaults])) == 0
-    assert list(json.loads((tmp_path / "random_accuracy.json").read_text())["accuracy"]) == ["random", "true", "gray"]
+    code, summary = run("--image_dir", tmp_path / "t", "--random", name="random_accuracy.json")
+    assert (code, [*summary["accuracy"]], summary["seed"]) == (0, ["random", "true", "gray"], 0)
 
 
 def test_first_of_several_classifier_outputs_is_used():
@@ -246,7 +243,7 @@ def test_confusions_are_sorted_by_what_colorization_adds():
     assert (np.diff(added) <= 0).all() and added[0] > 0 > added[-1]
 
 
-def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusions(tmp_path, weights, ranking, capsys):
+def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusions(tmp_path, run, ranking, capsys):
     """One class is found among the five only with its colors, one only without them, and one either way."""
     true, colored = tmp_path / "t", tmp_path / "c"
     order = {name: ranking(image) for name, image in IMAGES.items()}
@@ -257,7 +254,7 @@ def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusion
     for name, label in (("rocket", raised), ("chelsea", lowered), ("coffee", gray["coffee"][0])):
         save_image(true / SYNSETS[label] / f"{name}.png", IMAGES[name])
         save_image(colored / SYNSETS[label] / f"{name}.png", results[name])
-    run(tmp_path, weights, "--result_path", colored, "--image_dir", true)
+    run("--result_path", colored, "--image_dir", true)
     printed = capsys.readouterr().out
     assert f"raised most (top-5 minus gray's): {SYNSETS[raised]} +100.0\n" in printed
     assert f"lowered most (top-5 minus gray's): {SYNSETS[lowered]} -100.0\n" in printed
@@ -277,14 +274,14 @@ def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusion
 # Bad input
 
 
-def test_unreadable_and_missing_images_are_excluded_from_all_versions(tmp_path, weights, capsys, error_message):
+def test_unreadable_and_missing_images_are_excluded_from_all_versions(tmp_path, run, capsys, error_message):
     true, colored = tmp_path / "t" / SYNSETS[7], tmp_path / "c" / SYNSETS[7]
     save_images(true, IMAGES)
     save_images(colored, {name: image for name, image in IMAGES.items() if name != "rocket"})
     (colored / "coffee.png").write_bytes((colored / "coffee.png").read_bytes()[:3000])
     (true / "chelsea.png").write_text("text")
     where = ["--image_dir", tmp_path / "t", "--result_path", tmp_path / "c"]
-    code, summary = run(tmp_path, weights, *where)
+    code, summary = run(*where)
     assert (code, summary["images"]) == (EXIT_SKIPPED, 1)
     assert summary["left_out"] == {
         "no result": [f"{SYNSETS[7]}/rocket"],
@@ -294,17 +291,17 @@ def test_unreadable_and_missing_images_are_excluded_from_all_versions(tmp_path, 
     lines = (f"skipped {colored / 'coffee.png'}: ", f"skipped {true / 'chelsea.png'}: ", "rocket: no result")
     assert all(line in printed for line in lines)
     (colored / "astronaut.png").unlink()
-    assert "none of the 2 images can be read" in error_message(run, tmp_path, weights, *where)
+    assert "none of the 2 images can be read" in error_message(run, *where)
 
 
-def test_only_results_with_the_settings_of_the_newest_one_are_classified(tmp_path, weights):
+def test_only_results_with_the_settings_of_the_newest_one_are_classified(tmp_path, run):
     for name in ("coffee", "rocket"):
         save_image(tmp_path / "t" / SYNSETS[7] / f"{name}.png", IMAGES[name])
         result = f"{SYNSETS[7]}/{name}.png"
         save_image(tmp_path / "c" / result, IMAGES[name])
         record = make_record(tmp_path / "t" / result, {"sha256": name}, tmp_path / "c", result)
         append_record(record, tmp_path / "c" / RECORDS)
-    code, summary = run(tmp_path, weights, "--result_path", tmp_path / "c", "--image_dir", tmp_path / "t")
+    code, summary = run("--result_path", tmp_path / "c", "--image_dir", tmp_path / "t")
     assert (code, summary["images"], summary["coloring"]) == (EXIT_SKIPPED, 1, {"sha256": "rocket"})
     assert [*summary["left_out"].values()] == [[f"{SYNSETS[7]}/coffee"]]
 
@@ -317,18 +314,18 @@ def test_only_results_with_the_settings_of_the_newest_one_are_classified(tmp_pat
         (("--result_path", "flat", "--labels", "missing.txt"), "missing.txt: cannot be read: no such file"),
         (("--result_path", "good", "--arch", "vgg61"), "--arch vgg61: not one of alexnet, densenet121, "),
         (("--result_path", "good", "--weights", "missing.pdparams"), "missing.pdparams: no such checkpoint"),
-        (("--result_path", "good", "--arch", "squeezenet1_0"), "another network's checkpoint"),
+        (("--result_path", "good", "--weights", "other.pdparams"), "other.pdparams: another network's checkpoint"),
         (("--result_path", "good", "--load_size", "200"), "--crop_size 224: larger than --load_size 200"),
         (("--controls_only",), "--controls_only and --random need --image_dir"),
     ],
 )
-def test_usage_error_prints_one_line(tmp_path, monkeypatch, weights, error_message, flags, message):
+def test_usage_error_prints_one_line(tmp_path, monkeypatch, error_message, flags, message):
     monkeypatch.chdir(tmp_path)
     for folder in ("flat", f"good/{SYNSETS[281]}"):
         save_image(tmp_path / folder / "a.png", IMAGES["coffee"])
     (tmp_path / "labels.txt").write_text("b.png 3\n")
-    defaults = ["--arch", "mobilenet_v2", "--weights", str(weights), "--num_workers", "0"]
-    assert message in error_message(metrics_acc.main, metrics_acc.parse_args([*defaults, *flags]))
+    paddle.save({"a": paddle.ones([1])}, "other.pdparams")
+    assert message in error_message(metrics_acc.main, metrics_acc.parse_args(["--arch", "mobilenet_v2", *flags]))
 
 
 def test_failed_download_names_the_address(offline, error_message):
