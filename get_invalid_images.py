@@ -29,7 +29,6 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from io import StringIO
 from pathlib import Path
 
 from support import cli
@@ -68,10 +67,9 @@ def why_invalid(path, tolerance):
 def read_list(path):
     """Return the paths in a list that this script wrote. Raises UserError if it cannot be read or is another file."""
     with report_os_errors(f"{path}: cannot be read"), open_text(path) as file:
-        text = file.read()
-    if not text.startswith("path,reason"):
-        raise UserError(f"{path}: not a list of this script, which begins with path,reason")
-    return [row[0] for row in csv.reader(StringIO(text, newline="")) if row][1:]
+        if not file.readline().startswith("path,reason"):
+            raise UserError(f"{path}: not a list of this script, which begins with path,reason")
+        return [path for path, _ in csv.reader(file)]
 
 
 def write_script(args, list_path, path):
@@ -110,27 +108,17 @@ def remove(paths, args):
 
 
 def move(source, target):
-    """Move an image. A symbolic link is replaced by a copy of its image: where it is moved to, it might lead nowhere.
+    """Copy an image to `target`, which may be on another disk, and delete it. Of a symbolic link, the image is copied.
 
     Raises OSError or UserError. No part of an image is then left at the target.
     """
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):  # copied before the script was stopped
-        os.remove(source)
-    elif os.path.lexists(target):
+    if os.path.lexists(target) and not filecmp.cmp(source, target, shallow=False):  # it may have been stopped before
         raise FileExistsError(None, f"there is already {target}")
-    elif os.path.islink(source):
-        copy(source, target)
-        os.remove(source)
-    else:
-        shutil.move(source, target, copy_function=copy)  # it copies to another disk only
-
-
-def copy(source, target):
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
         with suppress(OSError):  # some file systems refuse times and permission bits
             shutil.copystat(source, temporary)
+    os.remove(source)
 
 
 def parse_args(argv=None):

@@ -18,7 +18,7 @@ import os
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -76,28 +76,27 @@ def check_apart(results, args):
 
 
 def plan(results, settings, args):
-    """Compare the results with what the folder of results contains.
+    """Compare the results with what the folder of results contains, and report images that are skipped.
 
     Returns:
-        (dict, dict, dict): The name of the result of each image to colorize, that of each one which is up to date, and
-        the reason why others are skipped, by path of the image.
+        (dict, set): The name of the result of each image to colorize, {path: name}, and the paths of skipped images.
+        The results of all others are up to date.
     """
-    todo, up_to_date, skipped, again = {}, {}, {}, Counter()
+    todo, skipped, again = {}, set(), Counter()
     records = {} if args.output else read_records(args.folder / RECORDS)
     for path, name in results.items():
         record = records.get(name)
         if problem := obstacle(args.folder / name, record, path, args):
-            skipped[path] = f"{args.folder / name} {problem}"
+            note(f"skipped {path}: {args.folder / name} {problem}")
+            skipped.add(path)
         elif not (args.skip_existing and record):
             todo[path] = name
         elif changed := what_changed(record, path, settings, args.folder):
             todo[path] = name
             again[changed] += 1
-        else:
-            up_to_date[path] = name
     for reason, count in again.items():
         note(f"{counted(count, 'image')} to colorize again: {reason.replace('sha256', 'checkpoint')}")
-    return todo, up_to_date, skipped
+    return todo, skipped
 
 
 def obstacle(target, record, path, args):
@@ -229,16 +228,6 @@ def in_threads(pool, jobs, at_once=False):
         yield pending.popleft()[1].result()
 
 
-@contextmanager
-def background_threads(count):
-    """Yield a pool of threads that leave the cores to the network: one delayed compute thread would delay all."""
-    pool = ThreadPoolExecutor(count, initializer=lower_priority)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)  # pending jobs are left if the run is stopped
-
-
 def thumbnails(path, name, args):
     """Return an image's row of a contact sheet, its name and thumbnails."""
     original = images.open_rgb(path, args.load_size if args.crop_size else max(CELL))
@@ -328,24 +317,22 @@ def main(args):
     with ExitStack() as stack:
         if not args.output:
             stack.enter_context(lock_folder(args.folder))
-        todo, up_to_date, skipped = plan(results, settings, args)
+        todo, skipped = plan(results, settings, args)
         for folder in {(args.folder / name).parent for name in todo.values()}:
             remove_temporaries(folder)
-        for path, reason in skipped.items():
-            note(f"skipped {path}: {reason}")
-
         if todo and not args.output:
             write_json(made_by, args.folder / COLORING)
 
-        # Read, colorize and write simultaneously
-        readers = stack.enter_context(background_threads(args.num_workers))
-        writers = stack.enter_context(background_threads(args.num_workers))
+        # Read, colorize and write simultaneously. The threads leave the cores to the network: one delayed compute
+        # thread would delay all.
+        readers = stack.enter_context(ThreadPoolExecutor(args.num_workers, initializer=lower_priority))
+        writers = stack.enter_context(ThreadPoolExecutor(args.num_workers, initializer=lower_priority))
         loaded = in_threads(readers, open_images(todo, args))
         writing = write_results(colorize(loaded, colorizer, args), settings, args)
         for item in cli.progress(in_threads(writers, writing, at_once=True), len(todo)):
             if item.error:
                 note(f"skipped {item.error}")
-                skipped[item.path] = item.error.reason
+                skipped.add(item.path)
             elif not args.output:
                 append_record(item.record, args.folder / RECORDS)
 
@@ -360,11 +347,11 @@ def main(args):
 
     # Report
     trained = "" if colorizer.step is None else f" (epoch {colorizer.epoch}, {counted(colorizer.step, 'step')})"
-    where, done = printable(args.output or args.result_path), len(todo.keys() - skipped.keys())
+    where, done = printable(args.output or args.result_path), len(todo.keys() - skipped)
     line = f"{where}: {counted(done, 'image')} colorized with {printable(colorizer.path)}{trained}"
     line += f" in {colorizer.precision}"
-    for state, paths in (("up to date", up_to_date), ("skipped", skipped)):
-        line += f", {len(paths)} {state}" if paths else ""
+    for state, count in (("up to date", len(results) - done - len(skipped)), ("skipped", len(skipped))):
+        line += f", {count} {state}" if count else ""
     print(line)
     return cli.EXIT_SKIPPED if skipped else 0
 

@@ -16,20 +16,16 @@ def find_damage(path):
         return ""
     try:
         content = Path(path).read_bytes()
-    except (OSError, MemoryError):
+    except OSError:
         return ""
     if not content:
         return "empty file"
-    if content.count(0) == len(content):
-        return "only zeros"
     if re.match(rb"\s*<(!doctype html|html)", content, re.IGNORECASE):  # as servers send instead of an image
         return "an HTML page"
     if content.startswith(b"\xff\xd8\xff"):
         return _jpeg_damage(content)
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return _png_damage(content)
-    if content.startswith(b"RIFF") and len(content) < 8 + int.from_bytes(content[4:8], "little"):
-        return "truncated WebP: shorter than it declares"
     return ""
 
 

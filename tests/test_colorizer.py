@@ -1,7 +1,6 @@
 """`Colorizer`: the same results as test.py for files, Pillow images and arrays, also from several threads."""
 
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from support.checkpoints import save_safetensors
 from support.cli import UserError
-from support.images import InvalidImageError, save
+from support.images import InvalidImageError
 from support.regions import geodesic_distance, region_weights
 
 import numpy as np
@@ -56,23 +55,12 @@ def test_annealed_mean_of_logits_equals_predicted_ab(small_checkpoint, image_fol
         assert np.abs(ab.numpy() - colorize.predict_ab(inputs, temperature).numpy()).max() < 0.01
 
 
-def test_unusable_weights_images_and_suffixes_raise_the_documented_errors(small_checkpoint, tmp_path):
+def test_unusable_weights_and_images_raise_the_documented_errors(small_checkpoint, tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         colorizer.Colorizer("7", model_path=small_checkpoint.parent)
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(InvalidImageError, match=r"text.jpg: not an image"):
         colorizer.Colorizer(small_checkpoint)(tmp_path / "text.jpg")
-    colorize = colorizer.Colorizer(small_checkpoint)
-    for array in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)):
-        with pytest.raises(ValueError, match=rf"uint8 \[H, W, 3\], not {array.dtype} {re.escape(str([*array.shape]))}"):
-            colorize(array)
-    with pytest.raises(UserError, match="x.xyz: its suffix must be one of png, jpg"):
-        save(Image.new("RGB", (8, 8)), tmp_path / "x.xyz")
-
-
-def test_file_that_ends_in_jpeg_is_a_jpeg(tmp_path):
-    save(Image.new("RGB", (8, 8)), tmp_path / "x.jpeg")
-    assert Image.open(tmp_path / "x.jpeg").format == "JPEG"
 
 
 def test_threads_get_the_colors_of_their_own_images(small_checkpoint, image_folder):
@@ -164,21 +152,16 @@ def test_temperature_and_logits_of_regression_are_refused(ab_checkpoint, image_f
 # Wrong arguments
 
 
-IMAGE = np.zeros((8, 8, 3), np.uint8)
-WRONG = [
-    *({"temperature": x} for x in (float("nan"), -1, 0, "a", float("inf"), [1], True)),
-    *({"load_size": x} for x in (-8, 0, "a", 64.5, float("nan"), 10**9, [64])),
-    *({"image": x} for x in (np.zeros((0, 8, 3), np.uint8), np.zeros((8, 0, 3), np.uint8), b"x" * 10**6, None, 3)),
-    {"image": Image.new("RGB", (0, 8))},
-]
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong!r:.40}")
-def test_wrong_argument_raises_a_value_error(small_checkpoint, wrong):
+def test_wrong_argument_raises_a_value_error(small_checkpoint):
     colorize = colorizer.Colorizer(small_checkpoint, precision="float32")
-    with pytest.raises(ValueError, match=".") as error:
-        colorize(**{"image": IMAGE, **wrong})
-    assert len(str(error.value)) < 200
+    for wrong in (
+        *({"temperature": x} for x in (float("nan"), -1, 0, "a", float("inf"), [1], True)),
+        *({"load_size": x} for x in (-8, 0, "a", 64.5, float("nan"), 10**9, [64])),
+        *({"image": x} for x in (np.zeros((0, 8, 3), np.uint8), b"x" * 10**6, Image.new("RGB", (0, 8)))),
+    ):
+        with pytest.raises(ValueError, match=".") as error:
+            colorize(**{"image": np.zeros((8, 8, 3), np.uint8), **wrong})
+        assert len(str(error.value)) < 200
 
 
 def test_wrong_precision_raises_a_value_error(small_checkpoint):
@@ -232,15 +215,6 @@ def test_correction_gives_the_place_its_color_and_keeps_the_lightness(astronaut)
     assert np.abs(place - before)[..., 0].max() < 1  # dark colors have few levels
 
 
-def test_correction_lies_at_the_same_place_in_every_size(astronaut):
-    image, ab = astronaut
-    small, large = (
-        np.int16(colorizer.colored(image.resize(size), ab, [ORANGE]).resize((100, 80), Image.Resampling.BOX))
-        for size in ((200, 160), (800, 640))
-    )
-    assert np.abs(small - large).mean() < 2
-
-
 def test_saturation_multiplies_ab(astronaut):
     image, ab = astronaut
     assert np.array_equal(colorizer.colored(image, ab, saturation=0), colorizer.colored(image, 0 * ab))
@@ -255,18 +229,18 @@ def test_colorizer_applies_corrections_given_as_plain_tuples(small_checkpoint, i
 
 
 @pytest.mark.parametrize(
-    "correction",
-    [(-0.1, 0.5, (0, 0), 0.1), (0.5, 1.1, (0, 0), 0.1), (0.5, 0.5, (0, 200), 0.1), (0.5, 0.5, (0, 0), 0)]
-    + [
-        (np.nan, 0.5, (0, 0), 0.1),
-        (0.5, 0.5, (np.nan, 0), 0.1),
-        (0.5, 0.5, (0, 0), np.nan),
-        (0.5, 0.5, (0, 0), np.inf),
+    "wrong",
+    [
+        *({"across": x} for x in (-0.1, np.nan)),
+        *({"down": x} for x in (1.1, np.inf)),
+        *({"ab": x} for x in ((0, 200), (np.nan, 0))),
+        *({"reach": x} for x in (0, np.nan, np.inf)),
     ],
+    ids=str,
 )
-def test_corrections_out_of_range_are_refused(astronaut, correction):
+def test_corrections_out_of_range_are_refused(astronaut, wrong):
     with pytest.raises(ValueError, match="out of range"):
-        colorizer.colored(*astronaut, [correction])
+        colorizer.colored(*astronaut, [ORANGE._replace(**wrong)])
 
 
 @pytest.mark.parametrize("saturation", [-0.1, np.nan, np.inf])

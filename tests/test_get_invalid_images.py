@@ -13,7 +13,7 @@ from support.cli import EXIT_SKIPPED
 
 import numpy as np
 import pytest
-from conftest import png_bomb, save_image
+from conftest import png_bomb, save_image, save_images
 from PIL import Image, JpegImagePlugin
 from skimage import data
 
@@ -54,26 +54,16 @@ def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     gray_rgb = np.repeat(GRAY[..., None], 3, axis=2)
     one_red_corner = gray_rgb.copy()
     one_red_corner[:4, :4] = (200, 30, 30)
-    save_image(images / "ok" / "color.png", COLOR)
-    save_image(images / "ok" / "color.jpg", COLOR)
-    save_image(images / "ok" / "corner.png", one_red_corner)
+    save_images(images / "ok", {"color": COLOR, "corner": one_red_corner})
     Image.fromarray(COLOR).quantize(64).save(images / "ok" / "palette.png")
-    Image.fromarray(COLOR).convert("CMYK").save(images / "ok" / "cmyk.jpg")
-    single = images / "single"
-    save_image(single / "l.jpg", GRAY)
-    save_image(single / "i16.png", GRAY.astype(np.uint16) * 257)
-    Image.fromarray(GRAY).convert("LA").save(single / "la.png")
-    Image.fromarray(GRAY).convert("1").save(single / "one_bit.png")
-    gray = images / "gray"
-    save_image(gray / "rgb.png", gray_rgb)
-    save_image(gray / "rgb.jpg", gray_rgb)
-    save_image(gray / "noisy.jpg", noisy_gray(2), quality=95)
-    Image.fromarray(GRAY).convert("P").save(gray / "palette.png")
+    save_images(images / "single", {"l": GRAY, "i16": GRAY.astype(np.uint16) * 257})
+    Image.fromarray(GRAY).convert("1").save(images / "single" / "one_bit.png")
+    save_image(images / "gray" / "rgb.png", gray_rgb)
+    save_image(images / "gray" / "noisy.jpg", noisy_gray(2), quality=95)
+    Image.fromarray(GRAY).convert("P").save(images / "gray" / "palette.png")
     damaged = images / "damaged"
     whole = save_image(damaged / "truncated.jpg", COLOR).read_bytes()
     (damaged / "truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
-    whole = save_image(damaged / "truncated.png", COLOR).read_bytes()
-    (damaged / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (damaged / "page.jpg").write_text("<html><body>Not found</body></html>")
     (damaged / "empty.jpg").touch()
     before = sorted(images.rglob("*"))
@@ -85,14 +75,13 @@ def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     expected = [path.relative_to(images) for path in before if path.is_file() and path.parent.name != "ok"]
     assert categories == {str(path): by_folder[path.parts[0]] for path in expected}
     assert listed[str(damaged / "empty.jpg")] == "unreadable: empty file"
-    assert "truncated" in listed[str(damaged / "truncated.jpg")]
     assert code == 0
     printed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert printed[:4] == [
-        ["12", "of 17 images are unsuitable"],
-        ["4", "single channel"],
-        ["4", "gray in color"],
-        ["4", "unreadable"],
+        ["9", "of 12 images are unsuitable"],
+        ["3", "single channel"],
+        ["3", "gray in color"],
+        ["3", "unreadable"],
     ]
     assert sorted(images.rglob("*")) == before  # nothing was touched
 
@@ -107,8 +96,10 @@ def test_tolerance_limits_the_spread_of_each_pixels_channels(tmp_path, spread, f
     assert bool(run(tmp_path / "images", tmp_path, *flags)[1]) == invalid
 
 
-@pytest.mark.parametrize("move", [False, True])
-@pytest.mark.parametrize("way", ["--remove", "--remove_listed", "remove_invalid.sh"])
+@pytest.mark.parametrize(
+    ("way", "move"),
+    [("--remove", True), ("--remove_listed", False), ("remove_invalid.sh", True)],
+)
 def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, capsys, move, way):
     """The script works from any folder, although --image_dir was a relative path."""
     images, target = Path("-$(touch pwned) 'images'"), tmp_path / "-moved $ones"
@@ -143,50 +134,19 @@ def test_script_on_windows_has_forward_slashes(tmp_path, monkeypatch):
     assert " --image_dir=C:/in --move_to=D:/moved " in (tmp_path / "script").read_text()
 
 
-def test_script_with_a_linked_image_dir_removes_the_right_file(tmp_path):
-    """cur/link/.. is the folder above the one that the link leads to, not cur."""
-    for folder in ("cur", "real/deep"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "cur" / "link").symlink_to("../real/deep")
-    for folder in ("cur", "real"):
-        (tmp_path / folder / "x.jpg").touch()
-    run(f"{tmp_path}/cur/link/..", tmp_path)
-    assert run_script(tmp_path).returncode == 0
-    assert (tmp_path / "cur" / "x.jpg").exists() and not (tmp_path / "real" / "x.jpg").exists()
-
-
-@pytest.mark.parametrize("flag", ["--remove", "--remove_listed={}/invalid_images.csv"])
-def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys, flag):
+def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys):
     images, target = tmp_path / "images", tmp_path / "moved"
     for name in ("a.png", "b.png"):
         save_image(images / name, GRAY)
     before = save_image(target / "a.png", COLOR).read_bytes()
-    run(images, tmp_path)
-    code, _ = run(images, tmp_path, f"--move_to={target}", flag.format(tmp_path))
+    code, _ = run(images, tmp_path, f"--move_to={target}", "--remove")
     assert code == EXIT_SKIPPED
     assert capsys.readouterr().err == f"{images}/a.png: not removed: there is already {target}/a.png\n"
     assert (target / "a.png").read_bytes() == before and (images / "a.png").exists()
     assert (target / "b.png").exists() and not (images / "b.png").exists()
 
 
-@pytest.fixture
-def another_disk(monkeypatch):
-    """Let no file be renamed into another folder, as if each folder was on a disk of its own."""
-    rename, replace = os.rename, os.replace
-
-    def on_one_disk(function):
-        def call(source, target, **more):
-            if os.path.dirname(source) != os.path.dirname(target):
-                raise OSError(errno.EXDEV, "Invalid cross-device link")
-            function(source, target, **more)
-
-        return call
-
-    monkeypatch.setattr(os, "rename", on_one_disk(rename))
-    monkeypatch.setattr(os, "replace", on_one_disk(replace))
-
-
-def test_image_moved_to_another_disk_keeps_its_time(tmp_path, another_disk):
+def test_moved_image_keeps_its_time(tmp_path):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
     content = path.read_bytes()
     os.utime(path, (1_000_000_000,) * 2)
@@ -196,13 +156,11 @@ def test_image_moved_to_another_disk_keeps_its_time(tmp_path, another_disk):
 
 
 @pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_failed_move_to_another_disk_leaves_the_image_and_no_part_of_it(
-    tmp_path, another_disk, monkeypatch, capsys, stop
-):
+def test_failed_move_leaves_the_image_and_no_part_of_it(tmp_path, monkeypatch, capsys, stop):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
     content = path.read_bytes()
 
-    def fail(source, target, **_):
+    def fail(source, target):
         Path(target).write_bytes(b"part")
         raise stop
 
@@ -213,17 +171,17 @@ def test_failed_move_to_another_disk_leaves_the_image_and_no_part_of_it(
     assert path.read_bytes() == content and not os.listdir(tmp_path / "moved")
 
 
-def test_move_to_another_disk_that_was_stopped_after_copying_is_completed(tmp_path):
+def test_move_that_was_stopped_after_copying_is_completed(tmp_path):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
     save_image(tmp_path / "moved" / "gray.png", GRAY)
     assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
     assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
 
 
-def test_times_and_permissions_that_a_disk_refuses_do_not_prevent_moving(tmp_path, another_disk, monkeypatch):
+def test_times_and_permissions_that_a_disk_refuses_do_not_prevent_moving(tmp_path, monkeypatch):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
 
-    def refuse(*_, **__):
+    def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("shutil.copystat", refuse)
@@ -242,12 +200,6 @@ def test_moved_links_are_images_even_if_their_targets_are_moved_too(tmp_path):
     for name in ("a/1.png", "b/outside.png", "b/inside.png"):
         assert (moved / name).read_bytes() == content and not os.path.lexists(images / name)
     assert outside.exists()
-
-
-def test_image_dir_that_is_a_single_file_is_moved(tmp_path):
-    path = save_image(tmp_path / "images" / "gray.png", GRAY)
-    run(path, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")
-    assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
 
 
 def test_missing_file_is_not_listed(tmp_path, capsys):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -383,7 +384,7 @@ def test_threads_read_ahead_by_a_limited_number_of_pixels():
             started.append(i)
             yield test.PIXELS_AHEAD // 4, partial(int, i)
 
-    with test.background_threads(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for i, result in enumerate(test.in_threads(pool, jobs())):
             assert result == i and len(started) - i <= 5  # four, and the next, which waits
 
