@@ -9,10 +9,9 @@ from support.images import crop_resized
 from support.sheets import FOOT, HEAD
 
 import numpy as np
-import paddle
 import pytest
 from conftest import BUNDLED_IMAGES, bundled_image, save_image
-from metrics_by_definition import auc_by_definition, image_ab, make_decisive, nearest_bins
+from metrics_by_definition import auc_by_definition, classify, image_ab, nearest_bins
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
@@ -51,24 +50,14 @@ def results(tmp_path_factory, val_dir):
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory, val_dir):
-    """Return the flags of a random classifier that tells the images apart, and of labels, some of which it predicts."""
-    folder = tmp_path_factory.mktemp("classifier")
-    paddle.seed(0)
-    network = paddle.vision.models.mobilenet_v2()
-    network.eval()
-    paths = sorted(val_dir.rglob("*.png"))
-    images = np.stack([crop_resized(Image.open(path), 256, 224).transpose(2, 0, 1) for path in paths])
-    with paddle.no_grad():
-        shown = paddle.to_tensor(images).astype("float32") / 255
-        mean, std = (paddle.to_tensor(x).reshape([1, 3, 1, 1]) for x in (metrics_acc.MEAN, metrics_acc.STD))
-        make_decisive(network, network((shown - mean) / std).numpy())
-        classes = metrics_acc.top_classes(network, shown).numpy()
-    weights, labels = folder / "mobilenet_v2.pdparams", folder / "labels.txt"
-    paddle.save(network.state_dict(), str(weights))
-    # Images 0, 3 and 6 get their most likely class.
-    labels.write_text("".join(f"{path.name} {classes[i, i % 3]}\n" for i, path in enumerate(paths)))
-    return ["--arch", "mobilenet_v2", "--weights", str(weights), "--labels", str(labels)]
+def labels(tmp_path_factory, val_dir):
+    """Write a file of labels, in which images 0, 3 and 6 have their most likely class and others one of the next."""
+    path = tmp_path_factory.mktemp("labels") / "labels.txt"
+    images = [(None, image, None) for image in sorted(val_dir.rglob("*.png"))]
+    _, classes = metrics_acc.measure(classify, images)
+    names = [image.name for _, image, _ in images]
+    path.write_text("".join(f"{name} {classes['true'][i, i % 3]}\n" for i, name in enumerate(names)))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +66,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for i, variant in enumerate(VARIANTS):
         lines = [{"step": step, "kl": 3 + i - step / 10} for step in range(1, 9)]
-        lines[4:4], lines[9:] = [{"step": 4, "val_kl": 2.5 + i}], [{"step": 8, "val_kl": 2.0 + i}]
+        lines += [{"step": 4, "val_kl": 2.5 + i}, {"step": 8, "val_kl": 2.0 + i}]
         (folder / variant).mkdir()
         cut_off = '{"step": 9, "val_' if variant == "full" else ""
         (folder / variant / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut_off)
@@ -93,10 +82,12 @@ def run(val_dir, results, rows, output, *flags):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, val_dir, results, runs, classifier):
+def done(tmp_path_factory, val_dir, results, runs, labels):
     """Return the output folder and the JSON of a whole run; its tables sort the rows."""
     output = tmp_path_factory.mktemp("whole") / "ablation"
-    code, summary = run(val_dir, results, sorted(VARIANTS), output, "--runs", runs, *classifier)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_acc, "load_classifier", lambda arch, weights: classify)
+        code, summary = run(val_dir, results, sorted(VARIANTS), output, "--runs", runs, "--labels", labels)
     assert code == 0
     return output, summary
 
@@ -183,11 +174,12 @@ def test_resamples_depend_on_the_seed_only():
 # A whole run, against the scripts
 
 
-def test_values_agree_with_those_of_the_metrics_scripts(done, val_dir, results, tmp_path, classifier):
+def test_values_agree_with_those_of_the_metrics_scripts(done, val_dir, results, tmp_path, labels, monkeypatch):
     output, summary = done
+    monkeypatch.setattr(metrics_acc, "load_classifier", lambda arch, weights: classify)
     where = ["--image_dir", str(val_dir), "--result_path", str(results / "rebalance"), "--save_path", str(tmp_path)]
     assert metrics_auc.main(metrics_auc.parse_args([*where, "--num_workers", "0"])) == 0
-    assert metrics_acc.main(metrics_acc.parse_args([*where, "--num_workers", "0", *classifier])) == 0
+    assert metrics_acc.main(metrics_acc.parse_args([*where, "--num_workers", "0", "--labels", str(labels)])) == 0
     auc, accuracy = (json.loads((tmp_path / name).read_text()) for name in ("auc.json", "accuracy.json"))
     for quantity in (*(f"auc_{kind}" for kind in metrics_auc.KINDS), "chroma", "colorfulness", "psnr"):
         assert value(summary, "rebalance", quantity) == pytest.approx(auc[quantity], abs=1e-9)
@@ -222,9 +214,9 @@ def test_tables_contain_the_values_of_the_json(done):
         assert line["value"] == pytest.approx(difference, abs=1e-12)
 
 
-def test_contact_sheet_and_charts_are_not_blank(done):
-    for path in (*done[0].glob("*.png"), done[0] / "ablation_sheet.jpg"):
-        with Image.open(path) as picture:
+def test_charts_are_not_blank(done):
+    for name in ("ablation_auc.png", "ablation_curves.png"):
+        with Image.open(done[0] / name) as picture:
             assert len(picture.convert("RGB").getcolors(10**6)) > 50
 
 

@@ -51,17 +51,17 @@ def test_list_of_test_images_is_that_of_larsson():
     assert names["ILSVRC2012_val_00025275"] == "n03595614" and names["ILSVRC2012_val_00050000"] == "n02437616"
 
 
-@pytest.mark.parametrize("layout", ["flat", "class folders"])
+@pytest.mark.parametrize("layout", ["{0}", "{1}/{0}", "{0}_{1}"], ids=["flat", "class folders", "Hugging Face"])
 def test_sets_contain_the_images_in_the_layout_that_the_programs_need(tmp_path, small_sets, image_dir, capsys, layout):
-    before = found(image_dir)
-    if layout == "class folders":
-        for i, path in enumerate(sorted(image_dir.iterdir())):
-            os.renames(path, image_dir / SYNSETS[i] / path.name)
+    before = {path.stem: path.read_bytes() for path in image_dir.iterdir()}
+    for i, name in enumerate(before):
+        os.renames(image_dir / f"{name}.JPEG", image_dir / f"{layout.format(name, SYNSETS[i])}.JPEG")
     assert run(image_dir, tmp_path) == 0
-    expected = [f"{SYNSETS[5]}/ILSVRC2012_val_00030001.JPEG", f"{SYNSETS[9]}/ILSVRC2012_val_00040002.JPEG"]
-    test_set = found(tmp_path / "ctest10k")
-    assert sorted(test_set) == expected and test_set[expected[0]] == before["ILSVRC2012_val_00030001.JPEG"]
-    assert sorted(found(tmp_path / "val10k")) == [f"ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2, 3)]
+    test_set, validation_set = (found(tmp_path / name) for name in imagenet_splits.SETS)
+    expected = [f"{SYNSETS[5]}/ILSVRC2012_val_00030001", f"{SYNSETS[9]}/ILSVRC2012_val_00040002"]
+    assert [name[:33] for name in sorted(test_set)] == expected
+    assert test_set[min(test_set)] == before["ILSVRC2012_val_00030001"]
+    assert [name[:23] for name in sorted(validation_set)] == [f"ILSVRC2012_val_0000000{i}" for i in (1, 2, 3)]
     assert all(path.is_symlink() for path in (tmp_path / "ctest10k").rglob("*.JPEG"))
     assert len([*image_dir.rglob("*.JPEG")]) == 6  # nothing is moved
     printed = capsys.readouterr().out.splitlines()
@@ -79,21 +79,13 @@ def test_running_again_changes_nothing_however_files_are_placed(
 
     for name in refused:
         monkeypatch.setattr(os, name, refuse)
+    before = None
     for _ in range(2):
         assert run(tmp_path, tmp_path) == 0  # links in folders below --image_dir are not images of the set
         states = [(path, path.lstat().st_ino, path.lstat().st_mtime_ns) for path in sorted(tmp_path.rglob("*.JPEG"))]
         assert f"3 of 3 images ({way})" in capsys.readouterr().out
-    run(tmp_path, tmp_path)
-    assert states == [
-        (path, path.lstat().st_ino, path.lstat().st_mtime_ns) for path in sorted(tmp_path.rglob("*.JPEG"))
-    ]
-
-
-def test_names_that_end_with_the_class_are_accepted(tmp_path, small_sets, image_dir):
-    """Hugging Face's copy of ImageNet has such names."""
-    for path in [*image_dir.iterdir()]:
-        path.rename(path.with_stem(f"{path.stem}_{SYNSETS[7]}"))
-    assert run(image_dir, tmp_path) == 0 and len(found(tmp_path / "val10k")) == 3
+        assert before in (None, states)
+        before = states
 
 
 def test_missing_images_are_reported_and_links_follow_moved_images(tmp_path, small_sets, image_dir, capsys):

@@ -1,4 +1,4 @@
-"""Test metrics_acc.py with a random classifier whose answers are computed independently."""
+"""metrics_acc.py, with a stand-in for the classifier whose answers are computed independently."""
 
 import csv
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import save_image, save_images
-from metrics_by_definition import as_gray, make_decisive
+from metrics_by_definition import as_gray, classify
 from PIL import Image
 from skimage import data
 from skimage.color import lab2rgb, rgb2lab
@@ -32,34 +32,17 @@ IMAGES = {
 }
 
 
-def logits(network, image):
-    """Compute the logits of uint8 [256, 300, 3], with the crop and the normalization in NumPy."""
+def ranking(image):
+    """Sort the classes of uint8 [256, 300, 3] by descending logit, with crop and normalization in NumPy."""
     square = image[16:240, 38:262].astype(np.float64) / 255
     normalized = (square - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-    return network(paddle.to_tensor(normalized.transpose(2, 0, 1)[None].astype(np.float32))).numpy()[0]
-
-
-@pytest.fixture(scope="module")
-def network():
-    """Return a MobileNetV2 with random weights that gives the images different classes."""
-    paddle.seed(0)
-    network = paddle.vision.models.mobilenet_v2()
-    network.eval()
-    versions = [version for image in IMAGES.values() for version in (image, as_gray(image))]
-    make_decisive(network, np.stack([logits(network, version) for version in versions]))
-    return network
-
-
-@pytest.fixture(scope="module")
-def ranking(network):
-    """Return a function that sorts the classes of an image by descending logit."""
-    return lambda image: np.argsort(-logits(network, image))
+    return np.argsort(-classify(paddle.to_tensor(normalized.transpose(2, 0, 1)[None].astype(np.float32))).numpy()[0])
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, network):
-    """Run main with that network. Return its exit code and its JSON."""
-    monkeypatch.setattr(metrics_acc, "load_classifier", lambda arch, weights: network)
+def run(tmp_path, monkeypatch):
+    """Run main. Return its exit code and its JSON."""
+    monkeypatch.setattr(metrics_acc, "load_classifier", lambda arch, weights: classify)
 
     def run(*flags, name="accuracy.json"):
         arguments = ["--save_path", tmp_path, "--num_workers", 0, *flags]
@@ -139,7 +122,7 @@ def test_class_is_the_name_of_the_folder_or_the_end_of_the_image_name(name, root
 # Accuracy
 
 
-def test_accuracy_of_a_flat_folder_agrees_with_the_ranking(tmp_path, run, ranking):
+def test_accuracy_of_a_flat_folder_agrees_with_the_ranking(tmp_path, run):
     """The labels have the ranks 1, 3, 6 and 5: one of four is the most likely class, three are among five."""
     lines = [f"{name}.JPEG {ranking(image)[i]}" for (name, image), i in zip(IMAGES.items(), (0, 2, 5, 4))]
     (tmp_path / "labels.txt").write_text("\n".join(lines))
@@ -149,7 +132,7 @@ def test_accuracy_of_a_flat_folder_agrees_with_the_ranking(tmp_path, run, rankin
     assert summary["accuracy"] == {"colored": {"top1": 0.25, "top5": 0.75}}
 
 
-def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path, run, ranking, capsys):
+def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path, run, capsys):
     """Each folder is named by the top class of its original image, so that all originals are right."""
     true, colored, expected = tmp_path / "t", tmp_path / "c", []
     for name, image in sorted(IMAGES.items()):
@@ -235,7 +218,7 @@ def test_confusions_are_sorted_by_what_colorization_adds():
     assert (np.diff(added) <= 0).all() and added[0] > 0 > added[-1]
 
 
-def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusions(tmp_path, run, ranking, capsys):
+def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusions(tmp_path, run, capsys):
     """One class is found among the five only with its colors, one only without them, and one either way."""
     gray = {name: as_gray(image) for name, image in IMAGES.items()}
     top, gray_top = ({name: ranking(image)[:5] for name, image in images.items()} for images in (IMAGES, gray))
