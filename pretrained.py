@@ -3,7 +3,6 @@
 import re
 import urllib.request
 from argparse import ArgumentTypeError
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from support.cli import SIDE, UserError, note, number, whole
 from support.files import sha256
 
 import numpy as np
+import paddle
 from paddle import nn
-from paddle.base import initializer
 
 from model import CIC
 from utils import RESOURCES, TEMPERATURE, load_ab_bins
@@ -56,23 +55,15 @@ def find_weights(model_path, name=None):
     """
     folder = Path(model_path)
     name = default_name(folder) if name is None else str(name)
-    candidates = (
-        Path(name),
-        folder / name,
-        *(folder / f"epoch_{name}_model{x}" for x in (".pdparams", ".safetensors")),
-    )
-    if found := [path for path in candidates if path.is_file()]:
-        return found[0]
+    for path in (Path(name), folder / f"epoch_{name}_model.pdparams", folder / f"epoch_{name}_model.safetensors"):
+        if path.is_file():
+            return path
     if name == "small":
         return SMALL
     if name == "official":
         return download(OFFICIAL_URL)
-    if Path(name).name != name or Path(name).suffix:
-        raise UserError(f"{name}: no such checkpoint")
-    names = ", ".join(checkpoint_names(folder))
-    none = "none (train.py writes them; small is bundled, official are the authors' weights)"
-    available = f"--load_model {names}" if names else none
-    raise UserError(f"{folder / f'epoch_{name}_model.pdparams'}: no such checkpoint; available: {available}")
+    available = ", ".join([*checkpoint_names(folder), "small", "official"])
+    raise UserError(f"{name}: no such checkpoint in {folder}; available: {available}")
 
 
 def checkpoint_names(folder):
@@ -81,10 +72,9 @@ def checkpoint_names(folder):
 
 
 def default_name(folder):
-    """Return the name used without --load_model: 19, else latest, else the highest number, else the only one or small.
+    """Return the name used without --load_model: 19, latest, the highest number, any other name, or small.
 
-    With several checkpoints of other names it is 19, too, which `find_weights` then reports as missing. Raises
-    UserError if the folder does not exist, unless it is the default one.
+    Raises UserError if the folder does not exist, unless it is the default one.
     """
     names = checkpoint_names(folder)
     if not names:
@@ -94,8 +84,7 @@ def default_name(folder):
             raise UserError(f"{folder}: no such folder")
         return "small"
     numbers = sorted((name for name in names if name.isdecimal()), key=int)
-    preferred = [name for name in (DEFAULT_NAME, "latest", *numbers[-1:]) if name in names]
-    name = preferred[0] if preferred else names[0] if len(names) == 1 else DEFAULT_NAME
+    name = next(name for name in (DEFAULT_NAME, "latest", *numbers[-1:], *names) if name in names)
     if name != DEFAULT_NAME:
         note(f"no --load_model: using {name}, as {folder} contains no {DEFAULT_NAME}")
     return name
@@ -144,28 +133,12 @@ class Weights:
 
     def network(self):
         """Return a network with these weights. Raises UserError if they are damaged or another network's."""
-        with _without_initial_weights():
+        with paddle.LazyGuard():  # without initial weights: to draw them takes longer than to read the file
             network = CIC(self.head)
         if self.extra_relu:
             network.conv5.add_sublayer("extra_relu", nn.ReLU())
         set_weights(network, self.state, self.path)
         return network
-
-
-@contextmanager
-def _without_initial_weights():
-    """Make layers whose weights are not set: drawing 32 million random numbers takes longer than reading a file."""
-    before = initializer._global_weight_initializer(), initializer._global_bias_initializer()
-    nn.initializer.set_global_initializer(_Unset(), _Unset())
-    try:
-        yield
-    finally:  # _Unset is that of a thread that loads another network; it would stay
-        nn.initializer.set_global_initializer(*(None if isinstance(x, _Unset) else x for x in before))
-
-
-class _Unset(nn.initializer.Initializer):
-    def forward(self, tensor, block=None):
-        return tensor
 
 
 def load_network(path):

@@ -19,10 +19,8 @@ import numpy as np
 import paddle
 import pytest
 import skimage.color
-import skimage.data
-import skimage.transform
 from caffe_files import STAGES, caffe_network, class8_ab, run_by_opencv, write_caffe
-from conftest import ROOT
+from conftest import BUNDLED_IMAGES, bundled_image
 from paddle import nn
 
 import pretrained
@@ -39,10 +37,7 @@ needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="
 @pytest.fixture(scope="module")
 def lightness():
     """Return the lightness of four images, computed by scikit-image: float32 [4, 1, SIDE, SIDE] in [0, 100]."""
-    names = ("astronaut", "coffee", "chelsea", "rocket")
-    photos = [
-        skimage.transform.resize(getattr(skimage.data, name)(), (SIDE, SIDE), anti_aliasing=True) for name in names
-    ]
+    photos = [bundled_image(name).resize((SIDE, SIDE)) for name in BUNDLED_IMAGES]
     return np.stack([skimage.color.rgb2lab(photo)[None, :, :, 0] for photo in photos]).astype(np.float32)
 
 
@@ -153,24 +148,20 @@ def refused(monkeypatch, error_message):
     return load
 
 
-CHANGES = {  # to the release's state, and the message
-    "order of bins": ({"model_out.weight": lambda w: w[:, ::-1]}, "model_out does not contain pts_in_hull.npy's"),
-    "number of bins": ({"model_out.weight": lambda w: w[:, :300]}, "does not contain pts_in_hull.npy's bins"),
-    "no bins": ({"model_out.weight": lambda w: "text"}, "does not contain pts_in_hull.npy's bins"),
-    "unknown": ({"x.weight": lambda w: np.ones(2)}, "missing or unknown: x.weight$"),
-    "shape": ({"model2.0.weight": lambda w: w[:, :1]}, r"conv2.0.weight is float \[128, 1, "),
-    "NaN": ({"model4.0.weight": lambda w: w * np.nan}, "not finite.*conv4.0.weight"),
-    "integers": ({"model5.0.bias": lambda w: w.astype(int)}, "conv5.0.bias is int"),
-    "text": ({"model1.0.weight": lambda w: "text"}, "conv1.0.weight is str"),
+CHANGES = {  # to a parameter of the release, and the message
+    "order of bins": ("model_out.weight", lambda w: w[:, ::-1], "model_out does not contain pts_in_hull.npy's"),
+    "number of bins": ("model_out.weight", lambda w: w[:, :300], "model_out does not contain pts_in_hull.npy's"),
+    "no bins": ("model_out.weight", lambda w: "text", "model_out does not contain pts_in_hull.npy's"),
+    "no array": ("model1.0.weight", lambda w: "text", "conv1.0.weight is str"),
 }
 
 
 @needs_torch
 @pytest.mark.parametrize("kind", CHANGES)
 def test_changed_official_release_is_refused(official, refused, kind):
-    changes, message = CHANGES[kind]
+    name, change, message = CHANGES[kind]
     state = load_checkpoint(official[0])
-    assert re.search(message, refused(state | {name: change(state.get(name)) for name, change in changes.items()}))
+    assert message in refused({**state, name: change(state[name])})
 
 
 @needs_torch
@@ -186,21 +177,12 @@ def test_official_release_without_a_parameter_is_refused(official, refused):
 # The earlier Paddle port
 
 
-class PortNetwork(nn.Layer):
-    def __init__(self, layers):
-        super().__init__()
-        self.features = nn.Sequential(*layers)
-
-    def forward(self, lightness):
-        return self.features(lightness)
-
-
-def port_network(extra_relu=True):
-    """Build one flat Sequential, with the port's ReLU between the batch norm of conv5 and conv6."""
+def port_network():
+    """Build the port's layers, with a ReLU between the batch norm of conv5 and conv6."""
     paddle.seed(0)
     layers, width = [], 1
     for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
-        if number == 6 and extra_relu:
+        if number == 6:
             layers.append(nn.ReLU())
         for i in range(convs):
             layers.append(nn.Conv2D(width, channels, 3, stride if i == convs - 1 else 1, dilation, dilation))
@@ -209,7 +191,6 @@ def port_network(extra_relu=True):
         layers.append(nn.BatchNorm2D(channels, momentum=0.0))
     layers += [nn.Conv2DTranspose(512, 256, 4, 2, 1), nn.ReLU(), nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU()]
     layers += [nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2D(256, 313, 1)]
-    network = PortNetwork(layers)
     for layer in layers:
         if isinstance(layer, (nn.Conv2D, nn.Conv2DTranspose)):
             fan_in = np.prod(layer.weight.shape) / layer.bias.shape[0]
@@ -218,34 +199,31 @@ def port_network(extra_relu=True):
             layer.weight.set_value(paddle.rand(layer.weight.shape) + 0.5)
             layer.bias.set_value(0.3 * paddle.randn(layer.bias.shape))
     layers[0].weight.set_value(layers[0].weight / 30)  # the input, L - 50, is about that large
-    return network
+    return nn.Sequential(*layers)
 
 
 @pytest.fixture(scope="module")
 def port(lightness, tmp_path_factory):
-    """Return the port's checkpoint, its logits and its state."""
+    """Return the port's checkpoint and its logits."""
     network = port_network()
-    with paddle.no_grad():
-        network(
-            paddle.to_tensor(lightness - 50)
-        )  # in training mode, with a momentum of 0: the statistics are the images'
-    state = network.state_dict()
+    with paddle.no_grad():  # in training mode, with a momentum of 0: the statistics are the images'
+        network(paddle.to_tensor(lightness - 50))
     path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
-    paddle.save(state, str(path))
-    return path, run(network, lightness), state
+    save_checkpoint({f"features.{name}": tensor for name, tensor in network.state_dict().items()}, path)
+    return path, run(network, lightness)
 
 
 def test_port_keeps_its_colors(port, lightness):
-    path, logits, _ = port
+    path, logits = port
     ours = run(path, lightness)
     assert_agree(ours, logits)
     np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
 
 
-def test_port_saved_from_data_parallel_is_read(port, lightness, tmp_path):
-    path, logits, state = port
-    paddle.save({f"_layers.{name}": tensor for name, tensor in state.items()}, str(tmp_path / "parallel.pdparams"))
-    assert_agree(run(tmp_path / "parallel.pdparams", lightness), logits)
+def test_network_saved_from_data_parallel_is_read(small_network, tmp_path):
+    state = {f"_layers.{name}": tensor for name, tensor in small_network().state_dict().items()}
+    save_checkpoint(state, tmp_path / "parallel.pdparams")
+    assert isinstance(load_network(tmp_path / "parallel.pdparams"), small_network)
 
 
 def test_port_checkpoint_colorizes_in_place(port, tmp_path, monkeypatch, image_folder, capsys):
@@ -253,8 +231,8 @@ def test_port_checkpoint_colorizes_in_place(port, tmp_path, monkeypatch, image_f
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / port[0].name).symlink_to(port[0])
     monkeypatch.chdir(tmp_path)
-    assert test.main(test.parse_args(["--image_dir", str(image_folder), "--load_size", "32"])) == 0
-    assert "4 images colorized with model/epoch_19_model.pdparams" in capsys.readouterr().out
+    assert test.main(test.parse_args([str(image_folder / "coffee.png"), "--load_size", "32"])) == 0
+    assert "with model/epoch_19_model.pdparams" in capsys.readouterr().out
     assert os.listdir("model") == [port[0].name]
 
 
@@ -264,7 +242,6 @@ def test_training_starts_from_any_network_without_the_additional_relu(port, offi
     initialize(network, official[0])
     assert_agree(run(network, lightness), 0.38 * official[1])
     assert "additional ReLU before conv6" in error_message(initialize, network, port[0])
-    assert_agree(run(network, lightness), 0.38 * official[1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -294,14 +271,11 @@ def test_caffe_release_gives_the_colors_of_opencv(caffe, lightness, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conv6_2": []}, "missing or unknown: conv6.2.bias, conv6.2.weight"),
         ({"conv8_313": []}, "conv8_313.weight is NoneType instead of"),
         ({"conv3_3norm": [np.ones(256), np.ones(256), np.zeros(1)]}, "a negative variance: conv3.6._mean"),
-        ({"conv3_3norm": [np.ones(256), np.ones(256)]}, "missing or unknown: conv3.6._mean, conv3.6._variance, "),
         ({"conv3_3norm": [np.ones(256), np.ones(3), np.ones(1)]}, "conv3.6._variance is float [3] instead of"),
-        ({"conv5_1": [np.ones((512, 512, 5, 5)), np.ones(512)]}, "conv5.0.weight is float [512, 512, 5, 5] instead of"),
     ],
-    ids=["missing", "no head", "untrained", "no factor", "statistics", "shape"],
+    ids=["no head", "untrained", "statistics"],
 )
 def test_other_caffe_network_is_refused(caffe, refused, change, message):
     layers = {**caffe[0], **change}
@@ -310,24 +284,6 @@ def test_other_caffe_network_is_refused(caffe, refused, change, message):
 
 # -------------------------------------------------------------------------------------------------
 # Other files
-
-
-def test_checkpoint_of_an_unknown_network_is_refused_with_its_parameters(tmp_path, error_message):
-    paddle.save(nn.Linear(2, 2).state_dict(), str(tmp_path / "linear.pdparams"))
-    message = error_message(load_network, tmp_path / "linear.pdparams")
-    assert "another network's checkpoint: missing or unknown: bias, conv1.0.bias, conv1.0.weight, …" in message
-
-
-def test_weights_are_written_as_safetensors_by_the_call_in_the_documentation(cic_checkpoint, tmp_path, monkeypatch):
-    (code,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text("utf-8"), re.DOTALL)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "epoch_19_model.pdparams").symlink_to(cic_checkpoint)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    written = read_weights("epoch_19_model.safetensors")
-    expected = load_network(cic_checkpoint).state_dict()
-    assert written.load_size == 256 and written.state.keys() == expected.keys()
-    assert all(np.array_equal(written.state[name], tensor) for name, tensor in expected.items())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -385,15 +341,13 @@ def serve(offline, tmp_path, monkeypatch):
         server.shutdown()
 
 
-@needs_torch
-def test_official_weights_are_downloaded_to_the_cache_once(official, lightness, serve, tmp_path):
+def test_official_weights_are_downloaded_to_the_cache_once(serve, tmp_path):
     """Nothing is stored in the model folder, so the default weights do not change."""
-    served, cached = serve(official[0].read_bytes())
-    path = find_weights(tmp_path / "model", "official")
-    assert path == cached and not (tmp_path / "model").exists()
-    assert_agree(run(path, lightness), 0.38 * official[1])
+    served, cached = serve(b"PK the release")
+    assert find_weights(tmp_path / "model", "official") == cached and not (tmp_path / "model").exists()
+    assert cached.read_bytes() == b"PK the release"
     served.unlink()
-    assert find_weights(tmp_path / "model", "official") == path
+    assert find_weights(tmp_path / "model", "official") == cached
 
 
 def test_download_with_a_wrong_hash_is_refused_and_removed(serve, error_message):
@@ -415,19 +369,14 @@ def test_failed_download_prints_one_line_with_the_offline_way(offline, monkeypat
 # From a name to a file
 
 
-def test_weights_are_found_by_name_file_name_or_path(tmp_path, error_message):
-    message = error_message(find_weights, tmp_path, "19")
-    assert message.startswith(f"{tmp_path / 'epoch_19_model.pdparams'}: no such checkpoint; available: none")
-    assert all(word in message for word in ("train.py", "small", "official"))
+def test_weights_are_found_by_name_or_path(tmp_path, error_message):
+    for missing in ("19", "x.caffemodel", str(tmp_path / "x")):
+        message = f"{missing}: no such checkpoint in {tmp_path}; available: small, official"
+        assert error_message(find_weights, tmp_path, missing) == message
     (path := tmp_path / "epoch_3_model.safetensors").touch()
     (tmp_path / "epoch_best_model.pdparams").touch()
-    assert error_message(find_weights, tmp_path, "19").endswith("available: --load_model 3, best")
-    for name in ("3", "epoch_3_model.safetensors", str(path)):
-        assert find_weights(tmp_path, name) == path
-    (other := tmp_path / "release.pth").touch()
-    assert find_weights("nowhere", str(other)) == find_weights(tmp_path, "release.pth") == other
-    for missing in ("x.pdparams", "x.caffemodel", str(tmp_path / "x")):
-        assert error_message(find_weights, tmp_path, missing) == f"{missing}: no such checkpoint"
+    assert error_message(find_weights, tmp_path, "19").endswith("available: 3, best, small, official")
+    assert find_weights(tmp_path, "3") == find_weights("nowhere", path) == path
 
 
 @pytest.mark.parametrize(
@@ -436,18 +385,14 @@ def test_weights_are_found_by_name_file_name_or_path(tmp_path, error_message):
         (("19", "latest", "20"), "19"),
         (("3", "latest", "best"), "latest"),
         (("9", "10", "best"), "10"),
-        (("best",), "best"),
-        (("best", "wide"), None),
+        (("best", "wide"), "best"),
     ],
 )
-def test_without_a_name_the_preferred_checkpoint_of_the_folder_is_used(tmp_path, capsys, error_message, existing, used):
+def test_without_a_name_the_preferred_checkpoint_of_the_folder_is_used(tmp_path, capsys, existing, used):
     for name in existing:
         (tmp_path / f"epoch_{name}_model.pdparams").touch()
-    if used is None:
-        assert error_message(find_weights, tmp_path).endswith("available: --load_model best, wide")
-    else:
-        assert find_weights(tmp_path) == tmp_path / f"epoch_{used}_model.pdparams"
-        assert (f"no --load_model: using {used}" in capsys.readouterr().err) == (used != "19")
+    assert find_weights(tmp_path) == tmp_path / f"epoch_{used}_model.pdparams"
+    assert (f"no --load_model: using {used}" in capsys.readouterr().err) == (used != "19")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -466,14 +411,9 @@ def test_folder_without_checkpoints_defaults_to_the_bundled_weights(tmp_path, mo
     assert find_weights(tmp_path, "small") == pretrained.SMALL
 
 
-@pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1", "the first half"])
-def test_damaged_or_missing_bundled_weights_are_one_line_that_names_the_file(
-    tmp_path, monkeypatch, error_message, content
-):
+def test_damaged_bundled_weights_are_one_line_that_names_the_file(tmp_path, monkeypatch, error_message):
     path = tmp_path / "epoch_small_model.safetensors"
-    if content:
-        half = pretrained.SMALL.read_bytes()[: pretrained.SMALL.stat().st_size // 2]
-        path.write_bytes(content if isinstance(content, bytes) else half)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     monkeypatch.setattr(pretrained, "SMALL", path)
     assert error_message(Colorizer, "small").startswith(f"{path}: ")
 
@@ -497,22 +437,18 @@ def test_reading_weights_draws_no_random_numbers():
 def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, error_message, suffix):
     path = tmp_path / f"epoch_1_model{suffix}"
 
-    def write(info):
+    def write(**info):
         if suffix == ".pdparams":
             save_checkpoint({name: np.array(value) for name, value in info.items()}, path)
         else:
             save_safetensors({}, path, {name: str(value) for name, value in info.items()})
 
-    write({})
+    write()
     read = read_weights(path)
     assert (read.load_size, read.temperature, read.epoch, read.step) == (256, 0.38, None, None)
-    write({"load_size": 4096, "temperature": 0.5, "epoch": 0, "step": 3})
+    write(load_size=4096, temperature=0.5, epoch=0, step=3)
     read = read_weights(path)
     assert (read.load_size, read.temperature, read.epoch, read.step) == (4096, 0.5, 0, 3)
-    for name, wrong in (
-        *(("load_size", size) for size in (0, -1, 4097, 10**9, 96.5, float("nan"))),
-        *(("temperature", t) for t in (0.0, -1.0, 1e7, float("nan"), float("inf"))),
-        *(("step", -1), ("epoch", 1.5)),
-    ):
-        write({name: wrong})
+    for name, wrong in (("load_size", 4097), ("temperature", np.nan), ("step", -1), ("epoch", 1.5)):
+        write(**{name: wrong})
         assert re.search(rf"^{path}: {name}: .*{wrong}", error_message(read_weights, path))
