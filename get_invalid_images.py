@@ -1,8 +1,7 @@
-"""Find the images of a folder that are unsuitable as test images, and remove them or write a script that does.
+"""Find the images of a folder that are unsuitable as test images, and write a script that removes them.
 
     python get_invalid_images.py --image_dir DIR && bash remove_invalid.sh
-    python get_invalid_images.py --image_dir DIR --remove
-    python get_invalid_images.py --image_dir DIR --move_to OTHER_DIR --remove
+    python get_invalid_images.py --image_dir DIR --move_to OTHER_DIR && bash remove_invalid.sh
 
 Gray images have no colors to compare with. There are three reasons to list an image:
 
@@ -13,7 +12,7 @@ Gray images have no colors to compare with. There are three reasons to list an i
 Prints the number of images for each reason, and writes `invalid_images.csv` (path, reason) and `remove_invalid.sh`. The
 script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders; it calls
 this one with --remove_listed, the way for systems without bash. It can be run twice, replaces no file, and continues
-after an error. No image is touched before, except with --remove.
+after an error. No image is touched before.
 
 A file that cannot be read for another reason (a format whose package is missing, an unsupported kind of TIFF, too many
 pixels, too little memory) is reported as not checked, and the exit code is 3. Not all damage is found: a JPEG that is
@@ -87,13 +86,17 @@ def quoted(text):
     return shlex.quote(text.replace(os.sep, "/"))
 
 
-def remove(paths, args):
-    """Delete images, or move them to --move_to. Return the numbers of those that were and that were not removed.
+def remove_listed(args):
+    """Delete the images in a list, or move them to --move_to. Return the exit code.
 
     Missing files are ignored, so the same list can be used twice.
     """
-    removed = failed = 0
-    present = filter(os.path.lexists, paths)
+    paths, folder = read_list(args.remove_listed), os.path.abspath(args.image_dir)
+    for path in paths:
+        if not Path(os.path.abspath(path)).is_relative_to(folder):
+            raise UserError(f"{args.remove_listed}: lists {path}, which is not in --image_dir {args.image_dir}")
+    present = list(filter(os.path.lexists, paths))
+    removed = 0
     for path in sorted(present, key=os.path.islink, reverse=True):  # links first, while their images are there
         try:
             if args.move_to:
@@ -103,8 +106,8 @@ def remove(paths, args):
             removed += 1
         except (OSError, UserError) as error:
             note(f"{path}: not removed: {getattr(error, 'strerror', None) or error}")
-            failed += 1
-    return removed, failed
+    print(f"{printable(args.remove_listed)}: {removed} of {len(paths)} images {'moved' if args.move_to else 'deleted'}")
+    return EXIT_SKIPPED if removed < len(present) else 0
 
 
 def move(source, target):
@@ -122,7 +125,7 @@ def move(source, target):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="Find gray and unreadable images; remove them or write a script that does.")
+    parser = cli.Parser(description="Find gray and unreadable images, and write a script that removes them.")
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of test images, nested or flat")
     # A gray image with noise of +-2 levels has differences of up to 5 after a JPEG of quality 95.
@@ -133,7 +136,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
     add("--move_to", metavar="DIR", help="folder to move the images to (default: delete them)")
-    add("--remove", action="store_true", help="delete or move the images now, without the script and without asking")
     listed = "only delete or move the images in this list, which an earlier run wrote, as remove_invalid.sh does"
     add("--remove_listed", metavar="CSV", help=listed)
     return parser.parse_args(argv)
@@ -156,31 +158,18 @@ def main(args):
             note(f"{path}: {reason}")
     invalid = {path: reason for path, reason in reasons.items() if not reason.startswith(NOT_CHECKED)}
 
-    # Write the list and the script, and remove the images if asked to
+    # Write the list and the script
     list_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
     write_csv({"path": [path.replace(os.sep, "/") for path in invalid], "reason": invalid.values()}, list_path)
     write_script(args, list_path, script_path)
-    removed, failed = remove(invalid, args) if args.remove else (0, 0)
 
     # Print the counts
     print(f"{len(invalid)} of {len(paths)} images are unsuitable")
     for reason in (*REASONS, NOT_CHECKED):
         print(f"{counts[reason]:8d}  {reason}")
-    by = f"bash {shlex.quote(printable(script_path))}, or by the same command with --remove_listed {list_path}"
-    by = f"this run: {removed}" if args.remove else printable(by)
-    print(f"listed in {printable(list_path)}; {'moved' if args.move_to else 'deleted'} by {by}")
-    return EXIT_SKIPPED if counts[NOT_CHECKED] or failed else 0
-
-
-def remove_listed(args):
-    """Remove the images in a list."""
-    paths, folder = read_list(args.remove_listed), os.path.abspath(args.image_dir)
-    for path in paths:
-        if not Path(os.path.abspath(path)).is_relative_to(folder):
-            raise UserError(f"{args.remove_listed}: lists {path}, which is not in --image_dir {args.image_dir}")
-    removed, failed = remove(paths, args)
-    print(f"{printable(args.remove_listed)}: {removed} of {len(paths)} images {'moved' if args.move_to else 'deleted'}")
-    return EXIT_SKIPPED if failed else 0
+    by = f"bash {shlex.quote(script_path)}, or by the same command with --remove_listed {list_path}"
+    print(printable(f"listed in {list_path}; {'moved' if args.move_to else 'deleted'} by {by}"))
+    return EXIT_SKIPPED if counts[NOT_CHECKED] else 0
 
 
 if __name__ == "__main__":

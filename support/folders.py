@@ -194,8 +194,6 @@ def read_records(path):
 # -------------------------------------------------------------------------------------------------
 # Pairs of originals and results
 
-NO_RESULT, NO_ORIGINAL = "no result", "no original"
-
 
 def pair_originals(true_dir, results_file, seed=None):
     """Pair originals with nothing or, given a seed, with a random other one each, so that all are taken: one cycle.
@@ -244,12 +242,12 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
     else:
         sources = colored if true is None else true
         result_of = {name: name for name in colored if name in sources}
-        problems = {name: NO_ORIGINAL for name in colored if name not in sources}
+        problems = {name: "no original" for name in colored if name not in sources}
         settings = {}
         if result_of and true is not None:
             note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
     if true is not None:
-        problems.update({name: NO_RESULT for name in true if name not in result_of and name not in problems})
+        problems.update({name: "no result" for name in true if name not in result_of and name not in problems})
     left_out = {}
     for problem, name in sorted((problem, name) for name, problem in problems.items()):
         left_out.setdefault(problem, []).append(name)
@@ -294,7 +292,7 @@ def _pair_by_records(true, true_dir, colored, records):
         elif settings not in ({}, record["settings"]):
             problems[name] = "made with other settings than the newest result"
         elif source is None:
-            problems[name] = NO_ORIGINAL
+            problems[name] = "no original"
         elif true is not None and not same_file(record["source"], true[source]):
             problems[name] = "original changed since it was recorded"
         elif source in result_of:

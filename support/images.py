@@ -207,13 +207,13 @@ def _check_tiff(tags):
     photometric, planar, compression = tags.get(262, 0), tags.get(284, 1), tags.get(259, 1)
     samples = product(tags.get(339, (1,)), tags.get(258, (1,)))
     kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{bits}" for format, bits in samples}
-    uncompressed = compression == 1
-    stripes = uncompressed and planar == 2 and kinds == {"uint16"}  # of which Pillow would make one picture
-    ycbcr = uncompressed and photometric == 6  # which Pillow leaves to libtiff, and that decompresses only
+    stripes = compression == 1 and planar == 2 and kinds == {"uint16"}  # of which Pillow would make one picture
+    ycbcr = compression == 1 and photometric == 6  # which Pillow leaves to libtiff, and that decompresses only
     if stripes or ycbcr or not kinds <= TIFF_SAMPLES.get(photometric, set()):
         kinds = f"{' '.join(sorted(kinds))} samples, photometric interpretation {photometric}"
-        kinds += ", uncompressed" if uncompressed else ""
-        raise ValueError(f"TIFF with {kinds} and planar configuration {planar} is not supported")
+        raise ValueError(
+            f"TIFF with {kinds}, compression {compression} and planar configuration {planar} is not supported"
+        )
 
 
 def _convert_samples(image):

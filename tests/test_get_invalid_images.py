@@ -40,6 +40,12 @@ def run(image_dir, output, *flags):
     return code, dict(rows[1:])
 
 
+def remove(image_dir, output, *flags):
+    """List images and remove those that are listed. Return the exit code."""
+    run(image_dir, output, *flags)
+    return run(image_dir, output, *flags, f"--remove_listed={output / 'invalid_images.csv'}")[0]
+
+
 def run_script(output, **options):
     return subprocess.run(["bash", str(output / "remove_invalid.sh")], capture_output=True, text=True, **options)
 
@@ -96,10 +102,7 @@ def test_tolerance_limits_the_spread_of_each_pixels_channels(tmp_path, spread, f
     assert bool(run(tmp_path / "images", tmp_path, *flags)[1]) == invalid
 
 
-@pytest.mark.parametrize(
-    ("way", "move"),
-    [("--remove", True), ("--remove_listed", False), ("remove_invalid.sh", True)],
-)
+@pytest.mark.parametrize(("way", "move"), [("--remove_listed", False), ("remove_invalid.sh", True)])
 def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, capsys, move, way):
     """The script works from any folder, although --image_dir was a relative path."""
     images, target = Path("-$(touch pwned) 'images'"), tmp_path / "-moved $ones"
@@ -108,20 +111,17 @@ def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, ca
         content = save_image(images / FOLDER / name, GRAY).read_bytes()
         save_image(images / "color" / name, COLOR)
     flags = [f"--move_to={target}"] if move else []
-    code, listed = run(images, tmp_path, *flags, *(["--remove"] if way == "--remove" else []))
+    code, listed = run(images, tmp_path, *flags)
     assert code == 0 and sorted(listed) == sorted(str(images / FOLDER / name) for name in NASTY_NAMES)
-    done = "moved" if move else "deleted"
-    if way == "--remove":
-        assert capsys.readouterr().out.endswith(f"; {done} by this run: {len(listed)}\n")
-    elif way == "--remove_listed":
+    if way == "--remove_listed":
         for count in (len(listed), 0):  # the second time, all are missing
             assert run(images, tmp_path, *flags, "--remove_listed=invalid_images.csv")[0] == 0
-            assert capsys.readouterr().out.endswith(f"invalid_images.csv: {count} of {len(listed)} images {done}\n")
+            assert capsys.readouterr().out.endswith(f"invalid_images.csv: {count} of {len(listed)} images deleted\n")
     else:
         (tmp_path / "elsewhere").mkdir()
         script = run_script(tmp_path, cwd="elsewhere")
         assert (script.returncode, script.stderr) == (0, "") and not os.listdir("elsewhere")
-        assert script.stdout == f"{tmp_path}/invalid_images.csv: {len(listed)} of {len(listed)} images {done}\n"
+        assert script.stdout == f"{tmp_path}/invalid_images.csv: {len(listed)} of {len(listed)} images moved\n"
     assert not os.listdir(images / FOLDER) and sorted(os.listdir(images / "color")) == sorted(NASTY_NAMES)
     moved = {path.name: path.read_bytes() for path in (target / FOLDER).glob("*")}
     assert moved == (dict.fromkeys(NASTY_NAMES, content) if move else {})
@@ -139,8 +139,7 @@ def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys):
     for name in ("a.png", "b.png"):
         save_image(images / name, GRAY)
     before = save_image(target / "a.png", COLOR).read_bytes()
-    code, _ = run(images, tmp_path, f"--move_to={target}", "--remove")
-    assert code == EXIT_SKIPPED
+    assert remove(images, tmp_path, f"--move_to={target}") == EXIT_SKIPPED
     assert capsys.readouterr().err == f"{images}/a.png: not removed: there is already {target}/a.png\n"
     assert (target / "a.png").read_bytes() == before and (images / "a.png").exists()
     assert (target / "b.png").exists() and not (images / "b.png").exists()
@@ -150,7 +149,7 @@ def test_moved_image_keeps_its_time(tmp_path):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
     content = path.read_bytes()
     os.utime(path, (1_000_000_000,) * 2)
-    assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
+    assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == 0
     moved = tmp_path / "moved" / "gray.png"
     assert moved.read_bytes() == content and moved.stat().st_mtime == 1_000_000_000 and not path.exists()
 
@@ -166,7 +165,7 @@ def test_failed_move_leaves_the_image_and_no_part_of_it(tmp_path, monkeypatch, c
 
     monkeypatch.setattr("shutil.copyfile", fail)
     with nullcontext() if isinstance(stop, OSError) else pytest.raises(KeyboardInterrupt):
-        assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == EXIT_SKIPPED
+        assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == EXIT_SKIPPED
         assert "gray.png: cannot be written: no space left on device" in capsys.readouterr().err
     assert path.read_bytes() == content and not os.listdir(tmp_path / "moved")
 
@@ -174,7 +173,7 @@ def test_failed_move_leaves_the_image_and_no_part_of_it(tmp_path, monkeypatch, c
 def test_move_that_was_stopped_after_copying_is_completed(tmp_path):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
     save_image(tmp_path / "moved" / "gray.png", GRAY)
-    assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
+    assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == 0
     assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
 
 
@@ -185,7 +184,7 @@ def test_times_and_permissions_that_a_disk_refuses_do_not_prevent_moving(tmp_pat
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("shutil.copystat", refuse)
-    assert run(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}", "--remove")[0] == 0
+    assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == 0
     assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
 
 
@@ -196,7 +195,7 @@ def test_moved_links_are_images_even_if_their_targets_are_moved_too(tmp_path):
     (images / "b" / "outside.png").symlink_to("../../pool/1.png")
     (images / "b" / "inside.png").symlink_to("../a/1.png")
     content = inside.read_bytes()
-    assert run(images, tmp_path, f"--move_to={moved}", "--remove")[0] == 0
+    assert remove(images, tmp_path, f"--move_to={moved}") == 0
     for name in ("a/1.png", "b/outside.png", "b/inside.png"):
         assert (moved / name).read_bytes() == content and not os.path.lexists(images / name)
     assert outside.exists()
@@ -232,12 +231,10 @@ def test_image_that_cannot_be_read_but_may_be_intact_is_not_listed(tmp_path, mon
     unsupported = sorted(images.iterdir())
     damaged = save_image(images / "damaged.png", COLOR)
     damaged.write_bytes(damaged.read_bytes()[:3000])
-    for flags in ((), ("--remove",)):
-        code, listed = run(images, tmp_path, *flags)
-        assert code == EXIT_SKIPPED and list(listed) == [str(damaged)]
-        lines = capsys.readouterr().err.splitlines()
-        assert [line.split(": not checked")[0] for line in lines] == [*map(str, unsupported)]
-    assert sorted(images.iterdir()) == unsupported
+    code, listed = run(images, tmp_path)
+    assert code == EXIT_SKIPPED and list(listed) == [str(damaged)]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": not checked")[0] for line in lines] == [*map(str, unsupported)]
 
 
 @pytest.mark.parametrize(
