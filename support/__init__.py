@@ -4,9 +4,7 @@ Modules here import nothing from the top-level scripts. Import this package befo
 startup messages.
 """
 
-import contextlib
 import gc
-import io
 import logging
 import os
 import signal
@@ -28,28 +26,21 @@ _level = logging.getLogger().level  # Paddle raises it, and every library become
 _threads = os.environ.get("OMP_NUM_THREADS")  # Paddle sets it to 1, also in its launcher
 _may_be_paddles = _threads == "1" and ("paddle" in sys.modules or "PADDLE_TRAINER_ID" in os.environ)
 OMP_NUM_THREADS = None if _may_be_paddles else _threads
-_messages = io.StringIO()
+os.environ["OMP_NUM_THREADS"] = "1"  # about other values, Paddle prints two lines
 _collects = gc.isenabled()
 gc.disable()  # the import makes a million objects; to look for garbage among them takes 0.15 s
 try:
-    with warnings.catch_warnings(), contextlib.redirect_stderr(_messages):  # of Paddle's import only (no ccache, …)
+    with warnings.catch_warnings():  # of Paddle's import only (no ccache, …)
         warnings.simplefilter("ignore")
         import paddle  # noqa: F401
-except ImportError as error:  # a line instead of a traceback where the remedy is known
-    remedies = {
-        "libgomp": "on Debian and Ubuntu: apt-get install libgomp1",
-        "No module named 'paddle'": "activate the environment, or install it: pip install -r requirements.txt",
-    }
-    for cause, remedy in remedies.items():
-        if cause in str(error):
-            raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
+except ImportError as error:
+    if _is_script:
+        raise SystemExit(f"Paddle cannot be imported: {error}; README.md describes the installation") from error
     raise
 finally:
     if _collects:
         gc.enable()
-    for _line in _messages.getvalue().splitlines():
-        if "OMP_NUM_THREADS" not in _line:  # two lines about values over 1, which are harmless
-            print(_line, file=sys.stderr)
+    del os.environ["OMP_NUM_THREADS"]  # otherwise the processes that a script starts would get it
+    if _threads is not None:
+        os.environ["OMP_NUM_THREADS"] = _threads
 logging.getLogger().setLevel(_level)
-if _threads is None:  # otherwise the processes that a script starts would get it
-    os.environ.pop("OMP_NUM_THREADS", None)
