@@ -46,12 +46,9 @@ def available_cores(processes=1):
 
 
 def _quota():
-    """Return how many cores a container may use, rounded up (cgroup v2, v1); infinity without a limit."""
-    limit = _read("/sys/fs/cgroup/cpu.max").split()  # "200000 100000" or "max 100000", in microseconds
-    if not limit:
-        limit = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]  # -1: no limit
-    quota, period = limit if len(limit) == 2 else ("", "")
-    return math.ceil(int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else math.inf
+    """Return how many cores a container may use, rounded up; infinity without a limit."""
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")  # "200000 100000" or "max 100000", microseconds
+    return math.ceil(int(quota) / int(period)) if quota.isdecimal() else math.inf
 
 
 def _read(path):

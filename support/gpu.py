@@ -1,9 +1,9 @@
-"""GPU settings, and messages about a GPU that is not used."""
+"""GPU settings, and a message about a GPU that is not used."""
 
 import os
 import shutil
 
-from support.cli import note
+from support.cli import UserError, note
 
 import paddle
 
@@ -19,13 +19,8 @@ def on_gpu():
 
 
 def check_gpu():
-    """Print a note about an unused GPU or an untested device."""
-    device = paddle.get_device()
-    if on_gpu():
-        return
-    if device != "cpu":
-        note(f"{device}: this kind of device is untested; using the CPU's settings, in float32")
-    elif shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    """Print a note about an unused GPU."""
+    if not on_gpu() and shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         reason = "finds no GPU" if paddle.is_compiled_with_cuda() else "is built for CPUs"
         note(f"GPU not used: Paddle {paddle.__version__} {reason}; see requirements-gpu.txt")
 
@@ -55,14 +50,15 @@ def half_types():
 
 
 def mixed_precision(choice):
-    """Return the autocast arguments and the loss scaler for --amp. Without mixed precision, neither has an effect."""
+    """Return the autocast arguments and the loss scaler for --amp. Without mixed precision, neither has an effect.
+
+    Raises UserError if the device does not support the choice.
+    """
     available = half_types()
     if choice == "auto":
         choice = (available or ["off"])[0]
     if choice != "off" and choice not in available:
-        where = "by this GPU" if on_gpu() else "by Paddle on this device"
-        note(f"--amp {choice}: not supported {where}; training in float32")
-        choice = "off"
+        raise UserError(f"--amp {choice}: not supported by Paddle on this device, {paddle.get_device()}")
     # The loss is a sum over positions: at a larger scale, its gradients overflow in fp16 from the first step.
     return autocast(choice), paddle.amp.GradScaler(enable=choice == "fp16", init_loss_scaling=16.0)
 
