@@ -32,7 +32,7 @@ from support import cli, convolutions, cpu, gpu, processes, runs
 from support.cli import UserError, note, number, whole
 from support.logs import Log, Meter, finish
 from support.neighbors import Lookup
-from support.workers import default_workers, from_workers, hide_loader_warnings, make_loader
+from support.workers import default_workers, from_workers, make_loader
 
 import numpy as np
 import paddle
@@ -251,7 +251,7 @@ def validate(run, validation, constants, args, autocast, stop, log):
     """
     processes.share_statistics(run.network)
     run.network.eval()
-    objective, images, gray = OBJECTIVES[args.loss], 0, 0
+    objective, images = OBJECTIVES[args.loss], 0
     sums, histogram, panel = np.zeros(len(objective.columns)), np.zeros(utils.MAX_THRESHOLD + 2), []
     batches = from_workers(validation.loader, stop)
     bar = tqdm(batches, "validating", len(validation.loader), unit="batch", leave=False, disable=None)
@@ -264,7 +264,6 @@ def validate(run, validation, constants, args, autocast, stop, log):
         rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
         values, output = objective.compute(run.network, rgb, constants, args, autocast)
         images += len(rgb)
-        gray += int((values[:, 0] == 0).sum())
         sums += values.sum(axis=0).numpy()
         lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(objective.predict(output, constants), *rgb.shape[2:])
@@ -277,14 +276,12 @@ def validate(run, validation, constants, args, autocast, stop, log):
             panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():
         return
-    images, gray = processes.all_reduce(np.array([images, gray], np.float64))
+    (images,) = processes.all_reduce(np.array([images], np.float64))
     sums, histogram = processes.all_reduce(sums), processes.all_reduce(histogram)
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
     if not np.isfinite(sums).all():
         raise UserError("the network's output for the validation images is not finite: try a lower --lr")
-    if gray == images:
-        processes.on_first(note, f"{args.val_dir}: all {images:.0f} images are gray: this does not measure color")
     epoch = run.progress["epoch"] - (run.progress["batch"] == 0)  # the one that this step belongs to
     step, values = run.progress["step"], finish(objective.columns, sums / images)
     shown = {f"val_{name}": value for name, value in values.items() if name != "loss"}
@@ -389,7 +386,6 @@ def set_up(args, opened):
         tuple[bool, int]: Whether an earlier run is resumed, and the number of chunks for convolutions.
     """
     warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
-    hide_loader_warnings()
     if dist.ParallelEnv().world_size > 1:
         dist.init_parallel_env()
     gpu.check_gpu()
@@ -459,14 +455,12 @@ def last_step_of(progress, args, steps_per_epoch):
     return min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
 
 
-def announce(args, network, loader, validation, autocast):
+def announce(args, loader, validation, autocast):
     """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
     for_validation = f", {len(validation.images)} for validation" if validation is not None else ""
     precision = autocast["dtype"] if autocast["enable"] else "float32"
-    # The weights, and a training state of the weights and Adam's two moments, all float32
-    megabytes = 4 * 4 * sum(x.size for x in network.state_dict().values()) / 1e6
     data = f"{cli.counted(len(loader.dataset), 'image')}{for_validation}; {cli.counted(len(loader), 'step')} per epoch"
-    folders = f"{cli.printable(args.model_path)} ({megabytes:.0f} MB per saved epoch), {cli.printable(args.log_path)}"
+    folders = f"{cli.printable(args.model_path)}, {cli.printable(args.log_path)}"
     others = "lr: learning rate; waiting: share of time spent waiting for images"
     columns = f"columns: {OBJECTIVES[args.loss].meaning};\n  {others}"
     lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{columns}"
@@ -550,10 +544,10 @@ def main(args):
         first_step, last_step = progress["step"] + 1, last_step_of(progress, args, len(sampler))
 
         # Loop
-        announce(args, network, loader, validation, autocast)
+        announce(args, loader, validation, autocast)
         model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
         last = (progress["step"], progress["validated"] == progress["step"])
-        log = Log(args.log_path, FORMATS, run.id, last, set_aside=args.which_epoch != "latest")
+        log = Log(args.log_path, FORMATS, run.id, last)
         opened.callback(log.close)
         meter = Meter(OBJECTIVES[args.loss].columns, args.max_broken)
         bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))

@@ -60,12 +60,7 @@ def rebalancing_weights(prior, lam=0.5):
 
     Returns:
         Tensor: float32 [Q].
-
-    Raises:
-        UserError: If `lam` is outside [0, 1].
     """
-    if not 0 <= lam <= 1:
-        raise UserError(f"lambda (--gamma) must be in [0, 1], not {lam}")
     p = prior.numpy().astype(np.float64)
     mixed = (1 - lam) * p + lam / len(p)
     w = 1 / np.maximum(mixed, mixed[mixed > 0].min())
@@ -185,11 +180,6 @@ def _neighbors(positions, pixels, first, count, stride):
 MAX_THRESHOLD = 150
 
 
-def first_threshold(distance):
-    """Return the smallest integer t that each distance lies within, int64; 151 for distances beyond 150."""
-    return np.ceil(distance).clip(max=MAX_THRESHOLD + 1).astype(np.int64)
-
-
 def error_histogram(distance, bins=0, number=1):
     """Count the pixels of each ab bin whose ab error first lies within the threshold t, for t = 0 … 150.
 
@@ -203,7 +193,8 @@ def error_histogram(distance, bins=0, number=1):
         a weighted histogram is the sum of its rows, times the bins' weights.
     """
     classes = MAX_THRESHOLD + 2
-    cells = bins * classes + first_threshold(distance)
+    first = np.ceil(distance).clip(max=MAX_THRESHOLD + 1).astype(np.int64)  # 151 for distances beyond 150
+    cells = bins * classes + first
     return np.bincount(cells.ravel(), minlength=number * classes).reshape(number, classes)
 
 

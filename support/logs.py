@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 VAL = "val_"  # begins the names of values of validation
 LINES = "train.jsonl"
-LOG_FILES = r"train(_after_\d+)?\.jsonl|vdlrecords\.\d+\.log"
+LOG_FILES = r"train\.jsonl|vdlrecords\.\d+\.log"
 
 
 class Log:
@@ -35,12 +35,12 @@ class Log:
             after "val_".
         run (str): Identifier of the run, which becomes part of each line of the file.
         last (tuple[int, bool]): Lines of the log stay up to this step, and to that of its validation if the second is
-            true. Later lines exist if the run was killed after its last save.
-        set_aside (bool): Keep later lines in a file of their own.
+            true. Later lines, which exist if the run was killed after its last save or resumes at an earlier epoch, are
+            removed.
     """
 
-    def __init__(self, folder, formats, run, last=(0, True), set_aside=False):
-        self.folder, self.formats, self.run, self.last, self.set_aside = Path(folder), formats, run, last, set_aside
+    def __init__(self, folder, formats, run, last=(0, True)):
+        self.folder, self.formats, self.run, self.last = Path(folder), formats, run, last
         self.problem = f"{folder}: the log cannot be written"
         self.waiting, self.file, self.board = [], None, None
 
@@ -56,11 +56,8 @@ class Log:
             path = self.folder / LINES
             lines = read_log(path)
             before = [values for values in lines if _step_and_stage(values) <= self.last]
-            later = [values for values in lines if _step_and_stage(values) > self.last]
-            if later and self.set_aside:
-                aside = self.folder / f"train_after_{self.last[0]}.jsonl"
-                _append(later, aside)
-                note(f"{path}: {counted(len(later), 'line')} after step {self.last[0]} moved to {aside.name}")
+            if later := len(lines) - len(before):
+                note(f"{path}: {counted(later, 'line')} after step {self.last[0]} removed, where the run resumes")
             with atomic_text(path) as file:
                 file.writelines(json.dumps(values) + "\n" for values in before)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
@@ -135,11 +132,6 @@ def read_log(path):
 def log_runs(folder):
     """Return the identifiers of the runs whose lines are in a log; that of older logs is ""."""
     return {values.get("run", "") for values in read_log(Path(folder, LINES))}
-
-
-def _append(lines, path):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(values) + "\n" for values in lines)
 
 
 def _step_and_stage(values):

@@ -22,7 +22,6 @@ import paddle
 
 STATES = r"epoch_(latest|\d+)_state\.pdopt"
 CHECKPOINTS = rf"{STATES}|epoch_(latest|best|\d+)_model\.pdparams|epoch_best\.json"
-PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # keys of a training state
 
 # -------------------------------------------------------------------------------------------------
 # Folders of a run
@@ -90,15 +89,18 @@ class Run:
         """
         share_statistics(self.network)
         if is_first():
-            if not self.saved and earlier_files(self.folder, self.log_folder):
-                self._write(["latest"], replaced=sorted(log_runs(self.log_folder)))
-                self._remove_earlier_run()
-            self._write(names)
+            state = self._state()
+            for name in names:
+                save_checkpoint(state, self.folder / f"epoch_{name}_state.pdopt")
+                self._write_weights(name)
+            if not self.saved:
+                self._remove_earlier_run(written={*map(str, names)})
             self._prune()
         self.saved = True
         all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
-    def _write(self, names, replaced=None):
+    def _state(self):
+        """Return everything that is needed to resume, with a checksum. Raises UserError if weights are not finite."""
         weights = self.network.state_dict()
         if not all(paddle.isfinite(tensor).all() for tensor in weights.values()):
             raise UserError("the weights are not finite and were not saved: try a lower --lr")
@@ -108,12 +110,9 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "progress": self.progress,
             "flags": self.flags,
+            "run": self.id,
         }
-        # `replaced` are the runs whose files may still be there if this process is killed
-        state.update(run=self.id, checksum=_checksum(state), replaced=replaced)
-        for name in names:
-            save_checkpoint(state, self.folder / f"epoch_{name}_state.pdopt")
-            self._write_weights(name)
+        return {**state, "checksum": _checksum(state)}
 
     def _write_weights(self, name):
         """Write `epoch_{name}_model.pdparams`: the weights and the entries."""
@@ -121,14 +120,12 @@ class Run:
         entries = {entry: np.array(known[entry], np.int64) for entry in self.entries}
         save_checkpoint({**self.network.state_dict(), **entries}, self.folder / f"epoch_{name}_model.pdparams")
 
-    def _remove_earlier_run(self):
-        """Remove all checkpoints but `latest`, and the log of another run."""
-        for path in _matching(self.folder, CHECKPOINTS):
-            if not path.name.startswith("epoch_latest_"):
-                path.unlink()
-        if log_runs(self.log_folder) != {self.id}:
-            for path in _matching(self.log_folder, LOG_FILES):
-                path.unlink()
+    def _remove_earlier_run(self, written):
+        """Remove the log of an earlier run and its checkpoints, except for those that have been replaced."""
+        earlier = _matching(self.log_folder, LOG_FILES)  # first, because `resume` refuses another run's log
+        earlier += [path for path in _matching(self.folder, CHECKPOINTS) if path.name.split("_")[1] not in written]
+        for path in earlier:
+            path.unlink()
 
     def save_best(self, name, value, measured_on):
         """Save the weights as `best` if no other weights of this run have a lower value.
@@ -139,13 +136,11 @@ class Run:
         if not is_first():
             return
         path = self.folder / "epoch_best.json"
-        best = read_json(path)
-        if isinstance(best, dict) and (self.folder / "epoch_best_model.pdparams").exists():
-            before = best.get("measured_on")
-            if best.get("run") == self.id and before == measured_on and best.get(name, math.inf) <= value:
-                return
-            if before != measured_on:
-                note(f"{path}: measured on {before}, now on {measured_on}: `best` begins again")
+        best = read_json(path) or {"measured_on": measured_on}
+        if (before := best.get("measured_on")) != measured_on:
+            note(f"{path}: measured on {before}, now on {measured_on}: `best` begins again")
+        elif best.get("run") == self.id and best.get(name, math.inf) <= value:
+            return
         self._write_weights("best")
         where = {"epoch": self.progress["epoch"], "step": self.progress["step"]}
         write_json({"run": self.id, **where, name: value, "measured_on": measured_on}, path)
@@ -173,19 +168,10 @@ class Run:
         changes = self._changes(state["flags"])
         if refused := ", ".join(changes[flag] for flag in fixed if flag in changes):
             raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
-        for key, before in self.progress.items():
-            value = state["progress"].get(key, before)
-            if not (isinstance(value, type(before)) and value >= 0):
-                raise UserError(f"{path}: not a training state: its {key} is {value!r}")
-            self.progress[key] = value
-        self.id, self.saved, replaced = state.get("run", ""), True, state.get("replaced")
-        if is_first():
-            if log_runs(self.log_folder) - {self.id, *(replaced or ())}:
-                raise UserError(
-                    f"{self.log_folder}: contains the log of another run than {path}; choose another --log_path"
-                )
-            if replaced is not None:
-                self._remove_earlier_run()
+        self.progress.update(state["progress"])
+        self.id, self.saved = state["run"], True
+        if is_first() and log_runs(self.log_folder) - {self.id}:
+            raise UserError(f"{self.log_folder}: the log of another run than {path}; choose another --log_path")
         set_weights(self.network, state["network"], path)
         self.optimizer.set_state_dict(state["optimizer"])
         if state["scaler"]:
@@ -195,7 +181,7 @@ class Run:
     def _changes(self, earlier_flags):
         changes = {}
         for name, now in self.flags.items():
-            before = earlier_flags.get(name, now)  # older states lack some flags
+            before = earlier_flags.get(name, now)  # an older version has fewer flags
             if not np.array_equal(before, now):
                 changes[name] = f"{name} has changed" if np.ndim(now) else f"{name} {before} is now {now}"
         return changes
@@ -213,10 +199,9 @@ class Run:
 def _read_state(path):
     """Return the content of a training state. Raises UserError if it is damaged or the file is something else."""
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in PARTS):
-        raise UserError(f"{path}: not a training state, which has {', '.join(PARTS)}")
-    # Older states have no checksum.
-    if "checksum" in state and _checksum({part: state[part] for part in PARTS}) != state["checksum"]:
+    if "checksum" not in state:
+        raise UserError(f"{path}: not a training state")
+    if state.pop("checksum") != _checksum(state):
         raise UserError(f"{path}: damaged: its checksum does not match")
     return state
 

@@ -1,6 +1,5 @@
 """Worker processes that read images."""
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -75,15 +74,6 @@ def from_workers(loader, stop=None):
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
 
 
-def hide_loader_warnings():
-    """Hide the warnings of Paddle's loader about lost workers, which `from_workers` reports. Scripts call this."""
-    logging.getLogger().addFilter(_is_no_loader_warning)  # adding it twice has no effect
-
-
-def _is_no_loader_warning(record):
-    return record.module != "dataloader_iter" or record.levelno > logging.WARNING
-
-
 def _start_workers(loader):
     """Start a loader's workers, which Paddle has only where processes fork."""
     # A signal would end a worker that has not left the group yet, so it is held back until then.
@@ -107,12 +97,8 @@ def _from_thread(loader):
         return [np.stack(column) for column in zip(*(loader.dataset[index] for index in indices))]
 
     with ThreadPoolExecutor(1) as thread:
-        batches = (thread.submit(load, indices) for indices in loader.batch_sampler)
-        current = next(batches, None)
-        while current:
-            following, batch = next(batches, None), current.result()
-            yield [paddle.to_tensor(x, place=paddle.CPUPlace()) for x in batch]
-            current = following
+        for batch in _submit(thread, load, loader.batch_sampler, ahead=2):
+            yield [paddle.to_tensor(x, place=paddle.CPUPlace()) for x in batch.result()]
 
 
 def make_loader(dataset, num_workers, **batches):

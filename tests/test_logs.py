@@ -7,7 +7,6 @@ import time
 from types import SimpleNamespace
 
 from support import logs
-from support.sheets import tile
 
 import numpy as np
 import paddle
@@ -36,13 +35,6 @@ def test_visualdl_shows_all_logged_values_and_a_picture(run_training, square_cro
     for i, path in enumerate(sorted(square_crops.iterdir())):  # the ground truth, two images per row
         top, left = i // 2 * 68, i % 2 * (3 * 64 + 4) + 2 * 64
         assert np.array_equal(picture[top : top + 64, left : left + 64], np.asarray(Image.open(path)))
-
-
-def test_picture_of_one_or_three_validation_images_is_filled_up():
-    square = np.zeros((32, 96, 3), np.uint8)
-    assert tile([square]).shape == (34, 98, 3)
-    three = tile([square] * 3)
-    assert three.shape == (68, 196, 3) and (three[34:, 98:] == 255).all()
 
 
 def test_lines_of_the_log_average_over_loss_step_steps(run_training):

@@ -30,3 +30,10 @@ def test_east_asian_names_use_an_installed_font(monkeypatch, installed, used):
     monkeypatch.setattr(sheets, "EAST_ASIAN", (installed,))
     families = [sheets.font(14, text).getname()[0] for text in ("旅行/a", "커피", "é/ж")]
     assert families == [used, used, "DejaVu Sans"]
+
+
+def test_tiles_of_one_or_three_images_are_filled_up():
+    square = np.zeros((32, 96, 3), np.uint8)
+    assert sheets.tile([square]).shape == (34, 98, 3)
+    three = sheets.tile([square] * 3)
+    assert three.shape == (68, 196, 3) and (three[34:, 98:] == 255).all()
