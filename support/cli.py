@@ -75,14 +75,14 @@ class Stopped(KeyboardInterrupt):
     """A stop signal, whose number is the only argument. It is raised in the main thread, so `finally` blocks run."""
 
 
-SIGNALS = {signal.SIGINT: "by Ctrl-C", signal.SIGTERM: "by SIGTERM"}  # and, where they exist:
-for _name, _reason in {
+REASONS = {  # by the names of the stop signals
+    "SIGINT": "by Ctrl-C",
+    "SIGTERM": "by SIGTERM",
     "SIGHUP": "because its terminal was closed",
     "SIGUSR1": "by SIGUSR1",  # batch systems send it before the time limit
     "SIGUSR2": "by SIGUSR2",
-}.items():
-    if hasattr(signal, _name):
-        SIGNALS[getattr(signal, _name)] = _reason
+}
+SIGNALS = {getattr(signal, name): reason for name, reason in REASONS.items() if hasattr(signal, name)}
 
 
 def handle_signals(handler):

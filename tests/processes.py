@@ -43,7 +43,7 @@ def started(folder, *arguments, script=SMALL, launcher=()):
             stderr=err,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=reset_signals,
         )
     family = {process.pid}
     process.family = lambda: family.update(descendants(process.pid)) or family
@@ -54,6 +54,12 @@ def started(folder, *arguments, script=SMALL, launcher=()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def reset_signals():
+    """Handle Ctrl-C and a closed terminal as usual; a shell's background jobs and `nohup` ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start_training(folder, images, *more, size=32, **settings):

@@ -246,19 +246,6 @@ def read_all(descriptor):
 
 
 @pytest.mark.slow
-def test_nohup_keeps_a_run_alive_after_sighup(tmp_path, square_crops):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run inherits it
-    try:
-        with start_training(tmp_path, square_crops, "--batch_size", 1) as process:
-            wait_for(lambda: steps_done(tmp_path) > 2, process)
-            process.send_signal(signal.SIGHUP)
-            before = steps_done(tmp_path)
-            wait_for(lambda: steps_done(tmp_path) > before + 3, process)
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.mark.slow
 def test_worker_killed_by_the_same_signal_does_not_prevent_a_save(tmp_path, square_crops):
     with start_training(tmp_path, square_crops, "--num_workers", 2, "--batch_size", 1) as process:
         wait_for(lambda: steps_done(tmp_path) > 2 and len(process.family()) >= 3, process)
