@@ -210,10 +210,8 @@ def _check_tiff(tags):
     stripes = compression == 1 and planar == 2 and kinds == {"uint16"}  # of which Pillow would make one picture
     ycbcr = compression == 1 and photometric == 6  # which Pillow leaves to libtiff, and that decompresses only
     if stripes or ycbcr or not kinds <= TIFF_SAMPLES.get(photometric, set()):
-        kinds = f"{' '.join(sorted(kinds))} samples, photometric interpretation {photometric}"
-        raise ValueError(
-            f"TIFF with {kinds}, compression {compression} and planar configuration {planar} is not supported"
-        )
+        layout = f"photometric interpretation {photometric}, compression {compression}, planar configuration {planar}"
+        raise ValueError(f"TIFF with {' '.join(sorted(kinds))} samples, {layout} is not supported")
 
 
 def _convert_samples(image):
