@@ -88,8 +88,7 @@ class Photo:
     name: str
     data: bytes  # the uploaded file
     turn: object  # context manager to decode it in: the lock of large photos, or none
-    preview: Image.Image
-    gray: Image.Image  # of the preview
+    preview: Image.Image  # in gray
     weights: str = None  # name of the weights that computed the logits
     output: paddle.Tensor = None  # logits [1, 313, h/4, w/4], or ab [1, 2, h/4, w/4]
     corrections: list = field(default_factory=list)
@@ -118,19 +117,12 @@ def guard(handler):
     def guarded(*arguments):
         try:
             return handler(*arguments)
-        except gr.Error:
-            raise
-        except InvalidImageError as error:
-            reason = f"{Path(error.path).name} cannot be read as a photo: {error.reason}."
-        except UserError as error:
-            reason = str(error)
-        except MemoryError:
-            reason = "The server does not have enough memory for this."
-        except OSError as error:
-            reason = f"The server cannot do this: {(error.strerror or str(error)).lower()}."
+        except (UserError, InvalidImageError) as error:
+            path, colon, problem = str(error).partition(": ")
+            reason = Path(path).name + colon + problem  # without the folder, which is the server's
         except BaseException as error:
             traceback.print_exc()
-            reason = f"The server cannot do this because of an unexpected error ({type(error).__name__})."
+            reason = f"The server cannot do this: {getattr(error, 'strerror', None) or type(error).__name__}"
         raise gr.Error(html.escape(reason), print_exception=False)
 
     return guarded
@@ -144,20 +136,21 @@ def open_photo(large, path):
     turn = large if width * height > LARGE * 1e6 else nullcontext()
     data = Path(path).read_bytes()  # uploads are deleted after a minute, which may pass before the photo's turn
     with open_image(path, least_side=PREVIEW) as opened, turn:
-        preview = to_rgb(opened, path)
-    preview.thumbnail((PREVIEW, PREVIEW))
-    gray = colored(preview, paddle.zeros([2, 1, 1]))
-    picture = store(gray)
-    return Photo(Path(path).name, data, turn, preview, gray), (picture, picture), picture, None, ""
+        image = to_rgb(opened, path)
+    image.thumbnail((PREVIEW, PREVIEW))
+    preview = colored(image, paddle.zeros([2, 1, 1]))
+    picture = store(preview)
+    return Photo(Path(path).name, data, turn, preview), (picture, picture), picture, None, ""
 
 
 def compute(colorizer, network, photo, weights):
-    """Run the network, unless its output for these weights is kept. `network` is the lock of the network."""
+    """Run the network, unless its output for these weights is kept. `network` is the lock to load and run it."""
     if photo and photo.weights != weights:
-        colorize = colorizer(weights)
-        inputs = network_input(photo.decode(), colorize.load_size)
+        image = photo.decode()
         with network:
-            photo.output, photo.weights = colorize.predict(inputs[None]), weights
+            colorize = colorizer(weights)
+            photo.output = colorize.predict(network_input(image, colorize.load_size)[None])
+        photo.weights = weights
 
 
 def draw(photo, *values):
@@ -169,7 +162,7 @@ def draw(photo, *values):
         return [gr.skip()] * (4 + LIKELY)
     settings = clamp(values)
     colorized = photo.colorize(photo.preview, settings)
-    pictures = store(photo.gray), store(colorized)
+    pictures = store(photo.preview), store(colorized)
     return pictures, store(mark(colorized, photo, settings)), *distribution(photo, settings)
 
 
@@ -192,7 +185,7 @@ def correct(choose, photo, *values):
         place = settings.across / 100, settings.down / 100
         others = [correction for correction in photo.corrections if correction[:2] != place]
         if len(others) >= MAX_CORRECTIONS:
-            raise gr.Error(f"There are {MAX_CORRECTIONS} corrections already.", print_exception=False)
+            raise UserError(f"There are {MAX_CORRECTIONS} corrections already.")
         photo.corrections = [*others, Correction(*place, choose(photo, settings), settings.reach / 100)]
     return redraw(photo, *values)
 
@@ -210,12 +203,10 @@ def change_reach(photo, *values):
 
 
 def undo(photo, *values):
-    """Remove the last correction. The last output is the reach of the one before it."""
-    if photo is None or not photo.corrections:
-        return *redraw(photo, *values), gr.skip()
-    *photo.corrections, _ = photo.corrections
-    reach = round(100 * photo.corrections[-1].reach) if photo.corrections else gr.skip()
-    return *redraw(photo, *values), reach
+    """Remove the last correction."""
+    if photo:
+        photo.corrections = photo.corrections[:-1]
+    return redraw(photo, *values)
 
 
 def reset(photo, *values):
@@ -228,12 +219,9 @@ def reset(photo, *values):
 def full_size(suffix, photo, *values):
     """Write the file to download: the photo in its own size, colorized from the kept output."""
     if photo is None or photo.output is None:
-        raise gr.Error(NO_PHOTO, print_exception=False)
+        raise UserError(NO_PHOTO)
     target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
-    try:
-        save(photo.colorize(photo.decode(), clamp(values)), target)
-    except UserError as error:
-        raise UserError(str(error).replace(str(target), target.name)) from error
+    save(photo.colorize(photo.decode(), clamp(values)), target)
     return str(target)
 
 
@@ -504,7 +492,7 @@ def build(names, colorizer):
         adjust(neutral.click, partial(correct, lambda *_: (0, 0)), [photo, *drawn])
         adjust(chart.select, correct_from_chart, [photo, *drawn])
         adjust(reach.input, change_reach, [photo, *drawn], "always_last")
-        adjust(undone.click, undo, [photo, *drawn, reach])
+        adjust(undone.click, undo, [photo, *drawn])
         adjust(restored.click, reset, [photo, *drawn])
         on(divider.input, lambda share: gr.ImageSlider(slider_position=share), divider, picture, show_progress="hidden")
         for name, button in saves.items():
@@ -569,10 +557,8 @@ def main(args):
         server = uvicorn.Server(uvicorn.Config(web_app(page, args.root_path, limit), log_level="warning"))
         thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
         thread.start()
-        while thread.is_alive() and not server.started:
-            time.sleep(0.05)
         name = "localhost" if address.is_unspecified else f"[{address}]" if address.version == 6 else address
-        print(f"http://{name}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)
+        print(f"http://{name}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)  # which may wait a moment
         icons = set(Path(folder).iterdir())
         try:
             while thread.is_alive():

@@ -10,6 +10,7 @@ test.py, hubconf.py and the web demo all colorize images with this module.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import NamedTuple
 
 from support.cpu import available_cores
@@ -169,7 +170,7 @@ def colored(image, ab, corrections=(), saturation=1):
     Raises:
         ValueError: If a correction or the saturation is out of range.
     """
-    if not 0 <= saturation < np.inf:
+    if not (isinstance(saturation, Real) and 0 <= saturation < np.inf):
         raise ValueError(f"saturation: must be finite and not negative, not {saturation!r:.40}")
     stride = STRIDE
     if corrections:

@@ -24,7 +24,6 @@ from support.images import InvalidImageError
 import numpy as np
 import paddle
 import pytest
-import tifffile
 from conftest import ROOT
 from page_client import PageClient
 from PIL import ExifTags, Image
@@ -35,7 +34,6 @@ from dataset import lab_to_rgb
 from utils import annealed_mean, load_ab_bins
 
 needs_gradio = pytest.mark.skipif(app.gr is None, reason="Gradio is not installed: requirements-app.txt")
-ERRORS = ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "MemoryError", "OSError", "ValueError", "UserError")
 SETTINGS = (0.38, 1, 50, 50, 20)
 BINS = load_ab_bins().numpy()
 
@@ -48,14 +46,11 @@ BINS = load_ab_bins().numpy()
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (UserError("x.jpg: cannot be written"), "x.jpg: cannot be written"),
-        (
-            InvalidImageError("/tmp/abc/<b>.jpg", "not an image"),
-            "&lt;b&gt;.jpg cannot be read as a photo: not an image.",
-        ),
-        (MemoryError(), "not have enough memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device"),
-        (ValueError("secret"), r"unexpected error \(ValueError\)"),
+        (UserError("/tmp/abc/x.jpg: cannot be written: 1/2"), "^'x.jpg: cannot be written: 1/2'$"),
+        (InvalidImageError("/tmp/abc/<b>.jpg", "not an image"), "^'&lt;b&gt;.jpg: not an image'$"),
+        (MemoryError(), "MemoryError"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (ValueError("secret"), "ValueError"),
         (SystemExit(1), "SystemExit"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
         (GeneratorExit(), "GeneratorExit"),
@@ -119,7 +114,7 @@ def test_upload_that_is_deleted_while_it_waits_for_its_turn_is_read(tmp_path, mo
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     photo, *_ = app.open_photo(turn(), tmp_path / "photo.png")
-    assert photo.preview.size == (1200, 720)
+    assert photo.preview.size == (1200, 720) and photo.corrections == []
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
@@ -163,14 +158,6 @@ def test_server_that_ends_by_itself_ends_the_program(monkeypatch, error_message)
     assert error_message(app.main, arguments) == "the server has stopped unexpectedly"
 
 
-def test_importing_the_page_changes_no_settings_of_the_process():
-    state = "dict(os.environ), logging.getLogger('httpx').level, signal.getsignal(2), threading.active_count()"
-    code = "import logging, os, signal, threading, support.images, colorizer, matplotlib.figure\n"
-    code += f"try: import gradio\nexcept ImportError: pass\nbefore = {state}; import app; assert before == ({state})"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO")}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
-
-
 def test_missing_gradio_is_reported():
     without = "import runpy, sys; sys.modules['gradio'] = None; runpy.run_path('app.py', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True)
@@ -199,7 +186,7 @@ def photo(tmp_path, monkeypatch):
     logits = np.zeros((1, 313, 8, 12), np.float32)
     logits[0, np.all(BINS == (60, 40), axis=1), 2, 9] = 50
     gray = Image.new("RGB", (120, 80), "gray")
-    return app.Photo("photo.png", b"", nullcontext(), gray, gray, "small", paddle.to_tensor(logits))
+    return app.Photo("photo.png", b"", nullcontext(), gray, "small", paddle.to_tensor(logits))
 
 
 def color(ab):
@@ -214,8 +201,8 @@ def test_corrections_are_added_changed_and_removed(photo):
     assert photo.corrections == [first, second]
     app.change_reach(photo, 0.38, 1, 50, 50, 70)  # of the last one, wherever the place is now
     assert photo.corrections == [first, second._replace(reach=0.7)]
-    *_, reach = app.undo(photo, *SETTINGS)
-    assert photo.corrections == [first] and reach == 20
+    app.undo(photo, *SETTINGS)
+    assert photo.corrections == [first]
     app.reset(photo, *SETTINGS)
     assert photo.corrections == []
     app.undo(photo, *SETTINGS)
@@ -233,7 +220,7 @@ def test_another_color_for_the_same_place_replaces_the_first(photo):
 @needs_gradio
 def test_number_of_corrections_is_limited(photo):
     photo.corrections = [Correction(i / 100, 0.5, (60, 40), 0.2) for i in range(app.MAX_CORRECTIONS)]
-    with pytest.raises(app.gr.Error, match="20 corrections already"):
+    with pytest.raises(UserError, match="20 corrections already"):
         app.correct(color((60, 40)), photo, 0.38, 1, 99, 50, 20)
     app.correct(color((0, 0)), photo, 0.38, 1, 3, 50, 20)  # another color for one of the places
     assert len(photo.corrections) == app.MAX_CORRECTIONS
@@ -266,11 +253,6 @@ def test_click_on_a_square_of_the_chart_chooses_its_color(photo, tmp_path):
         assert len(rows) > 50
         for row, column in ((rows.min(), columns.min()), (rows.max(), columns.max())):
             assert tuple(app.color_in_chart(column, row)) == tuple(BINS[index])
-
-
-def test_clicks_next_to_the_squares_choose_the_nearest_color():
-    for x, y in ((0, 0), (599, 0), (0, 599), (599, 599)):
-        assert app.color_in_chart(x, y) in BINS
 
 
 @needs_gradio
@@ -306,20 +288,17 @@ def test_network_that_predicts_ab_shows_one_color_and_can_be_corrected(photo):
 # The page, served by a process of its own
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Reports every host that the server connects to or looks up, and lets models named after errors raise them.
+# Reports every host that the server connects to or looks up; the model named exit ends the program.
 SERVER = """if True:
-    import builtins, sys
+    import sys
     def watch(event, arguments):
         if event in ("socket.connect", "socket.getaddrinfo"):
             host = arguments[event == "socket.connect"]
             print("calls", host[0] if isinstance(host, tuple) else host, file=sys.stderr, flush=True)
     sys.addaudithook(watch)
     import app
-    from support.cli import UserError
     def colorizer(name, model_path, original=app.Colorizer):
-        if error := {"UserError": UserError}.get(name) or getattr(builtins, name, None):
-            raise error("injected")
-        return original(name, model_path=model_path)
+        return sys.exit() if name == "exit" else original(name, model_path=model_path)
     app.Colorizer = colorizer
     sys.exit(app.run_script(app.main, app.parse_args))
 """
@@ -348,12 +327,11 @@ def served(folder, checkpoint, *flags):
 
 @pytest.fixture(scope="module")
 def page(cic_checkpoint, tmp_path_factory):
-    """Serve the page with models that raise errors, and return its address."""
+    """Serve the page with a model that ends the program, and return its address."""
     if app.gr is None:
         pytest.skip("Gradio is not installed: requirements-app.txt")
     folder = tmp_path_factory.mktemp("page")
-    for name in ERRORS:
-        (folder / f"epoch_{name}_model.pdparams").touch()
+    (folder / "epoch_exit_model.pdparams").touch()
     with served(folder, cic_checkpoint) as address:
         yield address
     assert set(re.findall("^calls (.*)", (folder / "log").read_text(), re.M)) <= {"127.0.0.1"}
@@ -373,12 +351,11 @@ def png(image):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ERRORS)
-def test_errors_reach_only_their_user(page, error):
+def test_errors_reach_only_their_user(page):
     client, other = PageClient(page), PageClient(page)
     client.take("photo.png", png(Image.new("RGB", (64, 64))))
-    client.weights, fine = error, client.weights
-    with pytest.raises(RuntimeError, match="injected|does not have enough memory|unexpected error"):
+    client.weights, fine = "exit", client.weights
+    with pytest.raises(RuntimeError, match="SystemExit"):
         client.color()
     other.take("photo.png", png(Image.new("RGB", (64, 64))))
     assert len(set(other.color())) == 2
@@ -389,7 +366,7 @@ def test_errors_reach_only_their_user(page, error):
 @pytest.mark.slow
 def test_photos_that_cannot_be_read_or_written_give_their_users_a_message(page):
     client = PageClient(page)
-    with pytest.raises(RuntimeError, match="text.jpg cannot be read as a photo: not an image"):
+    with pytest.raises(RuntimeError, match="^text.jpg: not an image"):
         client.take("text.jpg", b"not a photo")
     with pytest.raises(RuntimeError, match="no photo to work on"):
         client.download()
@@ -410,20 +387,9 @@ def test_other_addresses_are_served_and_uploads_are_limited_unless_only_this_mac
         pytest.skip("no IPv6 here")
     with served(tmp_path, cic_checkpoint, "--host", host) as served_at:
         assert re.fullmatch(rf"http://{address}:\d+", served_at)
-        refusal = (
-            pytest.raises(OSError, match="413") if limited else pytest.raises(RuntimeError, match="cannot be read")
-        )
-        with refusal:
+        error, message = (OSError, "413") if limited else (RuntimeError, "large.jpg: not an image")
+        with pytest.raises(error, match=message):
             PageClient(served_at).take("large.jpg", bytes(app.MAX_MEGABYTES * 2**20 + 1))
-
-
-@pytest.mark.slow
-def test_scan_of_46_megabytes_is_accepted(page, tmp_path):
-    """Return a scan of 4.3x5 inches, 600 dots per inch and 16 bits, uncompressed."""
-    tifffile.imwrite(tmp_path / "scan.tif", np.full((3000, 2580, 3), 30_000, np.uint16), photometric="rgb")
-    client = PageClient(page)
-    client.take("scan.tif", (tmp_path / "scan.tif").read_bytes())
-    assert len(set(client.color())) == 2
 
 
 @pytest.mark.slow
@@ -458,18 +424,6 @@ def test_simultaneous_users_get_their_own_photos_corrections_and_metadata(page, 
             expected = colorize(path, temperature=0.2, corrections=corrections, saturation=1.2)
             assert downloaded.getexif()[ExifTags.Base.Artist] == path.stem
             assert np.abs(np.int16(downloaded) - expected).max() <= 1
-
-
-@pytest.mark.slow
-def test_another_photo_removes_the_corrections(page, cic_checkpoint, image_folder):
-    client, coffee = PageClient(page), image_folder / "coffee.png"
-    for _ in range(2):
-        client.take("coffee.png", coffee.read_bytes())
-        client.color()
-        assert (
-            np.abs(np.int16(Image.open(io.BytesIO(client.download()))) - Colorizer(cic_checkpoint)(coffee)).max() <= 1
-        )
-        client.change("Gray", "click")
 
 
 # Returns whether the page handles the event; otherwise, the browser would leave the page and open the photo.
@@ -589,7 +543,7 @@ def test_page_works_in_a_browser(page, browser, cic_checkpoint, image_folder, tm
     (tmp_path / "text.jpg").write_text("not a photo")
     before = pictures(tab)
     field.set_input_files(tmp_path / "text.jpg")
-    tab.get_by_text("text.jpg cannot be read as a photo: not an image").wait_for()
+    tab.get_by_text("text.jpg: not an image").wait_for()
     assert pictures(tab) == before
     field.wait_for(state="attached")
 

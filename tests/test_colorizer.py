@@ -243,7 +243,7 @@ def test_corrections_out_of_range_are_refused(astronaut, wrong):
         colorizer.colored(*astronaut, [ORANGE._replace(**wrong)])
 
 
-@pytest.mark.parametrize("saturation", [-0.1, np.nan, np.inf])
+@pytest.mark.parametrize("saturation", [-0.1, np.nan, np.inf, "a"])
 def test_saturation_out_of_range_is_refused(astronaut, saturation):
     with pytest.raises(ValueError, match="saturation"):
         colorizer.colored(*astronaut, saturation=saturation)
