@@ -78,6 +78,6 @@ def test_file_that_is_missing_or_cannot_be_read_proves_nothing(tmp_path, monkeyp
 
 
 def test_intact_files_of_all_formats_are_not_damaged(tmp_path):
-    make(tmp_path / "in", 150, seed=1)
+    make(tmp_path / "in")
     unharmed = [path for path in (tmp_path / "in").iterdir() if "unharmed" in path.name]
     assert len(unharmed) > 10 and not any(map(find_damage, unharmed))
