@@ -160,13 +160,14 @@ def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path
     assert controls["colored_images"] is None
 
 
-def test_squares_are_resized_and_cropped_at_the_center(tmp_path):
-    path = save_image(tmp_path / "a.png", IMAGES["coffee"])
-    _, square = metrics_acc.read_squares(("a", None, path), load_size=256, crop_size=96)
-    assert np.array_equal(square, IMAGES["coffee"][80:176, 102:198])
-    _, square = metrics_acc.read_squares(("a", None, path), load_size=128, crop_size=96)
+def test_load_and_crop_size_reach_the_classifier(tmp_path, run, monkeypatch):
+    inputs, real = [], metrics_acc.top_classes
+    monkeypatch.setattr(metrics_acc, "top_classes", lambda network, rgb: inputs.append(rgb) or real(network, rgb))
+    save_image(tmp_path / "c" / SYNSETS[5] / "a.png", IMAGES["coffee"])
     half = np.asarray(Image.fromarray(IMAGES["coffee"]).resize((150, 128), Image.Resampling.BILINEAR))
-    assert np.abs(square.astype(int) - half[16:112, 27:123]).max() < 1.01
+    for load_size, expected in ((256, IMAGES["coffee"][80:176, 102:198]), (128, half[16:112, 27:123])):
+        run("--result_path", tmp_path / "c", "--load_size", load_size, "--crop_size", 96)
+        assert np.abs(inputs[-1].numpy()[0].transpose(1, 2, 0) * 255 - expected).max() < 1.01
 
 
 def test_gray_control_is_the_image_without_ab():
