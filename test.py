@@ -251,22 +251,19 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("method").add_argument
     add("--model_path", default="./model", help="folder of the checkpoints")
-    name = "epoch_{NAME}_model.pdparams in --model_path; small: the bundled weights; official: the authors'; or a path"
-    default = "(default: 19; if missing, latest, then the highest number, then small)"
-    add("--load_model", metavar="NAME", help=f"{name} {default}")
-    annealing = "temperature of the annealed mean; 1: mean over all colors, toward 0: the most likely color"
-    own = f"(default: the checkpoint's own, otherwise {TEMPERATURE})"
-    add("--temperature", type=cli.number(1e-3, 1e6), help=f"{annealing} {own}")
-    stronger = "multiply the predicted ab, for stronger or weaker colors; not part of the paper"
-    add("--saturation", type=cli.number(0, 10), default=1.0, help=stronger)
+    weights = "epoch_NAME_model.pdparams in --model_path; small: the bundled weights; official: the authors'; or a path"
+    add("--load_model", metavar="NAME", help=f"{weights} (default: 19, latest, the highest number, or small)")
+    stored = "(default: the checkpoint's own, otherwise {})"
+    annealing = f"1: mean over all colors, toward 0: the most likely color {stored.format(TEMPERATURE)}"
+    add("--temperature", type=cli.number(1e-3, 1e6), help=annealing)
+    add("--saturation", type=cli.number(0, 10), default=1.0, help="factor of the predicted ab; not part of the paper")
     bf16 = "bf16: half the time, ab differs by 0.056 on average; auto: bf16 where the CPU has it in hardware"
     add("--precision", choices=("auto", "float32", "bf16"), default="auto", help=bf16)
-    shorter = f"shorter side of the network's input in pixels (default: the checkpoint's own, otherwise {LOAD_SIZE})"
+    shorter = f"shorter side of the network's input in pixels {stored.format(LOAD_SIZE)}"
     add("--load_size", type=cli.SIDE, help=shorter)
     add("--crop_size", type=cli.SIDE, help="colorize only a center crop with this side in pixels (default: all)")
     add("--batch_size", type=cli.whole(), default=8, help="number of consecutive images of equal size per batch")
-    workers = "number of threads that read, and of those that write"
-    add("--num_workers", type=cli.whole(1, 1024), default=available_cores(), help=workers)
+    add("--num_workers", type=cli.whole(1, 1024), default=available_cores(), help="threads that read, and that write")
 
     group = parser.add_argument_group("output")
     add, add_bool = group.add_argument, partial(cli.add_bool_flag, group)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import PurePath
 
 from support.cli import UserError, counted, note, note_some
-from support.files import read_json
+from support.files import atomic_text, open_text, read_json
 
 import numpy as np
 
@@ -174,8 +174,15 @@ def what_changed(record, source, settings, folder):
 
 def append_record(record, path):
     """Append a record to a file of records."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"\n{json.dumps(record)}")  # the line break first: an earlier line may have been cut short
+    line = f"\n{json.dumps(record)}"  # the line break first: an earlier line may have been cut short
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:  # some network file systems write whole files only
+        with open_text(path) as file:
+            before = file.read()
+        with atomic_text(path) as file:
+            file.write(before + line)
 
 
 def read_records(path):

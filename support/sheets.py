@@ -38,9 +38,8 @@ def contact_sheet(rows, columns, cell_width=CELL[0]):
         for center, image in zip(centers, images):
             sheet.paste(image, (center - image.width // 2, top))
         top += height
-        caption = font(14, name)
-        text = shortened(name, draw, caption, width - 2 * MARGIN)
-        draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", caption, anchor="mm")
+        text = name[-(width // 16) :]  # the end of a long name: few characters are wider than 16 pixels
+        draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", font(14, text), anchor="mm")
     return sheet
 
 
@@ -56,15 +55,6 @@ def font(size, text=""):
 
         return ImageFont.truetype(findfont(FontProperties(family=[*EAST_ASIAN, "DejaVu Sans"])), size)
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def shortened(name, draw, font, width):
-    """Return the end of a name that fits into `width` pixels."""
-    text = name
-    while draw.textlength(text, font) > width:
-        name = name[1:]
-        text = f"…{name}"
-    return text
 
 
 def write_sheets(rows, columns, folder):

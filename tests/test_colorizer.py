@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from support.checkpoints import save_safetensors
-from support.cli import UserError
-from support.images import InvalidImageError
 from support.regions import geodesic_distance, region_weights
 
 import numpy as np
@@ -53,14 +51,6 @@ def test_annealed_mean_of_logits_equals_predicted_ab(small_checkpoint, image_fol
     for temperature in (0.05, 0.38, 1):
         ab = annealed_mean(logits, load_ab_bins(), temperature)
         assert np.abs(ab.numpy() - colorize.predict_ab(inputs, temperature).numpy()).max() < 0.01
-
-
-def test_unusable_weights_and_images_raise_the_documented_errors(small_checkpoint, tmp_path):
-    with pytest.raises(UserError, match="no such checkpoint"):
-        colorizer.Colorizer("7", model_path=small_checkpoint.parent)
-    (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(InvalidImageError, match=r"text.jpg: not an image"):
-        colorizer.Colorizer(small_checkpoint)(tmp_path / "text.jpg")
 
 
 def test_threads_get_the_colors_of_their_own_images(small_checkpoint, image_folder):

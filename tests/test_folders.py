@@ -300,6 +300,20 @@ def test_source_is_the_same_in_a_moved_folder_and_another_one_in_a_different_fil
     assert same_source(record, "moved/x/a.jpg") and not same_source(record, "other/x/a.jpg")
 
 
+def test_records_are_kept_where_files_cannot_be_appended_to(tmp_path, monkeypatch):
+    """Imitate an rclone mount, where the first record is a new file."""
+
+    def no_appending(path, mode="r", *more, original=open, **options):
+        if "a" in mode and os.path.exists(path):
+            raise PermissionError(1, "Operation not permitted")
+        return original(path, mode, *more, **options)
+
+    monkeypatch.setattr("builtins.open", no_appending)
+    for name in ("a", "b", "c"):
+        append_record(make_record("a.png", {}, tmp_path, name), tmp_path / RECORDS)
+    assert list(read_records(tmp_path / RECORDS)) == ["a", "b", "c"]
+
+
 def test_record_of_an_original_that_was_moved_meanwhile_is_written(tmp_path, touch):
     touch("b.png")
     append_record(make_record(tmp_path / "a.png", {}, tmp_path, "b.png"), tmp_path / RECORDS)

@@ -68,18 +68,6 @@ def lowest_lightness(path):
     return color.rgb2lab(pixels(path))[..., 0].min()
 
 
-def test_results_keep_the_subfolder_and_size_of_their_images(colorize_files, tmp_path, image_folder):
-    nested = tmp_path / "in"
-    for i, path in enumerate(sorted(image_folder.iterdir())):
-        (nested / f"class {i}").mkdir(parents=True)
-        os.link(path, nested / f"class {i}" / path.name)
-    code, result = colorize_files(nested)
-    assert code == 0
-    for path in nested.rglob("*.png"):
-        assert pixels(result / path.relative_to(nested)).shape == pixels(path).shape
-    assert len(list(result.rglob("*.png"))) == 4
-
-
 def test_result_keeps_the_lightness_of_its_image(colorize_files, image_folder):
     """Also where strong colors leave the gamut, apart from rounding to 8 bits."""
     _, result = colorize_files(image_folder, "--saturation", 10)
