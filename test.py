@@ -42,6 +42,7 @@ from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
 IMAGES_AHEAD = 64  # at most, as each may be an open file
+NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
 METHOD = ("temperature", "saturation", "load_size", "crop_size")  # flags that change the colors, recorded with results
 COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
 
@@ -161,6 +162,8 @@ def load(item, opened, file, args):
         item.image = Image.fromarray(images.crop_resized(item.image, args.load_size, args.crop_size))
         item.image.info = info
     item.inputs = network_input(item.image, args.crop_size or args.load_size)
+    if item.inputs.max() < NEARLY_BLACK:
+        note(f"{item.path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")
     return item
 
 

@@ -163,12 +163,13 @@ def test_contact_sheets_are_not_written_among_other_files(colorize_files, write_
     assert found(own.parent, "*") == ["sheet_001.png"]
 
 
-def test_further_frames_are_reported(colorize_files, write_image, capsys):
+def test_nearly_black_images_and_further_frames_are_reported(colorize_files, write_image, capsys):
     gray = Image.open(path := write_image("in/a.png"))
     gray.save(path.with_name("frames.gif"), save_all=True, append_images=[gray.rotate(90)])
+    save_image(path.with_name("twelve.tif"), np.asarray(gray).astype(np.uint16) << 4)
     assert colorize_files("in")[0] == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("frames.gif: only the first of its frames or pages is colorized")
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert len(lines) == 2 and "frames.gif: only the first" in lines[0] and "twelve.tif: nearly black" in lines[1]
 
 
 # Names of results
