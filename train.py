@@ -61,8 +61,9 @@ FORMATS = {  # of the values in the log
 PICTURE = "validation/gray, colored, true"
 ADVICE = "resume it with --continue_train, replace it with --overwrite, or choose another --model_path and --log_path"
 ENTRIES = ("load_size", "epoch", "step")  # stored with the weights, for programs that use them
+CLASSIFICATION = ("rebalance", "gamma", "NN", "sigma", "prior")  # flags that apply to this loss alone
 # Flags that define the loss: a run cannot be resumed with others.
-LOSS = ("loss", "rebalance", "gamma", "NN", "sigma", "prior")
+LOSS = ("loss", *CLASSIFICATION)
 # Flags that define the order of the images, as these do: after a change, an epoch cannot be resumed in the middle.
 ORDER = ("seed", "batch_size")
 # Flags that may change when a run is resumed.
@@ -148,7 +149,6 @@ class Objective(NamedTuple):
     meaning: str  # of the columns
     head: str  # of the network
     predict: Callable  # (output, constants) -> ab
-    flags: tuple  # the flags that apply to this loss alone
 
 
 OBJECTIVES = {
@@ -158,7 +158,6 @@ OBJECTIVES = {
         "loss, rebalanced and summed over positions; cross_entropy, kl: in nats per position",
         "conv8_313",
         lambda logits, constants: utils.annealed_mean(logits, constants.ab_bins),
-        ("rebalance", "gamma", "NN", "sigma", "prior"),
     ),
     "l2": Objective(
         l2,
@@ -166,7 +165,6 @@ OBJECTIVES = {
         "loss, summed over positions; rmse: distance of predicted and true ab per position, root mean square",
         "conv8_ab",
         lambda ab, constants: ab,
-        (),
     ),
 }
 
@@ -268,10 +266,8 @@ def validate(run, validation, constants, args, autocast, stop, log):
         lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(objective.predict(output, constants), *rgb.shape[2:])
         distance = np.hypot(*(colored - lab[:, 1:]).numpy().swapaxes(0, 1))
-        if np.isfinite(distance).all():
-            histogram += utils.error_histogram(distance)[0]
-        else:
-            sums[:] = np.nan
+        # An output that is not finite makes the sums so, too, and all processes report it together.
+        histogram += utils.error_histogram(np.nan_to_num(distance, nan=math.inf))[0]
         if len(panel) < PANEL_IMAGES:
             panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():
@@ -364,9 +360,8 @@ def check_args(args, world_size):
     for one, other in (("freeze_bn", "sync_bn"), ("continue_train", "init_from"), ("continue_train", "overwrite")):
         if getattr(args, one) and getattr(args, other):
             raise UserError(f"--{one} and --{other} exclude each other")
-    for objective in OBJECTIVES.values():
-        if wrong := sorted(args.given & {*objective.flags} - {*OBJECTIVES[args.loss].flags}):
-            raise UserError(f"--{wrong[0]}: does not apply to --loss {args.loss}")
+    if args.loss == "l2" and (wrong := sorted(args.given & {*CLASSIFICATION})):
+        raise UserError(f"--{wrong[0]}: does not apply to --loss l2")
     if args.sync_bn and not gpu.on_gpu():
         raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
     if args.which_epoch != "latest" and not args.continue_train:

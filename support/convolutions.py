@@ -31,17 +31,12 @@ def convolve_in_parts(network, count):
     This changes convolutions that stand alone or in an `nn.Sequential` of convolutions, a ReLU after each, and a batch
     norm at the end, which gets the whole batch. The state dict stays the same; results agree up to float32 rounding.
     """
-    # One pool for all layers and steps: each new thread would start OpenMP threads of its own.
-    _convolve_in_parts(network, count, ThreadPoolExecutor(count))
-
-
-def _convolve_in_parts(network, count, pool):
-    for layer in network.children():
+    pool = ThreadPoolExecutor(count)  # for all layers and steps: each new thread would start OpenMP threads of its own
+    for layer in network.sublayers():
         layers = list(layer.children()) if type(layer) is nn.Sequential else [layer]
-        if all(isinstance(x, (*CONVOLUTIONS, nn.ReLU, nn.BatchNorm2D)) for x in layers):
+        of_known_kinds = all(isinstance(x, (*CONVOLUTIONS, nn.ReLU, nn.BatchNorm2D)) for x in layers)
+        if of_known_kinds and isinstance(layers[0], CONVOLUTIONS):
             layer.forward = partial(_run_in_parts, layers, count, pool)
-        else:
-            _convolve_in_parts(layer, count, pool)
 
 
 def _run_in_parts(layers, count, pool, x):

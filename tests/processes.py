@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -115,9 +114,9 @@ def weights(folder, name="latest"):
 
 
 def state(folder, name="latest"):
-    """Return a training state without the run's identifier, so that those of two runs can be equal."""
+    """Return a training state without the run's identifier and the checksum, so that those of two runs can be equal."""
     content = load_checkpoint(folder / "model" / f"epoch_{name}_state.pdopt")
-    del content["run"]
+    del content["run"], content["checksum"]
     return content
 
 
@@ -135,23 +134,3 @@ def has_ended(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-def stopped_at_random(folder, images, signals, seed=0):
-    """Stop runs of very short epochs at random moments after their first step; each resumes the previous one.
-
-    The signal goes to the whole group of processes, as from a terminal. Yields the exit code, the expected one, and the
-    standard error.
-    """
-    moment = random.Random(seed)
-    resume = []
-    for _ in range(signals):
-        number = moment.choice((signal.SIGINT, signal.SIGTERM))
-        before = steps_done(folder)
-        more = ["--batch_size", 1, "--num_workers", 2, "--num_epochs", 10**6, *resume]
-        with start_training(folder, images, *more) as process:
-            wait_for(lambda before=before: steps_done(folder) > before, process)
-            time.sleep(moment.random())
-            os.killpg(process.pid, number)
-            yield process.wait(LIMIT), 128 + number, (folder / "err").read_text()
-        resume = ["--continue_train"]

@@ -87,12 +87,6 @@ def test_lab_to_rgb_agrees_with_scikit_image_within_the_gamut(grid):
     assert np.abs(rgb - color.lab2rgb(lab[None])[0]).max() < 1 / 512
 
 
-def test_lab_to_rgb_clips_out_of_gamut_colors():
-    lab = paddle.to_tensor(np.array([[100, 110, 110], [0, -110, 110], [50, 110, -110]], np.float32)[:, :, None, None])
-    rgb = lab_to_rgb(lab).numpy()
-    assert np.isfinite(rgb).all() and rgb.min() >= 0 and rgb.max() <= 1
-
-
 @pytest.fixture(scope="module")
 def outside():
     """Return Lab colors outside the gamut, a grid of 5 in L and 11 in a and b: float32 [1, 3, K, 1]."""
@@ -188,15 +182,10 @@ def test_weights_agree_with_brute_force_for_any_sigma(ab_bins):
         )
 
 
-def test_encoded_batch_has_the_documented_shapes_and_types(ab_bins):
-    indices, weights = soft_encode(paddle.zeros([3, 2, 7, 4]), ab_bins)
-    assert indices.shape == weights.shape == [3, 5, 7, 4]
-    assert (indices.dtype, weights.dtype) == (paddle.int64, paddle.float32)
-
-
 def test_each_position_is_encoded_independently(ab_bins):
     ab = np.random.default_rng(1).uniform(-90, 90, (2, 2, 3, 5)).astype(np.float32)
-    indices, _ = soft_encode(paddle.to_tensor(ab), ab_bins, neighbors=1)
+    indices, weights = soft_encode(paddle.to_tensor(ab), ab_bins)
+    assert (indices.dtype, weights.dtype) == (paddle.int64, paddle.float32) and weights.shape == [2, 5, 3, 5]
     for n, y, x in np.ndindex(2, 3, 5):
         distances = np.hypot(*(ab_bins.numpy() - ab[n, :, y, x]).T)
         assert distances[int(indices[n, 0, y, x])] == pytest.approx(distances.min(), abs=1e-3)

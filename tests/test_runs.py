@@ -93,34 +93,25 @@ class Killed(BaseException):
     """Ends a run at once, as a kill would, if nothing catches it."""
 
 
-def killed_at_random(folder, images, steps, kills, *more):
-    """Run `steps` steps, killed `kills` times by SIGKILL: first after a save, later at any moment."""
-    moment, saved = random.Random(0), folder / "model" / "epoch_latest_state.pdopt"
-    for _ in range(kills):
-        resume = ["--continue_train"] if saved.exists() else []
-        goal = (state(folder)["progress"]["step"] if resume else 0) + 1 + moment.randrange(3)
-        with start_training(folder, images, "--max_steps", 10**6, *more, *resume) as process:
-            wait_for(lambda goal=goal: saved.exists() and steps_done(folder) >= goal, process)
-            time.sleep(moment.random() * 0.1)
-            process.kill()
-            process.wait()
-        assert steps_done(folder) < steps, "raise the number of steps"
-        for path in (folder / "model").glob(".*.tmp"):
-            os.utime(path, (0, 0))  # old enough to be removed by the next run
-    code, err = run_training_to_end(folder, images, "--max_steps", steps, *more, "--continue_train")
-    assert code == 0, err
-
-
 @pytest.mark.slow
 def test_run_killed_at_random_moments_equals_one_that_was_not(tmp_path, square_crops):
     """It saves after every second step, so most of its time is spent writing, and some kills happen during that."""
-    (whole := tmp_path / "whole").mkdir()
-    more = ["--save_latest", 2, "--batch_size", 1, "--num_workers", 1, "--val_dir", square_crops, "--num_epochs", 500]
-    killed_at_random(tmp_path / "parts", square_crops, 80, 3, *more)
-    assert run_training_to_end(whole, square_crops, "--max_steps", 80, *more)[0] == 0
-    assert same_values(state(whole), state(tmp_path / "parts"))
-    assert values(whole) == values(tmp_path / "parts")
-    assert not list((tmp_path / "parts" / "model").glob(".*.tmp"))
+    whole, parts, moment = tmp_path / "whole", tmp_path / "parts", random.Random(0)
+    more = ["--save_latest", 2, "--batch_size", 1, "--num_workers", 1, "--val_dir", square_crops]
+    for start in ([], ["--continue_train"], ["--continue_train"]):
+        goal = (state(parts)["progress"]["step"] if start else 1) + 1 + moment.randrange(3)
+        with start_training(parts, square_crops, *more, *start) as process:
+            wait_for(lambda goal=goal: steps_done(parts) > goal, process)
+            time.sleep(moment.random() * 0.1)
+            process.kill()
+            process.wait()
+        assert steps_done(parts) < 80, "raise the number of steps"
+        for path in (parts / "model").glob(".*.tmp"):
+            os.utime(path, (0, 0))  # old enough to be removed by the next run
+    for folder, start in ((parts, ["--continue_train"]), (whole, [])):
+        assert run_training_to_end(folder, square_crops, *more, "--max_steps", 80, *start)[0] == 0
+    assert same_values(state(whole), state(parts)) and values(whole) == values(parts)
+    assert not list((parts / "model").glob(".*.tmp"))
 
 
 @pytest.mark.slow

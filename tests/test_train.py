@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import resource
 import shutil
-from pathlib import Path
 
 from support.checkpoints import load_checkpoint
 from support.gpu import autocast
@@ -16,15 +14,11 @@ import pytest
 from conftest import SmallNetwork, change_loss, same_values, upsample_by_scipy
 from PIL import Image
 from processes import (
-    has_ended,
     read_log,
     run_training_to_end,
     saved_names,
-    start_training,
     state,
     steps,
-    steps_done,
-    wait_for,
     weights,
 )
 from skimage import color
@@ -118,21 +112,13 @@ def test_one_gray_step_does_not_stop_the_run(run_training, tmp_path, square_crop
 # L2, the paper's baseline
 
 
-def run_by_hand(square_crops, loss):
-    """Return the first batch of a run, as PyTorch tensors: L - 50 and the ab of every 4th pixel; and the batch."""
-    torch = pytest.importorskip("torch")
-    args = train.parse_args(["--image_dir", str(square_crops), "--loss", loss])
-    rgb = paddle.to_tensor(
-        np.stack([np.asarray(Image.open(p)).transpose(2, 0, 1) for p in sorted(square_crops.iterdir())])
-    )
-    lab = torch.tensor(color.rgb2lab(rgb.numpy().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2).astype(np.float64))
-    return args, rgb, lab[:, :1] - 50, lab[:, 1:, ::4, ::4]
-
-
 def test_l2_loss_and_its_gradients_equal_those_of_pytorch(square_crops):
     """A network of one convolution, computed in float64 by scikit-image and PyTorch; one image is gray."""
     torch = pytest.importorskip("torch")
-    args, rgb, lightness, ab = run_by_hand(square_crops, "l2")
+    args = train.parse_args(["--image_dir", "x", "--loss", "l2"])
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(square_crops.iterdir())])
+    rgb, lab = paddle.to_tensor(images.transpose(0, 3, 1, 2)), torch.tensor(color.rgb2lab(images)).permute(0, 3, 1, 2)
+    lightness, ab = lab[:, :1] - 50, lab[:, 1:, ::4, ::4]
     layer = paddle.nn.Conv2D(1, 2, 4, stride=4)
     values, output = train.l2(layer, rgb, train.make_constants(args), args, autocast("off"))
     weight, bias = (torch.tensor(x.numpy().astype(np.float64), requires_grad=True) for x in (layer.weight, layer.bias))
@@ -435,30 +421,3 @@ def test_loss_of_a_float16_output_is_computed_in_float32():
         train.classification(lambda _, x=x: x, rgb, *settings)[0] for x in (logits, logits.astype("float32"))
     )
     assert half.dtype == paddle.float32 and half.tolist() == single.tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_memory_is_steady_over_a_thousand_steps(tmp_path, square_crops):
-    """Compare resident memory, the worker's too, and open files after 200 steps and after 1,200.
-
-    Within one long epoch, because Paddle ends a loader's thread and closes its pipes seconds after an epoch.
-    """
-
-    def usage(process):
-        pids = [process.pid, *(pid for pid in process.family() - {process.pid} if not has_ended(pid))]
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
-        return [*(n * resource.getpagesize() / 2**20 for n in pages), len(os.listdir(f"/proc/{process.pid}/fd"))]
-
-    (tmp_path / "images").mkdir()
-    for i in range(1500):
-        (tmp_path / "images" / f"{i}.png").symlink_to(square_crops / "coffee.png")
-    more = ["--num_workers", 1, "--batch_size", 1, "--loss_step", 20, "--save_latest", 50]
-    with start_training(tmp_path, tmp_path / "images", *more, size=16) as process:
-        samples = []
-        for step in (200, 1200):
-            wait_for(lambda step=step: steps_done(tmp_path) >= step, process)
-            # The lowest of ten samples: a save opens a file.
-            samples.append(np.min([usage(process) for _ in range(10)], axis=0))
-    before, after = samples
-    assert len(before) == 3 and (after[:2] < before[:2] + 20).all() and after[2] <= before[2], samples

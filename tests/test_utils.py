@@ -16,7 +16,6 @@ from utils import (
     auc,
     entropy,
     error_histogram,
-    is_gray,
     load_ab_bins,
     load_prior,
     position_weight,
@@ -87,17 +86,11 @@ def test_unusable_prior_raises_user_error(tmp_path, error_message, kind):
     assert "is a directory" in error_message(load_prior, tmp_path)
 
 
-def test_image_is_gray_if_no_ab_exceeds_5():
-    ab = paddle.zeros([3, 2, 4, 4])
-    ab[1, 1, 2, 3] = -5.5
-    ab[2, 0, 0, 0] = 5.0
-    assert is_gray(ab).tolist() == [True, False, True]
-
-
 def test_position_weight_agrees_with_a_loop_over_positions():
     """Equation 3: the weight of the nearest bin; 0 in an image whose ab all lie within ±5."""
     indices, ab = RANDOM.integers(0, 313, (3, 5, 4, 6)), RANDOM.uniform(-40, 40, (3, 2, 4, 6)).astype(np.float32)
-    ab[1] /= 10  # gray
+    ab[1] = ab[1].clip(-5, 5)  # gray
+    ab[2] = ab[2].clip(-5.5, 5)  # just not
     bin_weights = RANDOM.random(313).astype(np.float32)
     expected = np.zeros((3, 4, 6))
     for n, i, j in np.ndindex(3, 4, 6):
@@ -219,16 +212,17 @@ def test_upsampling_in_strips_or_batches_gives_the_same_ab():
     assert np.allclose(np.concatenate(strips, axis=2), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 2_000_000), (2_000_000, 1)])
-def test_very_long_image_needs_little_memory(shape):
+def test_very_long_image_needs_little_memory():
     """A dense matrix [pixels, positions] would take 1.5 GB."""
     code = (
-        "import resource, sys, support, paddle; from utils import upsample_ab; ab = paddle.zeros([2, 192, 192]);"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; upsample_ab(ab, *map(int, sys.argv[1:]));"
+        "import resource, support, paddle; from utils import upsample_ab; ab = paddle.zeros([2, 192, 192]);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "upsample_ab(ab, 1, 2_000_000); upsample_ab(ab, 2_000_000, 1);"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
     )
-    command = [sys.executable, "-c", code, *map(str, shape)]
-    megabytes = float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    megabytes = float(
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     assert megabytes < 500
 
 
