@@ -266,7 +266,7 @@ def by_heading(hits):
 
 
 def write_per_class(hits, labels, classes, synsets, path):
-    columns = {"class": [synsets[c] for c in classes], "images": [np.sum(labels == c) for c in classes]}
+    columns = {"class": synsets[classes], "images": [np.sum(labels == c) for c in classes]}
     for heading, right in by_heading(hits).items():
         columns[heading] = [f"{right[labels == c].mean():.4f}" for c in classes]
     write_csv(columns, path)
@@ -274,14 +274,14 @@ def write_per_class(hits, labels, classes, synsets, path):
 
 def write_confusions(pairs, rates, synsets, path):
     colored, true = ([f"{rate:.4f}" for rate in column] for column in rates.T)
-    names, others = ([synsets[c] for c in column] for column in pairs.T)
+    names, others = synsets[pairs].T
     write_csv({"class": names, "taken_for": others, "colored": colored, "true": true}, path)
 
 
 def write_images(names, hits, labels, synsets, path):
     """Write for each image and version whether its class is among the first 1 and 5, as 1 and 0."""
     recognized = {heading: right.astype(int) for heading, right in by_heading(hits).items()}
-    write_csv({"image": names, "class": [synsets[label] for label in labels], **recognized}, path)
+    write_csv({"image": names, "class": synsets[labels], **recognized}, path)
 
 
 def print_table(accuracy):
@@ -299,7 +299,7 @@ def print_first(title, changes):
 def print_extremes(gains, pairs, rates, synsets):
     """Print the first and last of `rank_classes` and the first of `rank_confusions`."""
     gains = [(synsets[c], gain) for c, gain in gains]
-    added = [(f"{synsets[c]} as {synsets[d]}", rate[0] - rate[1]) for (c, d), rate in zip(pairs, rates)]
+    added = [(f"{name} as {other}", rate[0] - rate[1]) for (name, other), rate in zip(synsets[pairs], rates)]
     print_first("raised most (top-5 minus gray's)", [x for x in gains if x[1] > 0])
     print_first("lowered most (top-5 minus gray's)", [x for x in reversed(gains) if x[1] < 0])
     print_first("added most (top-5 confusions minus the originals')", [x for x in added if x[1] > 0])
@@ -366,7 +366,7 @@ def main(args):
     hits = {version: find_hits(found, labels) for version, found in classes.items()}
 
     # Write and print
-    synsets, ranked = load_synsets(), np.unique(labels)
+    synsets, ranked = np.array(load_synsets()), np.unique(labels)
     accuracy = {version: {x: float(right.mean()) for x, right in found.items()} for version, found in hits.items()}
     summary = {
         "accuracy": accuracy,

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -66,28 +67,21 @@ def test_named_functions_exist():
     assert {("utils", "annealed_mean"), ("train", "classification")} <= found
 
 
-def command_lines():
-    """(page, script, its flags) of the commands on all pages, whether in blocks or in a line."""
+def test_commands_in_documents_have_existing_flags(capsys):
+    """Scripts in subfolders may be named within their folder."""
+    used = defaultdict(set)
     for page in PAGES:
         text = re.sub(r"\s*\\\n\s*", " ", page.read_text("utf-8"))
-        for module, rest in re.findall(r"\b((?:resources/)?\w+)\.py\b([^`#\n]*)", text):
-            if flags := re.findall(r"--\w+", rest):
-                yield page, module, flags
-
-
-def test_commands_in_documents_have_existing_flags(capsys):
-    known = {}
-    for page, module, flags in command_lines():
-        if (ROOT / "tests" / "benchmarks" / f"{module}.py").exists():  # named within its folder
-            continue
-        if not (ROOT / f"{module}.py").exists():  # named within its folder
-            module = f"resources/{module}"
-        if module not in known:
+        for script, rest in re.findall(r"\b((?:resources/)?\w+)\.py\b([^`#\n]*)", text):
+            used[script].update(re.findall(r"--\w+", rest))
+    for script, flags in used.items():
+        found = [x for x in (script, f"resources/{script}") if (ROOT / f"{x}.py").exists()]
+        if found and flags:
             with pytest.raises(SystemExit):
-                importlib.import_module(module.replace("/", ".")).parse_args(["--help"])
-            known[module] = set(re.findall(r"--\w+", capsys.readouterr().out))
-        assert known[module].issuperset(flags), f"{page.name}: {module}.py {' '.join(flags)}"
-    assert {"train", "test", "metrics_auc", "metrics_acc", "resources/ablation"} <= set(known)
+                importlib.import_module(found[0].replace("/", ".")).parse_args(["--help"])
+            assert flags <= {*re.findall(r"--\w+", capsys.readouterr().out)}, script
+        assert found or not flags or (ROOT / "tests" / "benchmarks" / f"{script}.py").exists(), script
+    assert {"train", "test", "metrics_auc", "metrics_acc", "resources/ablation"} <= {*used}
 
 
 # -------------------------------------------------------------------------------------------------
