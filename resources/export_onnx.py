@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import inference
-from support.cli import Parser, UserError, check_stop, printable, run_script
+from support.cli import Parser, UserError, printable, run_script
 from support.files import atomic_path
 
 import paddle
@@ -49,7 +49,7 @@ def parse_args(argv=None):
 
 
 def convert(network):
-    """Return the ONNX model of a network. Raises UserError if paddle2onnx cannot convert it."""
+    """Return the ONNX model of a network. Raises UserError if paddle2onnx is not installed."""
     try:
         import onnx
         import paddle2onnx
@@ -62,21 +62,9 @@ def convert(network):
     with tempfile.TemporaryDirectory() as folder:
         inference.export(layer, inputs, folder)
         files = [os.path.join(folder, f"program.{suffix}") for suffix in ("json", "pdiparams")]
-        try:  # without the optimizer, which would install packages
-            converted = paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None)
-        except Exception as error:
-            check_stop()
-            raise UserError(f"paddle2onnx cannot convert this: {error}") from error
-    return named(onnx.load_from_string(converted))
-
-
-def named(model):
-    """Return the ONNX model with its output named ab."""
-    graph = model.graph
-    ab = graph.output[0].name
-    for node in graph.node:
-        node.output[:] = ["ab" if name == ab else name for name in node.output]
-    graph.output[0].name = "ab"
+        # without the optimizer, which would install packages
+        model = onnx.load_from_string(paddle2onnx.export(*files, opset_version=OPSET, optimize_tool=None))
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "ab"
     return model
 
 

@@ -1,6 +1,5 @@
 """Pickles are read as data: the values that Paddle and PyTorch write are returned, and no code in them is run."""
 
-import codecs
 import os
 import pickle
 import time
@@ -19,45 +18,29 @@ def path(tmp_path):
     return tmp_path / "epoch_0_model.pdparams"
 
 
-def make_network():
-    return nn.Sequential(nn.Conv2D(2, 3, 3), nn.BatchNorm2D(3))
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_weights_of_any_pickle_protocol_are_loaded(path, protocol):
-    """2 was Paddle 2.0's default, 4 is today's."""
-    state = make_network().state_dict()
-    paddle.save(state, str(path), protocol=protocol)
-    assert_same_state(load_checkpoint(path), state)
-
-
-def test_nested_state_is_loaded(path):
-    """Paddle writes its tensors as pairs of a name and an array."""
+def test_state_that_paddle_saves_is_loaded(path, protocol):
+    """Protocol 2 was Paddle 2.0's default, 4 is today's. Tensors are written as pairs of a name and an array."""
     state = {
-        "network": make_network().state_dict(),
+        "network": nn.Sequential(nn.Conv2D(2, 3, 3), nn.BatchNorm2D(3)).state_dict(),
         "progress": {"epoch": 3, "best": np.float64(1.5), "count": np.int64(7), "done": False, "rest": None},
         "list": [paddle.arange(3), ("a", 1.5), "text"],
         "scalar": paddle.to_tensor(2.5),
     }
-    save_checkpoint(state, path)
+    paddle.save(state, str(path), protocol=protocol)
     assert_same_state(load_checkpoint(path), state)
 
 
-def test_arrays_of_every_type_and_layout_are_loaded(path):
-    for protocol in (2, 3, 4):
-        kinds = ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64", ">f4", ">i8")
-        state = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
-        state |= {
-            "again": state["int8"],
-            "empty": np.zeros((0, 3)),
-            "number": np.array(2.0),
-            "columns": np.asfortranarray(np.eye(2, 3)),
-        }
-        with open(path, "wb") as file:
-            pickle.dump(state, file, protocol)
-        loaded = load_checkpoint(path)
-        assert_same_state(loaded, state)
-        assert all(array.dtype.isnative for array in loaded.values())
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_every_type_and_layout_are_loaded(path, protocol):
+    kinds = ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64", ">f4", ">i8")
+    state = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    state |= {"again": state["int8"], "empty": np.zeros((0, 3)), "number": np.array(2.0)}
+    state["columns"] = np.asfortranarray(np.eye(2, 3))
+    path.write_bytes(pickle.dumps(state, protocol))
+    loaded = load_checkpoint(path)
+    assert_same_state(loaded, state)
+    assert all(array.dtype.isnative for array in loaded.values())
 
 
 def test_bfloat16_is_loaded_as_float32(path):
@@ -81,18 +64,11 @@ def test_checkpoint_of_paddle_2_0_under_python_2_is_loaded(path):
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_malicious_pickle_is_refused_and_does_not_run(path, tmp_path, protocol):
-    trace = tmp_path / "it-ran"
-    for function, argument in (
-        (os.system, f"touch {trace}"),
-        (eval, f"open({str(trace)!r}, 'w')"),
-        (exec, f"open({str(trace)!r}, 'w')"),
-        (os.mkdir, str(trace)),
-        (np.save, str(trace)),
-    ):
-        attack = {"conv1.0.weight": np.ones(3), "conv1.0.bias": Call(function, argument)}
-        for content in (attack, Call(function, argument)):
+    trace = str(tmp_path / "it-ran")
+    for call in (Call(os.mkdir, trace), Call(eval, f"open({trace!r}, 'w')")):
+        for content in (call, {"conv1.0.weight": np.ones(3), "conv1.0.bias": call}):
             assert "which no checkpoint needs" in refusal(path, pickle.dumps(content, protocol))
-    assert not list(tmp_path.glob("it-ran*"))
+    assert not os.path.exists(trace)
 
 
 FUNCTION, DTYPE = b"cos\nmkdir\n", b"cnumpy\ndtype\n"
@@ -128,10 +104,8 @@ def test_opcodes_that_are_never_written_are_refused(path):
 
 
 def test_message_names_the_content_that_was_refused(path):
-    assert "posix.system" in refusal(path, pickle.dumps({"a": Call(os.system, "true")}))
     assert "time.sleep" in refusal(path, pickle.dumps({"a": time.sleep}))
     assert "holds a list, not the state" in refusal(path, pickle.dumps([1]))
-    assert "Linear" in refusal(path, pickle.dumps({"a": nn.Linear}))
 
 
 # Arrays that contradict themselves
@@ -166,14 +140,11 @@ def test_forged_arrays_are_refused(path):
     for shape, code, data, message in (
         ((1,), "O8", b"\x41" * 8, "array of 'O8'"),  # numbers that would be taken for pointers
         ((2**40,), "f4", b"\0" * 8, "cannot reshape"),
-        ((3,), "f4", b"\0" * 8, "cannot reshape"),
         ((2**32, 2**32), "f4", b"", "cannot reshape"),  # its size overflows to 0 in 64 bits
         ((10**600,) * 1000, "f4", b"", "not a readable checkpoint"),  # its size takes minutes to compute
         ((1,), "u4", b"\0" * 4, "array of 'u4'"),  # numbers, but of a type that no framework writes
         ((-2, -1), "f4", b"\0" * 8, "one unknown dimension"),
         ((1,), "f4", b"\0" * 7, "multiple of element size"),
-        ((1,), "V8", b"\0" * 8, "array of 'V8'"),
-        ((1,), "S8", b"\0" * 8, "array of 'S8'"),
     ):
         assert message in refusal(path, array_pickle(shape, code, data))
 
@@ -191,19 +162,13 @@ def test_allowed_functions_are_not_called_with_the_arguments_in_the_file(path):
 
 
 def test_declared_sizes_take_no_memory(path):
-    """The last two: Python's unpickler in C would allocate a memo of that length."""
-    for content in (
-        b"\x80\x04\x96" + (3_500_000_000).to_bytes(8, "little") + b"}.",
-        b"\x80\x04\x8e" + (3_500_000_000).to_bytes(8, "little") + b"}.",
-        b"\x80\x04\x8d" + (3_500_000_000).to_bytes(8, "little") + b"}.",
-        b"\x80\x04\x95" + (3_500_000_000).to_bytes(8, "little") + b"}",
-        b"\x80\x02}r\xff\xff\xff\x0f",
-        b"\x80\x04}\x8e\xff\xff\xff\xff\xff\xff\xff\x0f.",
-    ):
+    """Of a bytearray, bytes and a text; the last: Python's unpickler in C would allocate a memo of that length."""
+    declared = [opcode + (3_500_000_000).to_bytes(8, "little") for opcode in (b"\x96", b"\x8e", b"\x8d")]
+    for content in (*(b"\x80\x04" + opcode + b"}." for opcode in declared), b"\x80\x02}r\xff\xff\xff\x0f"):
         assert peak_memory(lambda content=content: refusal(path, content)) < 1e6
 
 
-@pytest.mark.parametrize("opcode", [b"}", b"]", b"(", b")", b"N", b"\x94"], ids=repr)
+@pytest.mark.parametrize("opcode", [b"}", b"(", b"\x94"], ids=["dicts", "marks", "memo"])
 def test_millions_of_opcodes_are_refused_in_bounded_memory(path, opcode):
     content = b"\x80\x04}" + opcode * 3_000_000
     assert peak_memory(lambda: refusal(path, content)) < 150e6
@@ -236,9 +201,6 @@ def test_arrays_that_share_their_bytes_are_refused(path):
         content = pickle.dumps(attack, 4)
         assert len(content) < 2**21 and "long text twice" in refusal(path, content)
         assert peak_memory(lambda: refusal(path)) < 10 * 2**20
-    text = "\0" * 2**20
-    attack = {str(i): Call(codecs.encode, text, "latin1") for i in range(1000)}  # bytes, as protocol 2 has them
-    assert "long text twice" in refusal(path, pickle.dumps(attack, 2))
 
 
 def test_array_that_occurs_a_thousand_times_is_converted_once(path):
