@@ -89,7 +89,6 @@ class Photo:
     data: bytes  # the uploaded file
     turn: object  # context manager to decode it in: the lock of large photos, or none
     preview: Image.Image  # in gray
-    weights: str = None  # name of the weights that computed the logits
     output: paddle.Tensor = None  # logits [1, 313, h/4, w/4], or ab [1, 2, h/4, w/4]
     corrections: list = field(default_factory=list)
 
@@ -144,13 +143,12 @@ def open_photo(large, path):
 
 
 def compute(colorizer, network, photo, weights):
-    """Run the network, unless its output for these weights is kept. `network` is the lock to load and run it."""
-    if photo and photo.weights != weights:
+    """Run the network with the weights of this name. `network` is the lock to load and run networks."""
+    if photo:
         image = photo.decode()
         with network:
             colorize = colorizer(weights)
             photo.output = colorize.predict(network_input(image, colorize.load_size)[None])
-        photo.weights = weights
 
 
 def draw(photo, *values):
@@ -387,7 +385,6 @@ mostly remain brown or gray. *official*, if it is in the list, is the model of t
 **Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
 hour after it if you close the page, or earlier if many people use the page.
 """
-HINT = "temperature; low: most likely color"
 EMPTIED = """() => {
     setTimeout(() => document.activeElement === document.body && document.querySelector("#photo button").focus(), 100);
     return null;
@@ -428,7 +425,7 @@ def build(names, colorizer):
             )
             with gr.Column(elem_id="adjust"):
                 suits = colorizer(names[0]).temperature or TEMPERATURE  # it does not apply to networks that predict ab
-                temperature = slider("temperature", "Variety of colors", suits, 0.02, HINT)
+                temperature = slider("temperature", "Variety of colors", suits, 0.02, "low: most likely color")
                 saturation = slider("saturation", "Strength of all colors", 1, 0.05)
                 choices = [(Path(name).name, name) for name in names]
                 weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")

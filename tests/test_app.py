@@ -186,7 +186,7 @@ def photo(tmp_path, monkeypatch):
     logits = np.zeros((1, 313, 8, 12), np.float32)
     logits[0, np.all(BINS == (60, 40), axis=1), 2, 9] = 50
     gray = Image.new("RGB", (120, 80), "gray")
-    return app.Photo("photo.png", b"", nullcontext(), gray, "small", paddle.to_tensor(logits))
+    return app.Photo("photo.png", b"", nullcontext(), gray, paddle.to_tensor(logits))
 
 
 def color(ab):
