@@ -286,7 +286,7 @@ def plot(results, path):
             axes.plot(100 * shares[i], label=f"{name}: {area:.2%}", **style)
         axes.set(xlim=(0, MAX_THRESHOLD), ylim=(0, 100), xlabel="ab error t", title=KINDS[i])
         axes.grid(alpha=0.3)
-        axes.legend(title="AuC", loc="lower right")
+        axes.legend(title="AuC", loc="best")
     figure.axes[0].set_ylabel("share of (weighted) pixels within t (%)")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
