@@ -147,8 +147,9 @@ def source_name(record, path):
 def same_source(record, path):
     """Return whether the source of a record is the file `path`, whose folder may have been moved or copied."""
     before, now = record["source"]["path"], absolute(path)
-    moved = source_name(record, before) == source_name(record, now) and same_file(record["source"], now)
-    return moved or before == now
+    return before == now or (
+        source_name(record, before) == source_name(record, now) and same_file(record["source"], now)
+    )
 
 
 def what_changed(record, source, settings, folder):
