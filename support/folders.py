@@ -239,8 +239,8 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
     Raises:
         UserError: If there are no pairs.
     """
-    true = named_images([true_dir], results_file) if true_dir else None
     colored = named_images([colored_dir], results_file)
+    true = named_images([true_dir], results_file) if true_dir else colored
     folder = _nearest(colored_dir, records_file)
     places = {one_form(relative_path(path, folder)): name for name, path in colored.items()}
     records = read_records(os.path.join(folder, records_file))
@@ -248,14 +248,11 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
     if records:
         result_of, problems, settings = _pair_by_records(true, true_dir, colored, records)
     else:
-        sources = colored if true is None else true
-        result_of = {name: name for name in colored if name in sources}
-        problems = {name: "no original" for name in colored if name not in sources}
-        settings = {}
-        if result_of and true is not None:
+        result_of, settings = {name: name for name in colored if name in true}, {}
+        problems = {name: "no original" for name in colored if name not in true}
+        if result_of and true_dir:
             note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
-    if true is not None:
-        problems.update({name: "no result" for name in true if name not in result_of and name not in problems})
+    problems.update({name: "no result" for name in true if name not in result_of and name not in problems})
     left_out = {}
     for problem, name in sorted((problem, name) for name, problem in problems.items()):
         left_out.setdefault(problem, []).append(name)
@@ -267,7 +264,7 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
         raise UserError(
             f"{colored_dir}: no result is as recorded; to pair by name, delete {os.path.join(folder, records_file)}"
         )
-    pairs = [(x, true and true[x], colored[result_of[x]]) for x in sorted(result_of)]
+    pairs = [(x, true[x] if true_dir else None, colored[result_of[x]]) for x in sorted(result_of)]
     return pairs, left_out, _how_made(os.path.join(folder, results_file), settings)
 
 
@@ -287,21 +284,20 @@ def _how_made(path, settings):
 def _pair_by_records(true, true_dir, colored, records):
     """Return the result of each original, {name: name}, the problems of other results, and the settings."""
     places, below = {}, {}  # names of the originals
-    for name, path in (true or {}).items():
+    for name, path in true.items() if true_dir else ():
         places[absolute(path)] = below[one_form(relative_path(path, true_dir))] = name
     result_of, settings = {}, {}
     problems = {name: "not recorded, unlike other results" for name in colored if name not in records}
     for name, record in reversed(records.items()):  # the newest first
-        source = name
-        if true is not None:
-            source = places.get(record["source"]["path"], below.get(source_name(record, record["source"]["path"])))
+        path = record["source"]["path"]
+        source = places.get(path, below.get(source_name(record, path))) if true_dir else name
         if not same_file(record["result"], colored[name]):
             problems[name] = "changed since it was recorded"
         elif settings not in ({}, record["settings"]):
             problems[name] = "made with other settings than the newest result"
         elif source is None:
             problems[name] = "no original"
-        elif true is not None and not same_file(record["source"], true[source]):
+        elif true_dir and not same_file(record["source"], true[source]):
             problems[name] = "original changed since it was recorded"
         elif source in result_of:
             problems[name] = "older than another result of the same image"
