@@ -32,7 +32,7 @@ from support import cli, convolutions, cpu, gpu, processes, runs
 from support.cli import UserError, note, number, whole
 from support.logs import Log, Meter, finish
 from support.neighbors import Lookup
-from support.workers import default_workers, from_workers, make_loader
+from support.workers import default_workers, from_workers, hide_loader_warnings, make_loader
 
 import numpy as np
 import paddle
@@ -381,6 +381,7 @@ def set_up(args, opened):
         tuple[bool, int]: Whether an earlier run is resumed, and the number of chunks for convolutions.
     """
     warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
+    hide_loader_warnings()
     if dist.ParallelEnv().world_size > 1:
         dist.init_parallel_env()
     gpu.check_gpu()

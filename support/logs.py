@@ -47,8 +47,8 @@ class Log:
     def open(self):
         """Begin to write, if that has not happened yet.
 
-        VisualDL shows only the latest file of a folder, so a new file begins with the values (not the images) of the
-        lines that stay.
+        VisualDL shows only one file of a folder, so a new file, which begins with the values (not the images) of the
+        lines that stay, takes the place of earlier ones.
         """
         if self.file or not is_first():
             return
@@ -61,19 +61,15 @@ class Log:
             with atomic_text(path) as file:
                 file.writelines(json.dumps(values) + "\n" for values in before)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
+            for earlier in self.folder.glob("vdlrecords.*.log"):
+                earlier.unlink()
             with redirect_stdout(None):
                 LogWriter = _import_visualdl()  # noqa: N806
-                self.board = LogWriter(logdir=str(self.folder), file_name=f"vdlrecords.{self._number()}.log")
+                self.board = LogWriter(logdir=str(self.folder), file_name=f"vdlrecords.{time.time_ns()}.log")
             for values in before:
                 self._show(values)
         for values in self.waiting:
             self._record(values)
-
-    def _number(self):
-        """Return a number for VisualDL's new file, which must be the largest: a clock may run backwards."""
-        names = (path.name.split(".") for path in self.folder.glob("vdlrecords.*.log"))
-        numbers = [int(parts[1]) for parts in names if len(parts) == 3 and parts[1].isdecimal()]
-        return max([time.time_ns(), *(number + 1 for number in numbers)])
 
     def write(self, values):
         """Print a dict of values, which includes "step", and write it to train.jsonl and VisualDL."""
@@ -126,12 +122,12 @@ def read_log(path):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):  # a kill may cut a line off
             values.append(json.loads(line))
-    return [x for x in values if isinstance(x, dict) and isinstance(x.get("step"), int)]
+    return values
 
 
 def log_runs(folder):
-    """Return the identifiers of the runs whose lines are in a log; that of older logs is ""."""
-    return {values.get("run", "") for values in read_log(Path(folder, LINES))}
+    """Return the identifiers of the runs whose lines are in a log."""
+    return {values.get("run") for values in read_log(Path(folder, LINES))}
 
 
 def _step_and_stage(values):

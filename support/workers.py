@@ -1,5 +1,6 @@
 """Worker processes that read images."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,11 @@ def from_workers(loader, stop=None):
         raise UserError(LOST) from error
     finally:
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
+
+
+def hide_loader_warnings():
+    """Hide the log of Paddle's loader, which would follow the last line of a script. Scripts call this."""
+    logging.getLogger().addFilter(lambda record: record.module != "dataloader_iter")
 
 
 def _start_workers(loader):
