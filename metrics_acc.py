@@ -320,7 +320,7 @@ def parse_args(argv=None):
     add_baseline("--controls_only", const="controls", help="classify the controls only, without results")
     add_baseline("--random", const="random", help="evaluate the ab of a random other original instead of results")
     add("--seed", type=cli.SEED, default=0, help="seed of --random")
-    add("--labels", metavar="FILE", help="lines of an image's name and its class (default: names of class folders)")
+    add("--labels", metavar="FILE", help="lines of an image's name and its class (default: in folder or file names)")
     add("--load_size", type=cli.SIDE, default=256, help="the shorter side is resized to this many pixels")
     add("--crop_size", type=cli.SIDE, default=224, help="side of the center crop that is classified, in pixels")
 
