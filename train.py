@@ -74,28 +74,28 @@ FREE = ("crop_size", "load_size", "lr", "lr_steps", "beta1", "beta2", "weight_de
 
 
 class Constants(NamedTuple):
-    """Tensors and tables that a loss uses at every step."""
+    """Tensors, tables and settings that a loss uses at every step."""
 
     ab_bins: paddle.Tensor  # float32 [Q, 2]
     bin_weights: paddle.Tensor  # float32 [Q], w of Eq. 4
     lookup: Lookup  # the --NN nearest bins of a color
+    sigma: float  # of the soft-encoding
+    autocast: dict  # arguments of `paddle.amp.auto_cast`
 
 
-def make_constants(args):
+def make_constants(args, autocast):
     ab_bins, prior = utils.load_ab_bins(), utils.load_prior(args.prior)
     bin_weights = utils.rebalancing_weights(prior, args.gamma) if args.rebalance else paddle.ones_like(prior)
-    return Constants(ab_bins, bin_weights, Lookup(ab_bins, args.NN))
+    return Constants(ab_bins, bin_weights, Lookup(ab_bins, args.NN), args.sigma, autocast)
 
 
-def classification(network, rgb, constants, args, autocast):
+def classification(network, rgb, constants):
     """Compute the loss of each image (Eq. 2): -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
 
     Args:
         network (Layer): Returns logits for L - 50.
         rgb (Tensor): uint8 [N, 3, H, W].
-        constants (Constants): Bins and their weights.
-        args (Namespace): Its NN and sigma are those of the soft-encoding.
-        autocast (dict): Arguments of `paddle.amp.auto_cast`.
+        constants (Constants): Result of `make_constants`.
 
     Returns:
         tuple[Tensor, Tensor]: The values of each image, float32 [N, 3]: its loss (0 if it is gray) and, without
@@ -105,10 +105,11 @@ def classification(network, rgb, constants, args, autocast):
     with paddle.no_grad():
         lightness, ab = dataset.targets(rgb)  #                                [N, 1, H, W], [N, 2, H/4, W/4]
         # Z, given by its few non-zero entries: their bins and probabilities.
-        indices, probabilities = dataset.soft_encode(ab, constants.ab_bins, args.NN, args.sigma, constants.lookup)
+        lookup, sigma = constants.lookup, constants.sigma
+        indices, probabilities = dataset.soft_encode(ab, constants.ab_bins, lookup.k, sigma, lookup)
         entropy = utils.entropy(probabilities).mean(axis=[1, 2])  #                              [N]
         v = utils.position_weight(indices, ab, constants.bin_weights)  #                         [N, H/4, W/4]
-    with paddle.amp.auto_cast(**autocast):
+    with paddle.amp.auto_cast(**constants.autocast):
         logits = network(lightness - 50)  #                                                      [N, Q, H/4, W/4]
     logits = logits.astype("float32")
     losses = utils.soft_cross_entropy(logits, indices, probabilities)  #                         [N, H/4, W/4]
@@ -117,7 +118,7 @@ def classification(network, rgb, constants, args, autocast):
     return paddle.stack(values, axis=1), logits
 
 
-def l2(network, rgb, constants, args, autocast):
+def l2(network, rgb, constants):
     """Compute the loss of each image of the paper's baseline (Eq. 1): 1/2 sum_hw |Y_hw - Y^_hw|^2.
 
     All images count, gray ones too: Eq. 1 has no weights.
@@ -131,7 +132,7 @@ def l2(network, rgb, constants, args, autocast):
     """
     with paddle.no_grad():
         lightness, ab = dataset.targets(rgb)  #                                [N, 1, H, W], [N, 2, H/4, W/4]
-    with paddle.amp.auto_cast(**autocast):
+    with paddle.amp.auto_cast(**constants.autocast):
         predicted = network(lightness - 50)  #                                                   [N, 2, H/4, W/4]
     predicted = predicted.astype("float32")
     squared = (predicted - ab).square().sum(axis=1)  #                                           [N, H/4, W/4]
@@ -142,10 +143,8 @@ def l2(network, rgb, constants, args, autocast):
 class Objective(NamedTuple):
     """A loss, and how it is logged."""
 
-    compute: Callable  # (network, rgb, constants, args, autocast) -> values of each image [N, len(columns)], output
-    columns: (
-        dict  # names of the values, and a function of the mean of each; the first is the loss, the last selects `best`
-    )
+    compute: Callable  # (network, rgb, constants) -> values of each image [N, len(columns)], output
+    columns: dict  # names of the values and functions of their means; the first is the loss, the last selects `best`
     meaning: str  # of the columns
     head: str  # of the network
     predict: Callable  # (output, constants) -> ab
@@ -242,7 +241,7 @@ def warn_of_overlap(images, val_images, args):
 
 
 @paddle.no_grad()
-def validate(run, validation, constants, args, autocast, stop, log):
+def validate(run, validation, constants, args, stop, log):
     """Log the values, raw AuC and a picture for the validation images of all processes; save the best weights.
 
     The values are not re-weighted, so variants of the loss can be compared. A stop request ends this without a result.
@@ -260,7 +259,7 @@ def validate(run, validation, constants, args, autocast, stop, log):
         if not len(readable):
             continue
         rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
-        values, output = objective.compute(run.network, rgb, constants, args, autocast)
+        values, output = objective.compute(run.network, rgb, constants)
         images += len(rgb)
         sums += values.sum(axis=0).numpy()
         lab = dataset.rgb_to_lab(rgb)
@@ -493,9 +492,9 @@ def report(run, args, stop):
 # -------------------------------------------------------------------------------------------------
 
 
-def take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule):
+def take_step(model, rgb, constants, compute, scaler, optimizer, schedule):
     """Change the weights by one step of Adam. Return the values of each image, without gradients."""
-    values, _ = OBJECTIVES[args.loss].compute(model, gpu.to_device(rgb), constants, args, autocast)
+    values, _ = compute(model, gpu.to_device(rgb), constants)
     scaler.scale(values[:, 0].mean()).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -524,12 +523,12 @@ def main(args):
         # Data
         loader, sampler = training_data(args)
         validation = validation_data(args, loader.dataset)
-        constants = make_constants(args)
 
         # Network and optimizer
         network = build_network(args, parts)
         optimizer, schedule = make_optimizer(network, args)
         autocast, scaler = gpu.mixed_precision(args.amp)
+        objective, constants = OBJECTIVES[args.loss], make_constants(args, autocast)
 
         # State
         run = make_run(args, network, optimizer, scaler, loader.dataset)
@@ -545,7 +544,7 @@ def main(args):
         last = (progress["step"], progress["validated"] == progress["step"])
         log = Log(args.log_path, FORMATS, run.id, last)
         opened.callback(log.close)
-        meter = Meter(OBJECTIVES[args.loss].columns, args.max_broken)
+        meter = Meter(objective.columns, args.max_broken)
         bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))
         stop = opened.enter_context(processes.StopRequest())
         opened.enter_context(advice_for_errors(run))
@@ -557,7 +556,7 @@ def main(args):
             ended = progress["step"] >= last_step and progress["batch"] < len(sampler)  # else the epoch is not counted
             due = progress["validated"] < progress["step"] and (ended or progress["batch"] == 0)
             if validation is not None and due:
-                validate(run, validation, constants, args, autocast, stop, log)
+                validate(run, validation, constants, args, stop, log)
             if ended:
                 break
 
@@ -567,7 +566,7 @@ def main(args):
             loader.dataset.epoch = progress["epoch"]
             meter.begin_epoch()
             for rgb, broken in meter.timed(from_workers(loader, stop)):
-                values = take_step(model, rgb, constants, args, autocast, scaler, optimizer, schedule)
+                values = take_step(model, rgb, constants, objective.compute, scaler, optimizer, schedule)
                 meter.add(values, broken)
                 progress["step"] += 1
                 progress["batch"] += 1

@@ -120,7 +120,7 @@ def test_l2_loss_and_its_gradients_equal_those_of_pytorch(square_crops):
     rgb, lab = paddle.to_tensor(images.transpose(0, 3, 1, 2)), torch.tensor(color.rgb2lab(images)).permute(0, 3, 1, 2)
     lightness, ab = lab[:, :1] - 50, lab[:, 1:, ::4, ::4]
     layer = paddle.nn.Conv2D(1, 2, 4, stride=4)
-    values, output = train.l2(layer, rgb, train.make_constants(args), args, autocast("off"))
+    values, output = train.l2(layer, rgb, train.make_constants(args, autocast("off")))
     weight, bias = (torch.tensor(x.numpy().astype(np.float64), requires_grad=True) for x in (layer.weight, layer.bias))
     predicted = torch.nn.functional.conv2d(lightness, weight, bias, stride=4)
     np.testing.assert_allclose(output.numpy(), predicted.detach().numpy(), atol=0.02)
@@ -416,8 +416,8 @@ def test_loss_of_a_float16_output_is_computed_in_float32():
     rgb = paddle.randint(0, 256, [2, 3, 32, 32]).astype("uint8")
     logits = paddle.randn([2, 313, 8, 8]).astype("float16")
     args = train.parse_args(["--image_dir", "x"])
-    settings = train.make_constants(args), args, autocast("off")
+    constants = train.make_constants(args, autocast("off"))
     half, single = (
-        train.classification(lambda _, x=x: x, rgb, *settings)[0] for x in (logits, logits.astype("float32"))
+        train.classification(lambda _, x=x: x, rgb, constants)[0] for x in (logits, logits.astype("float32"))
     )
     assert half.dtype == paddle.float32 and half.tolist() == single.tolist()
