@@ -103,7 +103,7 @@ def main(args):
     if args.steps:
         print(f"2. train: {args.steps} steps from the same weights, to overfit these images (checkpoints are not kept)")
         length = f"--batch_size {number} --max_steps {args.steps} --num_epochs {args.steps} --save_freq 1000000"
-        with tempfile.TemporaryDirectory() as checkpoints:
+        with tempfile.TemporaryDirectory(prefix="deleted_after_the_demo_") as checkpoints:
             folders = ["--image_dir", str(images), "--model_path", checkpoints, "--log_path", str(output / "log")]
             code = train.main(train.parse_args([*folders, *TRAINING.split(), *length.split()]))
 
