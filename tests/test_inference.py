@@ -95,15 +95,8 @@ def test_folded_batch_norm_does_not_change_the_output():
     assert not network(x).stop_gradient  # gradients are not disabled afterwards
 
 
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """Make an empty folder for temporary files, those of Paddle, too."""
-    (tmp_path / "猫").mkdir()
+def test_temporary_folder_has_an_ascii_name_on_windows(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "猫"))
-    return tmp_path / "猫"
-
-
-def test_temporary_folder_has_an_ascii_name_on_windows(tmp_path, temporary, monkeypatch):
     monkeypatch.setenv("PUBLIC", str(tmp_path))
     with temporary_folder() as folder:
         assert os.path.dirname(folder) == str(tmp_path)
