@@ -2,7 +2,7 @@
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
+from paddle import nn
 
 from utils import TEMPERATURE, load_ab_bins
 
@@ -30,41 +30,55 @@ def write_caffe(path, layers):
     return path
 
 
+def flat_network(x, extra_relu=False, affine=False):
+    """Return this network as a list of layers, with random weights and its batch norm statistics on x (L - 50).
+
+    The earlier Paddle port has this form, with another ReLU before conv6.
+    """
+    paddle.seed(0)
+    layers, width = [], 1
+    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
+        layers += [nn.ReLU()] * (number == 6 and extra_relu)
+        for i in range(convs):
+            layers.append(nn.Conv2D(width, channels, 3, stride if i == convs - 1 else 1, dilation, dilation))
+            layers.append(nn.ReLU())
+            width = channels
+        layers.append(nn.BatchNorm2D(channels, momentum=0.0))  # the statistics are those of the last batch
+    layers += [nn.Conv2DTranspose(512, 256, 4, 2, 1), nn.ReLU(), nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU()]
+    layers += [nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2D(256, 313, 1)]
+    for layer in layers:
+        if isinstance(layer, (nn.Conv2D, nn.Conv2DTranspose)):
+            fan_in = np.prod(layer.weight.shape) / layer.bias.shape[0]
+            layer.weight.set_value(paddle.randn(layer.weight.shape) * (2 / fan_in) ** 0.5)
+        elif isinstance(layer, nn.BatchNorm2D) and affine:
+            layer.weight.set_value(paddle.rand(layer.weight.shape) + 0.5)
+            layer.bias.set_value(0.3 * paddle.randn(layer.bias.shape))
+    layers[0].weight.set_value(layers[0].weight / 30)  # the input, L - 50, is about that large
+    network = nn.Sequential(*layers)
+    with paddle.no_grad():
+        network(paddle.to_tensor(x))
+    network.eval()
+    return network
+
+
 FACTOR = 999.98
 
 
-def caffe_network(x):
-    """Return layers with random weights, with their statistics on x (L - 50), and the logits."""
-    random = np.random.default_rng(0)
+def caffe_layers(network):
+    """Return {name: arrays} of a `flat_network`, as in the authors' release."""
+    names = []
+    for number, (convs, *_) in enumerate(STAGES, start=1):
+        names += [f"conv{number}_{i}" for i in range(1, convs + 1)] + [f"conv{number}_{convs}norm"]
+    names = ["bw_conv1_1", *names[1:], "conv8_1", "conv8_2", "conv8_3", "conv8_313"]
     layers = {"data_ab_ss": [np.ones((2, 1, 1, 1))]}  # a layer that only training needs
-
-    def convolve(name, x, out, size, transposed=False, **options):
-        shape = (x.shape[1], out, size, size) if transposed else (out, x.shape[1], size, size)
-        gain = 4 if transposed else 1
-        fan_in = x.shape[1] * size * size / gain
-        weight = random.normal(0, (2 / fan_in) ** 0.5, shape).astype(np.float32)
-        bias = random.normal(0, 0.1, out).astype(np.float32)
-        layers[name] = [weight, bias]
-        function = F.conv2d_transpose if transposed else F.conv2d
-        return function(x, paddle.to_tensor(weight), paddle.to_tensor(bias), **options)
-
-    x = paddle.to_tensor(x / 30)
-    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
-        for i in range(1, convs + 1):
-            name = f"conv{number}_{i}" if (number, i) != (1, 1) else "bw_conv1_1"
-            options = {"stride": stride if i == convs else 1, "padding": dilation, "dilation": dilation}
-            x = F.relu(convolve(name, x, channels, 3, **options))
-        mean, variance = x.mean(axis=[0, 2, 3]), x.var(axis=[0, 2, 3], unbiased=False)
-        layers[f"conv{number}_{convs}norm"] = [
-            *(FACTOR * mean.numpy(), FACTOR * variance.numpy(), np.array([FACTOR], np.float32)),
-        ]
-        x = (x - mean.reshape([1, -1, 1, 1])) / (variance.reshape([1, -1, 1, 1]) + 1e-5).sqrt()
-    x = F.relu(convolve("conv8_1", x, 256, 4, transposed=True, stride=2, padding=1))
-    x = F.relu(convolve("conv8_3", F.relu(convolve("conv8_2", x, 256, 3, padding=1)), 256, 3, padding=1))
-    logits = convolve("conv8_313", x, 313, 1)
-    layers["bw_conv1_1"][0] /= 30  # instead of the input
+    for name, layer in zip(names, [layer for layer in network if not isinstance(layer, nn.ReLU)]):
+        if isinstance(layer, nn.BatchNorm2D):
+            mean, variance = layer._mean.numpy(), layer._variance.numpy()
+            layers[name] = [FACTOR * mean, FACTOR * variance, np.array([FACTOR], np.float32)]
+        else:
+            layers[name] = [layer.weight.numpy(), layer.bias.numpy()]
     layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as released; programs fill it in
-    return layers, logits.numpy()
+    return layers
 
 
 def class8_ab():

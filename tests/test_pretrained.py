@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 import pytest
 import skimage.color
-from caffe_files import STAGES, caffe_network, class8_ab, run_by_opencv, write_caffe
+from caffe_files import STAGES, caffe_layers, class8_ab, flat_network, run_by_opencv, write_caffe
 from conftest import BUNDLED_IMAGES, bundled_image
 from paddle import nn
 
@@ -177,37 +177,10 @@ def test_official_release_without_a_parameter_is_refused(official, refused):
 # The earlier Paddle port
 
 
-def port_network():
-    """Build the port's layers, with a ReLU between the batch norm of conv5 and conv6."""
-    paddle.seed(0)
-    layers, width = [], 1
-    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
-        if number == 6:
-            layers.append(nn.ReLU())
-        for i in range(convs):
-            layers.append(nn.Conv2D(width, channels, 3, stride if i == convs - 1 else 1, dilation, dilation))
-            layers.append(nn.ReLU())
-            width = channels
-        layers.append(nn.BatchNorm2D(channels, momentum=0.0))
-    layers += [nn.Conv2DTranspose(512, 256, 4, 2, 1), nn.ReLU(), nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU()]
-    layers += [nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2D(256, 313, 1)]
-    for layer in layers:
-        if isinstance(layer, (nn.Conv2D, nn.Conv2DTranspose)):
-            fan_in = np.prod(layer.weight.shape) / layer.bias.shape[0]
-            layer.weight.set_value(paddle.randn(layer.weight.shape) * (2 / fan_in) ** 0.5)
-        elif isinstance(layer, nn.BatchNorm2D):
-            layer.weight.set_value(paddle.rand(layer.weight.shape) + 0.5)
-            layer.bias.set_value(0.3 * paddle.randn(layer.bias.shape))
-    layers[0].weight.set_value(layers[0].weight / 30)  # the input, L - 50, is about that large
-    return nn.Sequential(*layers)
-
-
 @pytest.fixture(scope="module")
 def port(lightness, tmp_path_factory):
     """Return the port's checkpoint and its logits."""
-    network = port_network()
-    with paddle.no_grad():  # in training mode, with a momentum of 0: the statistics are the images'
-        network(paddle.to_tensor(lightness - 50))
+    network = flat_network(lightness - 50, extra_relu=True, affine=True)
     path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
     save_checkpoint({f"features.{name}": tensor for name, tensor in network.state_dict().items()}, path)
     return path, run(network, lightness)
@@ -250,7 +223,9 @@ def test_training_starts_from_any_network_without_the_additional_relu(port, offi
 
 @pytest.fixture(scope="module")
 def caffe(lightness):
-    return caffe_network(lightness - 50)
+    """Return the layers of the release, and its logits."""
+    network = flat_network(lightness - 50)
+    return caffe_layers(network), run(network, lightness)
 
 
 def test_caffe_release_gives_the_colors_of_the_authors(caffe, lightness, tmp_path):

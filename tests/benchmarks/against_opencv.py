@@ -22,7 +22,7 @@ from support.inference import make_predictor
 import numpy as np
 import paddle
 import skimage.data
-from caffe_files import caffe_network, class8_ab, run_by_opencv, write_caffe
+from caffe_files import caffe_layers, class8_ab, flat_network, run_by_opencv, write_caffe
 from PIL import Image
 
 from colorizer import SMALLEST_INPUT
@@ -54,7 +54,7 @@ def main():
     cv2.setNumThreads(threads)
     folder = Path(tempfile.mkdtemp())
     x = photograph(224)
-    layers, _ = caffe_network(x.numpy())
+    layers = caffe_layers(flat_network(x))
     layers["conv8_313"] = [x / 10 for x in layers["conv8_313"]]  # logits of about a trained network's size
     caffemodel = write_caffe(folder / "network.caffemodel", {**layers, **class8_ab()})
     theirs = run_by_opencv(caffemodel, 224, 224)
