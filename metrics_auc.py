@@ -247,23 +247,15 @@ def inverse_prior(path):
 
 
 def write_images(names, sums, bin_weights, path):
-    """Write the values of each image as CSV."""
+    """Write the values of each image as CSV; headings for gray and for the original begin with "gray" and "true"."""
     values = evaluate(sums, bin_weights)
-    colored, gray, true = (values[version] for version in VERSIONS)
-    numbers = {
-        "auc_raw": colored["auc_raw"],
-        "auc_rebalanced": colored["auc_rebalanced"],
-        "psnr": colored["psnr"],
-        "gray_auc_raw": gray["auc_raw"],
-        "gray_auc_rebalanced": gray["auc_rebalanced"],
-        "gray_psnr": gray["psnr"],
-        "chroma": colored["chroma"],
-        "colorfulness": colored["colorfulness"],
-        "true_chroma": true["chroma"],
-        "true_colorfulness": true["colorfulness"],
-    }
-    texts = {heading: [f"{value:.6f}" for value in column] for heading, column in numbers.items()}
-    write_csv({"image": names, "pixels": sums["pixels"], **texts}, path)
+    errors, colors = ("auc_raw", "auc_rebalanced", "psnr"), ("chroma", "colorfulness")
+    parts = (("", "colored", errors), ("gray_", "gray", errors), ("", "colored", colors), ("true_", "true", colors))
+    columns = {"image": names, "pixels": sums["pixels"]}
+    for prefix, version, quantities in parts:
+        for x in quantities:
+            columns[prefix + x] = [f"{value:.6f}" for value in values[version][x]]
+    write_csv(columns, path)
 
 
 def write_counts(counts, colored, gray, path):

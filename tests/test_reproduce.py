@@ -6,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -73,34 +71,21 @@ SMALLER = {  # commands of the page: the same for a set of 40 images
 ROWS = ("full", "non_rebalance", "rebalance", "l2", "l2_ft", "official")
 
 
-def crops(count):
-    """Yield crops of scikit-image's images as JPEG files."""
-    for i in range(count):
-        image = Image.fromarray(np.roll(IMAGES[i % 3], 29 * i, axis=1)).resize((100 + i, 90))
-        file = BytesIO()
-        image.save(file, "JPEG")
-        yield file.getvalue()
-
-
-def add(archive, name, content):
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    archive.addfile(entry, BytesIO(content))
+def save_crop(path, i):
+    crop = Image.fromarray(np.roll(IMAGES[i % 3], 29 * i, axis=1)).resize((100 + i, 90))
+    save_image(path, np.asarray(crop))
 
 
 def make_imagenet(folder, names):
     """Write ImageNet's two archives in their official layout: one archive per class, and a flat one of `names`."""
-    images = crops(20 + len(names))
-    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train:
-        for synset in (*SYNSETS, "n01440764"):
-            content = BytesIO()
-            with tarfile.open(fileobj=content, mode="w") as archive:
-                for i in range(5):
-                    add(archive, f"{synset}_{i}.JPEG", next(images))
-            add(train, f"{synset}.tar", content.getvalue())
-    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as val:
-        for name in names:
-            add(val, f"{name}.JPEG", next(images))
+    for i, synset in enumerate((*SYNSETS, "n01440764")):
+        for j in range(5):
+            save_crop(folder / "raw" / synset / f"{synset}_{j}.JPEG", 5 * i + j)
+        shutil.make_archive(folder / "raw" / "train" / synset, "tar", folder / "raw" / synset)
+    for i, name in enumerate(names):
+        save_crop(folder / "raw" / "val" / f"{name}.JPEG", 20 + i)
+    for part in ("train", "val"):
+        shutil.make_archive(folder / f"ILSVRC2012_img_{part}", "tar", folder / "raw" / part)
 
 
 @pytest.fixture
