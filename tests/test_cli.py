@@ -15,8 +15,6 @@ import pytest
 from conftest import ROOT
 from processes import wait_for
 
-from resources import estimate_prior
-
 SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "resources").glob("*.py")]
 SCRIPTS = [path for path in SCRIPTS if "def parse_args" in path.read_text(encoding="utf-8")]
 
@@ -156,13 +154,6 @@ def test_closed_pipe_ends_the_script_silently():
     assert done.stdout == b"x" and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
-def test_name_that_is_not_utf_8_is_escaped_in_the_last_line(tmp_path, square_crops, capsys, handlers):
-    output = os.fsdecode(os.fsencode(tmp_path) + b"/p\xff.npy")
-    flags = ["--image_dir", str(square_crops), "--num_workers", "0", "--output", output]
-    assert run_script(estimate_prior.main, lambda: estimate_prior.parse_args(flags)) == 0
-    assert "p\\xff.npy: from 4 color images" in capsys.readouterr().out
-
-
 def test_script_runs_without_standard_streams(tmp_path):
     """No file gets the number of a closed stream, into which messages would be written."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import note, run_script\n"
@@ -188,12 +179,6 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(script):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(60)
     assert process.returncode == -signal.SIGINT and out == err == b""
-
-
-def test_importing_the_package_keeps_the_handler_of_ctrl_c_in_other_programs():
-    code = "import signal; import support; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    reset = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, **reset)
 
 
 class NotebookStream:

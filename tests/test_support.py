@@ -62,7 +62,6 @@ def test_importing_the_drivers_in_resources_prints_nothing(stderr):
     assert stderr("-c", f"import {names}") == []
 
 
-@pytest.mark.slow
 def test_importing_support_keeps_signal_handlers_the_home_directory_and_warnings(stderr):
     state = "signal.getsignal(2), signal.getsignal(15), signal.pthread_sigmask(0, []), os.environ['HOME']"
     code = f"import os, signal, warnings; before = {state}; import support; assert before == ({state}), before\n"
