@@ -287,20 +287,17 @@ def distribution(photo, settings):
         settings (Settings): Place, and temperature of the softmax and of the annealed mean.
 
     Returns:
-        tuple: Path of the chart, a sentence with its main numbers, and a button for each of the likely colors.
+        tuple: Path of the chart, a sentence with the predicted color, and a button for each of the likely colors.
     """
     output, bins = output_at(photo, settings), load_ab_bins().numpy()
     mean = to_ab(output, settings.temperature).flatten().tolist()
     place = f"At {settings.across:g}% from the left and {settings.down:g}% from the top"
-    ab = f"a = {round(mean[0])}, b = {round(mean[1])}"
+    text = f"{place}, the predicted color is a = {round(mean[0])}, b = {round(mean[1])}."
     if output.shape[1] == 2:
         probability = np.zeros(len(bins))
-        text = f"{place}, the color is {ab}. This network predicts one color instead of a distribution."
+        text += " This network predicts one color instead of a distribution."
     else:
         probability = paddle.nn.functional.softmax(output.flatten() / settings.temperature, axis=0).numpy()
-        a, b = bins[probability.argmax()]
-        most_likely = f"a = {a:.0f}, b = {b:.0f} (probability {probability.max():.0%})"
-        text = f"{place}, the most likely color is {most_likely}. The annealed mean is {ab}."
     colors = colors_like(np.asarray(photo.preview)[pixel(*photo.preview.size, settings)], bins)
     buttons = [gr.Button(visible=False)] * LIKELY
     for rank, index in enumerate(likely_bins(output)):

@@ -249,21 +249,21 @@ def test_distribution_is_that_of_the_chosen_place(photo):
         return np.int16(Image.open(chart).convert("RGB")), text, buttons
 
     chart, text, buttons = look(100 * 9.5 / 12, 100 * 2.5 / 8)
-    assert "most likely color is a = 60, b = 40 (probability 100%). The annealed mean is a = 60, b = 40" in text
+    assert "the predicted color is a = 60, b = 40." in text
     red = 255 * lab_to_rgb(paddle.to_tensor([53.6, 60, 40]).reshape([1, 3, 1, 1])).flatten().numpy()
     assert (np.abs(chart - red).max(axis=-1) < 4).sum() > 50  # pixels of the square
     assert buttons[0].value == "a 60, b 40 (100%)" and len(buttons) == 3
     for place in ((100 * 8.5 / 12, 100 * 2.5 / 8), (100, 100), (0, 0)):
         _, text, _ = look(*place)
         mean = BINS.mean(axis=0)
-        assert f"The annealed mean is a = {round(mean[0])}, b = {round(mean[1])}" in text
+        assert f"the predicted color is a = {round(mean[0])}, b = {round(mean[1])}." in text
 
 
 @needs_gradio
 def test_network_that_predicts_ab_shows_one_color_and_can_be_corrected(photo):
     photo.output = paddle.full([1, 2, 8, 12], 12.4)
     pictures, _, chart, text, *buttons = app.draw(photo, *SETTINGS)
-    assert "the color is a = 12, b = 12. This network predicts one color instead of a distribution." in text
+    assert "the predicted color is a = 12, b = 12. This network predicts one color instead of a distribution." in text
     assert Path(chart).is_file() and [button.visible for button in buttons] == [False] * 3
     expected = colored(photo.preview, photo.output[0])
     assert np.abs(np.int16(Image.open(pictures[1])) - expected).mean() < 2
