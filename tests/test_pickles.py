@@ -111,31 +111,27 @@ def test_message_names_the_content_that_was_refused(path):
 # Arrays that contradict themselves
 
 
-def array_pickle(shape, code, data, flags=0):
-    """Return the pickle of an array whose dtype and content may contradict its shape."""
-    return pickle.dumps({"a": _Forged(shape, _ForgedDtype(code, flags), data)}, 2)
+class ForgedArray:
+    """Pickles as an array whose type and content may contradict its shape."""
 
-
-class _ForgedDtype:
-    def __init__(self, code, flags):
-        self.code, self.flags = code, flags
+    def __init__(self, shape, code, data):
+        self.shape, self.dtype, self.data = shape, ForgedDtype(code), data
 
     def __reduce__(self):
-        return np.dtype, (self.code, False, True), (3, "<", None, None, None, -1, -1, self.flags)
-
-
-class _Forged:
-    def __init__(self, *parts):
-        self.parts = parts
-
-    def __reduce__(self):
-        shape, dtype, data = self.parts
         reconstruct = np.ones(1).__reduce__()[0]
-        return reconstruct, (np.ndarray, (0,), b"b"), (1, shape, dtype, False, data)
+        return reconstruct, (np.ndarray, (0,), b"b"), (1, self.shape, self.dtype, False, self.data)
+
+
+class ForgedDtype:
+    def __init__(self, code):
+        self.code = code
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), (3, "<", None, None, None, -1, -1, 0)
 
 
 def test_forged_arrays_are_refused(path):
-    path.write_bytes(array_pickle((2,), "f4", b"\0" * 8))
+    path.write_bytes(pickle.dumps({"a": ForgedArray((2,), "f4", b"\0" * 8)}))
     assert load_checkpoint(path)["a"].shape == (2,)  # the forgery works, if it is honest
     for shape, code, data, message in (
         ((1,), "O8", b"\x41" * 8, "array of 'O8'"),  # numbers that would be taken for pointers
@@ -146,7 +142,7 @@ def test_forged_arrays_are_refused(path):
         ((-2, -1), "f4", b"\0" * 8, "one unknown dimension"),
         ((1,), "f4", b"\0" * 7, "multiple of element size"),
     ):
-        assert message in refusal(path, array_pickle(shape, code, data))
+        assert message in refusal(path, pickle.dumps({"a": ForgedArray(shape, code, data)}, 2))
 
 
 def test_allowed_functions_are_not_called_with_the_arguments_in_the_file(path):
@@ -170,9 +166,10 @@ def test_declared_sizes_take_no_memory(path):
 
 @pytest.mark.parametrize("opcode", [b"}", b"(", b"\x94"], ids=["dicts", "marks", "memo"])
 def test_millions_of_opcodes_are_refused_in_bounded_memory(path, opcode):
-    content = b"\x80\x04}" + opcode * 3_000_000
-    assert peak_memory(lambda: refusal(path, content)) < 150e6
-    assert "more than 1,000,000 opcodes" in refusal(path, content)
+    def check():
+        assert "more than 1,000,000 opcodes" in refusal(path, b"\x80\x04}" + opcode * 3_000_000)
+
+    assert peak_memory(check) < 150e6
 
 
 @pytest.mark.parametrize("container", [list, tuple])
@@ -183,10 +180,6 @@ def test_containers_that_repeat_each_other_are_refused_quickly(path, container):
     start = time.process_time()
     for state in ({"a": bomb}, {"a": Call(np.ndarray, bomb)}, {"a": [1], "b": bomb}):
         assert "same list, tuple, dict or long text twice" in refusal(path, pickle.dumps(state))
-    if container is tuple:
-        # As a key: pickle.dumps would hash it, too, so the bytes are written out: } (nested tuples) 1 s .
-        nested = b"\x80\x02})q\x00" + b"".join(b"h%c\x86q%c" % (2 * (i,) + (i + 1,))[1:] for i in range(60))
-        assert "same list, tuple, dict or long text twice" in refusal(path, nested + b"K\x01s.")
     endless = []
     endless.append(endless)
     assert "same list, tuple, dict or long text twice" in refusal(path, pickle.dumps({"a": endless}))
@@ -197,14 +190,14 @@ def test_arrays_that_share_their_bytes_are_refused(path):
     """A megabyte could become a thousand arrays."""
     data = bytes(2**20)
     for code in ("f4", "u2"):  # u2: bfloat16, which is copied to float32
-        attack = {str(i): _Forged((len(data) // int(code[1]),), _ForgedDtype(code, 0), data) for i in range(1000)}
+        attack = {str(i): ForgedArray((len(data) // int(code[1]),), code, data) for i in range(1000)}
         content = pickle.dumps(attack, 4)
         assert len(content) < 2**21 and "long text twice" in refusal(path, content)
         assert peak_memory(lambda: refusal(path)) < 10 * 2**20
 
 
 def test_array_that_occurs_a_thousand_times_is_converted_once(path):
-    array = _Forged((2**19,), _ForgedDtype("u2", 0), bytes(2**20))
+    array = ForgedArray((2**19,), "u2", bytes(2**20))
     path.write_bytes(pickle.dumps({"a": [array] * 1000}, 4))
     assert peak_memory(lambda: load_checkpoint(path)) < 10 * 2**20
 
