@@ -280,7 +280,7 @@ def parse_args(argv=None):
         args.images.append(args.image_dir)
     # On Windows the shell leaves patterns as they are.
     found = [[path] if os.path.exists(path) else sorted(glob.glob(path)) or [path] for path in args.images]
-    args.images = list(dict.fromkeys(sum(found, [])))
+    args.images = sum(found, [])
     if not args.images:
         parser.error("no image or folder given")
     return args

@@ -105,18 +105,12 @@ def one_form(name):
 # Records of results: one JSON object per line in a file in their folder
 
 
-def absolute(path):
-    """Return an absolute path without links among its folders. A file that is itself a link keeps its name."""
-    folder, name = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), name)
-
-
 def make_record(source, settings, folder, name, written=True):
     """Describe the result `name` in `folder`, made from the file `source`, with the fingerprints of both files.
 
     A record that is not `written` announces a result, so that it can be told from other files after a kill.
     """
-    record = {"source": {"path": absolute(source)}, "settings": settings, "result": {"path": name}}
+    record = {"source": {"path": os.path.abspath(source)}, "settings": settings, "result": {"path": name}}
     if written:
         record["source"].update(fingerprint(source))
         record["result"].update(fingerprint(os.path.join(folder, name)))
@@ -146,7 +140,7 @@ def source_name(record, path):
 
 def same_source(record, path):
     """Return whether the source of a record is the file `path`, whose folder may have been moved or copied."""
-    before, now = record["source"]["path"], absolute(path)
+    before, now = record["source"]["path"], os.path.abspath(path)
     return before == now or (
         source_name(record, before) == source_name(record, now) and same_file(record["source"], now)
     )
@@ -285,7 +279,7 @@ def _pair_by_records(true, true_dir, colored, records):
     """Return the result of each original, {name: name}, the problems of other results, and the settings."""
     places, below = {}, {}  # names of the originals
     for name, path in true.items() if true_dir else ():
-        places[absolute(path)] = below[one_form(relative_path(path, true_dir))] = name
+        places[os.path.abspath(path)] = below[one_form(relative_path(path, true_dir))] = name
     result_of, settings = {}, {}
     problems = {name: "not recorded, unlike other results" for name in colored if name not in records}
     for name, record in reversed(records.items()):  # the newest first

@@ -111,7 +111,7 @@ def open_image(path, least_side=None):
             head = file.read(HEAD)
             file.seek(0)
             with Image.open(file, formats=_formats(head)) as image:
-                transfer = TRANSFER.search(head) if image.format in ("PNG", "AVIF", "HEIF") else None
+                transfer = TRANSFER.search(head)
                 if transfer and transfer[1] in HDR:
                     raise ValueError("HDR (PQ or HLG): convert it to sRGB first")
                 if least_side:

@@ -224,6 +224,7 @@ def exif(orientation=6):
         ExifTags.Base.DateTimeOriginal: "2001:02:03 04:05:06",
         ExifTags.Base.ColorSpace: 65535,
         ExifTags.Base.ExifImageWidth: 75,
+        ExifTags.IFD.Interop: {ExifTags.Interop.InteropIndex: "R98"},
     }
     metadata[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (48.0, 8.0, 6.5)}
     return metadata

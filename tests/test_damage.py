@@ -1,5 +1,6 @@
 """Damage that a file itself proves."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def test_file_that_is_missing_or_cannot_be_read_proves_nothing(tmp_path, monkeyp
     def refuse(_):
         raise PermissionError(13, "Permission denied")
 
-    assert find_damage(tmp_path / "missing.jpg") == ""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert find_damage(tmp_path / "missing.jpg") == find_damage(tmp_path / "pipe.jpg") == ""
     path = save_image(tmp_path / "a.png", COFFEE)
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert find_damage(path) == ""

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from support.files import atomic_path, make_folder
+from support.files import atomic_path, lock_folder, make_folder
 
 import pytest
 
@@ -106,3 +106,12 @@ def test_only_temporary_files_older_than_a_day_are_removed(tmp_path):
     make_folder(tmp_path)
     assert {*tmp_path.iterdir()} == {tmp_path / "a.png", folder, *others}
     make_folder(tmp_path / "new")
+
+
+def test_folder_on_a_file_system_without_locks_stays_unlocked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("support.files.fcntl.lockf", refuse)
+    for folder in (tmp_path, tmp_path / "missing"):  # in the second, the file of the lock cannot be opened, either
+        lock_folder(folder).close()

@@ -215,8 +215,10 @@ def test_description_of_another_run_or_damaged_one_is_not_that_of_the_results(to
 
 def test_files_that_are_not_as_recorded_are_not_paired(touch, add_result, error_message):
     touch(*(f"in/{name}.jpg" for name in "abcd"))
-    for name in "abc":
+    for name in "abce":
+        touch(f"in/{name}.jpg")
         add_result(f"in/{name}.jpg", f"{name}.png")
+    os.remove("in/e.jpg")
     pathlib.Path("out/a.png").write_text("edited")
     pathlib.Path("in/b.jpg").write_text("exchanged")
     touch("out/d.png")
@@ -224,6 +226,7 @@ def test_files_that_are_not_as_recorded_are_not_paired(touch, add_result, error_
     assert pairs == [("c", "in/c.jpg", "out/c.png")]
     assert left_out == {
         "changed since it was recorded": ["a"],
+        "no original": ["e"],
         "original changed since it was recorded": ["b"],
         "not recorded, unlike other results": ["d"],
     }

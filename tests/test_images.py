@@ -25,7 +25,7 @@ import pytest
 import tifffile
 from conftest import ROOT, exif, png_bomb, save_image
 from damaged import FORMATS, make, readable
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, PngImagePlugin, features
 from skimage import data
 
 COFFEE = data.coffee()[::8, ::8]  # uint8 [50, 75, 3]
@@ -170,6 +170,15 @@ def test_damaged_images_are_read_or_refused(tmp_path):
     assert not refused & intact and refused and {name.rsplit(".")[-1] for name in intact} == set(FORMATS)
 
 
+def test_error_without_text_is_named(tmp_path, monkeypatch):
+    def load(image):
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(InvalidImageError, match="a.png: MemoryError"):
+        read_rgb(save_image(tmp_path / "a.png", COFFEE))
+
+
 STATE = """
 import support, sys, warnings
 from PIL import Image, PngImagePlugin
@@ -302,9 +311,12 @@ def test_gray_image_with_a_gray_profile_is_converted(tmp_path):
         assert np.abs(found[..., 0] - true)[:, 16:].max() < 1.5
 
 
-@pytest.mark.parametrize("profile", [b"x", bytes(500), P3[:300], gray_profile()])
-def test_unusable_color_profile_warns_and_keeps_image(tmp_path, capsys, profile):
-    path = save_image(tmp_path / "photo.png", COFFEE, icc_profile=profile)
+@pytest.mark.parametrize(
+    ("mode", "profile"), [("RGB", b"x"), ("RGB", bytes(500)), ("RGB", P3[:300]), ("RGB", gray_profile()), ("CMYK", P3)]
+)
+def test_unusable_color_profile_warns_and_keeps_image(tmp_path, capsys, mode, profile):
+    path = tmp_path / "photo.tif"
+    Image.fromarray(COFFEE).convert(mode).save(path, icc_profile=profile)
     assert np.array_equal(read_rgb(path), COFFEE)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{path}: unusable color profile")
@@ -356,7 +368,8 @@ def test_written_image_keeps_the_metadata_that_still_applies(tmp_path, format, o
     assert format == "webp" or np.allclose(image.info["dpi"], 300, atol=0.01)
     camera = found.get_ifd(ExifTags.IFD.Exif)
     assert camera[ExifTags.Base.DateTimeOriginal] == "2001:02:03 04:05:06"
-    assert camera[ExifTags.Base.ColorSpace] == 1 and ExifTags.Base.ExifImageWidth not in camera
+    assert camera[ExifTags.Base.ColorSpace] == 1
+    assert not {ExifTags.Base.ExifImageWidth, ExifTags.IFD.Interop} & camera.keys()
     assert found.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (48.0, 8.0, 6.5)
 
 
@@ -372,14 +385,19 @@ def test_written_image_of_a_scan_keeps_the_caption_without_the_file_layout(tmp_p
 def test_images_with_damaged_metadata_are_read_and_written(tmp_path):
     whole = exif().tobytes()
     random = np.random.default_rng(0)
-    for i in range(20):
+    for _ in range(20):
         damaged = bytearray(whole)
         for at in random.integers(6, len(whole), 8):
             damaged[at] = random.integers(256)
-        path = save_image(tmp_path / f"{i}.jpg", COFFEE, exif=bytes(damaged), dpi=(i, i))
-        save(read_image(path), tmp_path / "a.jpg")
-    path = save_image(tmp_path / "long.png", COFFEE, exif=b"Exif\0\0" + bytes(100_000))
-    save(read_image(path), tmp_path / "a.jpg")
+        save(read_image(save_image(tmp_path / "a.jpg", COFFEE, exif=bytes(damaged))), tmp_path / "b.jpg")
+    no_text = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<3H3I2I", 1, 270, 5, 1, 26, 0, 1, 1)  # a number for a caption
+    too_long = Image.Exif()
+    too_long[ExifTags.Base.ImageDescription] = "x" * 70_000  # bytes; a JPEG has no room for more than 65,533
+    for metadata in (no_text, too_long):
+        save(read_image(save_image(tmp_path / "a.png", COFFEE, exif=metadata)), tmp_path / "b.jpg")
+    image = Image.fromarray(COFFEE)
+    image.info["dpi"] = (float("nan"),) * 2
+    save(read_image(image), tmp_path / "b.jpg")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg"])

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -166,6 +166,7 @@ def test_contact_sheets_are_not_written_among_other_files(colorize_files, write_
 def test_nearly_black_images_and_further_frames_are_reported(colorize_files, write_image, capsys):
     gray = Image.open(path := write_image("in/a.png"))
     gray.save(path.with_name("frames.gif"), save_all=True, append_images=[gray.rotate(90)])
+    gray.save(path.with_name("phone.jpg"), "MPO", save_all=True, append_images=[gray])  # the second one is its depth
     save_image(path.with_name("twelve.tif"), np.asarray(gray).astype(np.uint16) << 4)
     assert colorize_files("in")[0] == 0
     lines = sorted(capsys.readouterr().err.splitlines())
@@ -318,7 +319,18 @@ def test_images_are_opened_once_and_written_in_the_order_of_their_names(colorize
     assert list(read_records(result / "coloring.jsonl")) == ["a.png", "b.png", "c.png", "d.png"]
 
 
-def test_threads_read_ahead_by_a_limited_number_of_pixels():
+class InThisThread:
+    """A pool whose jobs are done when they are submitted."""
+
+    def submit(self, function):
+        done = Future()
+        done.set_result(function())
+        return done
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(False, 5), (True, 2)])
+def test_threads_read_ahead_by_a_limited_number_of_pixels(at_once, most):
+    """Four jobs, and the next, which waits; results that are done at once leave room for it."""
     started = []
 
     def jobs():
@@ -326,9 +338,8 @@ def test_threads_read_ahead_by_a_limited_number_of_pixels():
             started.append(i)
             yield test.PIXELS_AHEAD // 4, partial(int, i)
 
-    with ThreadPoolExecutor(2) as pool:
-        for i, result in enumerate(test.in_threads(pool, jobs())):
-            assert result == i and len(started) - i <= 5  # four, and the next, which waits
+    for i, result in enumerate(test.in_threads(InThisThread(), jobs(), at_once)):
+        assert result == i and len(started) - i <= most
 
 
 @pytest.mark.slow
