@@ -12,6 +12,8 @@ import sys
 import warnings
 import zlib  # noqa: F401  before Paddle, whose 2.x GPU builds bundle a zlib with which Pillow reads no PNG
 
+import numpy  # noqa: F401  before OMP_NUM_THREADS is set below, which would limit its matrix products to one thread
+
 # Ctrl-C during the imports, which take seconds, ends a script of this project without a traceback. Later, `run_script`
 # sets a handler. Other programs that import this package keep theirs, and an ignored signal stays ignored.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,7 +37,8 @@ try:
         import paddle  # noqa: F401
 except ImportError as error:
     if _is_script:
-        raise SystemExit(f"Paddle cannot be imported: {error}; README.md describes the installation") from error
+        remedy = "activate the environment in which it is installed (README.md); Debian and Ubuntu need libgomp1, too"
+        raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
     raise
 finally:
     if _collects:

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
@@ -87,6 +89,20 @@ def test_omp_num_threads_is_what_the_user_set(variables, expected):
     assert done.stdout.strip() == expected and not done.stderr
 
 
+def test_matrix_products_of_numpy_use_as_many_threads_as_without_this_package():
+    library = next(Path(np.__file__).parents[1].glob("numpy.libs/*scipy_openblas64*"), None)
+    if library is None:
+        pytest.skip("NumPy has another BLAS")
+    code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).scipy_openblas_get_num_threads64_())"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+
+    def threads(first):
+        command = [sys.executable, "-c", f"import {first}, numpy; {code}"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert threads("support") == threads("sys")
+
+
 def test_missing_paddle_is_reported_on_one_line_by_scripts_and_as_an_import_error_by_the_package(tmp_path):
     (tmp_path / "paddle.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
@@ -97,6 +113,7 @@ def test_missing_paddle_is_reported_on_one_line_by_scripts_and_as_an_import_erro
         return done.stderr.splitlines()
 
     problem = "libgomp.so.1: cannot open shared object file"
-    line = f"Paddle cannot be imported: {problem}; README.md describes the installation"
+    remedy = "activate the environment in which it is installed (README.md); Debian and Ubuntu need libgomp1, too"
+    line = f"Paddle cannot be imported: {problem}; {remedy}"
     assert stderr(ROOT / "train.py") == [line]
     assert stderr("-c", "import support")[-1] == f"ImportError: {problem}"
