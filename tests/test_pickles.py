@@ -158,7 +158,7 @@ def test_allowed_functions_are_not_called_with_the_arguments_in_the_file(path):
 
 
 def test_declared_sizes_take_no_memory(path):
-    """A bytearray, bytes and a text declare their size. For a memo of declared length, Python's unpickler in C allocates memory."""
+    """A bytearray, bytes and a text declare their size; the last file declares the length of the memo."""
     declared = [opcode + (3_500_000_000).to_bytes(8, "little") for opcode in (b"\x96", b"\x8e", b"\x8d")]
     for content in (*(b"\x80\x04" + opcode + b"}." for opcode in declared), b"\x80\x02}r\xff\xff\xff\x0f"):
         assert peak_memory(lambda content=content: refusal(path, content)) < 1e6
