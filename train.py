@@ -219,10 +219,16 @@ def validation_data(args, training):
     return Validation(images, loader, f"{describe(images, args.val_dir)}, {side}x{side} pixels")
 
 
+def names_in(folder, images):
+    """Yield the paths of a dataset's images, relative to their folder."""
+    for i in range(len(images)):
+        yield images.path(i)[len(folder) :].strip(os.sep)
+
+
 def describe(images, folder):
     """Return the number of a dataset's images and a checksum of their names, e.g. "4 (names 1f0c2d3a)"."""
-    names = "\n".join(images.path(i)[len(folder) :].strip(os.sep) for i in range(len(images)))
-    checksum = zlib.crc32(os.fsencode(names.replace(os.sep, "/")))
+    names = "\n".join(names_in(folder, images)).replace(os.sep, "/")
+    checksum = zlib.crc32(os.fsencode(names))
     return f"{len(images)} (names {checksum:08x})"
 
 
@@ -230,8 +236,7 @@ def warn_of_overlap(images, val_images, args):
     """Print a note if images for validation are also used for training."""
     top = os.path.realpath(args.image_dir)
     validation = {os.path.realpath(val_images.path(i)) for i in range(len(val_images))}
-    training = (f"{top}{os.sep}{images.path(i)[len(args.image_dir) :].strip(os.sep)}" for i in range(len(images)))
-    both = sum(path in validation for path in training)
+    both = sum(f"{top}{os.sep}{name}" in validation for name in names_in(args.image_dir, images))
     if both:
         note(f"{args.val_dir}: {both} of {len(val_images)} images for validation are also used for training")
 

