@@ -75,7 +75,7 @@ def write_script(args, list_path, path):
     """Write a script that removes the listed images, from any working directory."""
     command = [sys.executable, os.path.abspath(__file__), f"--image_dir={args.image_dir}"]
     command += [f"--move_to={args.move_to}"] if args.move_to else []
-    command += [f"--remove_listed={os.path.abspath(list_path)}"]
+    command += [f"--remove_listed={list_path}"]
     with atomic_text(path) as file:
         file.write("#!/usr/bin/env bash\n# Written by get_invalid_images.py; the list gives each file's reason.\n")
         file.write(f"cd -- {quoted(os.getcwd())} && exec {' '.join(map(quoted, command))}\n")

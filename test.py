@@ -84,7 +84,7 @@ def plan(results, settings, args):
         The results of all others are up to date.
     """
     todo, skipped, again = {}, set(), Counter()
-    records = {} if args.output else read_records(args.folder / RECORDS)
+    records = read_records(args.folder / RECORDS)
     for path, name in results.items():
         record = records.get(name)
         if problem := obstacle(args.folder / name, record, path, args):

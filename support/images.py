@@ -259,9 +259,7 @@ def _adobe_rgb_profile():
 
 def _convert_colors(image, rgb, name):
     """Convert `rgb`, the samples of `image`, to sRGB from the color space that the image declares."""
-    color_space = _from_exif(image, ExifTags.Base.ColorSpace, ExifTags.IFD.Exif)
-    index = _from_exif(image, ExifTags.Interop.InteropIndex, ExifTags.IFD.Interop)
-    adobe_rgb = (color_space, index) == (65535, "R03")
+    adobe_rgb = _from_exif(image, ExifTags.Interop.InteropIndex, ExifTags.IFD.Interop) == "R03"
     profile = image.info.get("icc_profile") or (_adobe_rgb_profile() if adobe_rgb else None)
     if not profile:
         return rgb

@@ -178,8 +178,10 @@ def test_nearly_black_images_and_further_frames_are_reported(colorize_files, wri
 
 def test_results_of_several_files_and_folders_keep_their_names(tmp_path, colorize_files, write_image):
     write_image("one.png", "two.png", "beach/a.png", "hills/a.png")
+    left = write_image("result/beach/a.png").rename(tmp_path / "result" / "beach" / f".a.png.{'0' * 16}.tmp")
+    os.utime(left, (0, 0))  # by a killed run, long ago
     code, result = colorize_files(("one.png", "two.png", "one.png", "beach"), "--image_dir", "hills", "--compare")
-    assert code == 0 and found(result) == ["beach/a.png", "hills/a.png", "one.png", "two.png"]
+    assert not left.exists() and code == 0 and found(result) == ["beach/a.png", "hills/a.png", "one.png", "two.png"]
     assert found(tmp_path / "result_compare") == ["sheet_001.png"]
 
 
@@ -210,7 +212,7 @@ def test_earlier_results_and_their_sheets_are_not_colorized(colorize_files, writ
 
 
 def test_patterns_that_the_shell_did_not_expand_are_expanded(colorize_files, write_image):
-    write_image("in/a1.png", "in/a2.png", "in/b.png", "in/[x].png")
+    write_image("in/a1.png", "in/a2.png", "in/b.png", "in/[x].png", "in/x.png")
     _, result = colorize_files(("in/a*.png", "in/[x].png"))
     assert sorted(path.name for path in result.glob("*.png")) == ["[x].png", "a1.png", "a2.png"]
 
