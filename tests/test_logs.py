@@ -46,17 +46,8 @@ def test_lines_of_the_log_average_over_loss_step_steps(run_training):
     )
     rates = [1e-3 / math.sqrt(10), 1e-3 / math.sqrt(10), 1e-4, 1e-4]  # of the step after each line
     assert [line["lr"] for line in each] == pytest.approx(rates)
-    assert pairs[0].keys() == {
-        "run",
-        "epoch",
-        "step",
-        "loss",
-        "cross_entropy",
-        "kl",
-        "images_per_second",
-        "waiting",
-        "lr",
-    }
+    values = {"loss", "cross_entropy", "kl", "images_per_second", "waiting", "lr"}
+    assert pairs[0].keys() == {"run", "epoch", "step", *values}
     assert 0 <= pairs[0]["waiting"] <= 1 and pairs[0]["images_per_second"] > 0
 
 
@@ -115,13 +106,7 @@ def test_unreadable_images_are_skipped_replaced_and_counted(run_training, damage
     flags = ["--batch_size", 17, "--num_epochs", 1, "--max_broken", 0.9, "--num_workers", 2]
     assert len(run_training(*flags, image_dir=damaged)) == 1
     err = capfd.readouterr().err
-    reasons = (
-        "truncated.png: ",
-        "text.jpg: not an image",
-        "zero.png: empty file",
-        "bomb.png: Image size (2500000000 pixels) exceeds",
-    )
-    assert all(reason in err for reason in (*reasons, "vanished.png: no such file"))
+    assert all(f"/{name}: " in err for name in ("truncated.png", "text.jpg", "zero.png", "bomb.png", "vanished.png"))
     skipped = err.count("skipped ")
     assert f"epoch 0: {skipped} of {17 + skipped} images could not be read" in err
     assert "Traceback" not in err

@@ -318,9 +318,7 @@ def test_resumed_run_trains_the_epochs_left_with_a_changed_batch_or_folder(
     lines = run_training(*more, image_dir=folder)
     assert images == 4 or f"images 4 (names 715f338b) is now {images} (names" in capsys.readouterr().err
     steps_per_epoch = images // batch_size
-    assert [line["epoch"] for line in lines[10:]] == [2] * steps_per_epoch + [3] * steps_per_epoch + [
-        4
-    ] * steps_per_epoch
+    assert [line["epoch"] for line in lines[10:]] == sorted([2, 3, 4] * steps_per_epoch)
     progress = state(tmp_path / "run")["progress"]
     assert (progress["epoch"], progress["batch"], progress["step"]) == (5, 0, 10 + 3 * steps_per_epoch)
 
