@@ -22,6 +22,7 @@ import paddle
 
 STATES = r"epoch_(latest|\d+)_state\.pdopt"
 CHECKPOINTS = rf"{STATES}|epoch_(latest|best|\d+)_model\.pdparams|epoch_best\.json"
+PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # entries of a training state that the checksum covers
 
 # -------------------------------------------------------------------------------------------------
 # Folders of a run
@@ -110,9 +111,8 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "progress": self.progress,
             "flags": self.flags,
-            "run": self.id,
         }
-        return {**state, "checksum": _checksum(state)}
+        return {**state, "run": self.id, "checksum": _checksum(state)}
 
     def _write_weights(self, name):
         """Write `epoch_{name}_model.pdparams`: the weights and the entries."""
@@ -201,7 +201,7 @@ def _read_state(path):
     state = load_checkpoint(path)
     if "checksum" not in state:
         raise UserError(f"{path}: not a training state")
-    if state.pop("checksum") != _checksum(state):
+    if _checksum({part: state[part] for part in PARTS}) != state["checksum"]:
         raise UserError(f"{path}: damaged: its checksum does not match")
     return state
 

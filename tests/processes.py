@@ -114,9 +114,9 @@ def weights(folder, name="latest"):
 
 
 def state(folder, name="latest"):
-    """Return a training state without the run's identifier and the checksum, so that those of two runs can be equal."""
+    """Return a training state without the run's identifier, so that those of two runs can be equal."""
     content = load_checkpoint(folder / "model" / f"epoch_{name}_state.pdopt")
-    del content["run"], content["checksum"]
+    del content["run"]
     return content
 
 
