@@ -17,7 +17,7 @@ import numpy  # noqa: F401  before OMP_NUM_THREADS is set below, which would lim
 # Ctrl-C during the imports, which take seconds, ends a script of this project without a traceback. Later, `run_script`
 # sets a handler. Other programs that import this package keep theirs, and an ignored signal stays ignored.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_folder = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or ""))
+_folder = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or __file__))
 _is_script = _folder in (_root, os.path.join(_root, "resources"))
 if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
