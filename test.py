@@ -62,14 +62,14 @@ def result_names(named, args):
 def check_apart(results, args):
     """Raise UserError if results would overwrite images or lie among them, where the next run would colorize them."""
     for parent in {os.path.realpath(os.path.dirname(path)) for path in results}:
-        if not args.output and Path(os.path.realpath(args.folder)) in (Path(parent), *Path(parent).parents):
+        if not args.output and Path(parent).is_relative_to(os.path.realpath(args.folder)):
             raise UserError(
                 f"{args.folder}: contains input images, so results would mix with them; "
                 "choose another --result_path, or pass --output FILE for a single image"
             )
     for path, name in results.items():
         target = args.folder / name
-        if os.path.exists(target) and os.path.exists(path) and os.path.samefile(target, path):
+        if os.path.exists(target) and os.path.samefile(target, path):
             raise UserError(f"{path}: the result would overwrite it; choose another name")
     sheets = args.compare_folder
     if args.compare and sheets.is_dir() and os.listdir(sheets) and not (sheets / COLORING).exists():
