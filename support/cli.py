@@ -54,12 +54,12 @@ def counted(number, noun):
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def note_some(problem, names, limit=10):
-    """Print a note for each of the first names, and one for all others."""
-    for name in names[:limit]:
+def note_some(problem, names):
+    """Print a note for each of the first ten names, and one for all others."""
+    for name in names[:10]:
         note(f"{name}: {problem}")
-    if len(names) > limit:
-        note(f"… and {len(names) - limit} more: {problem}")
+    if others := len(names[10:]):
+        note(f"… and {others} more: {problem}")
 
 
 def note(message):

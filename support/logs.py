@@ -39,7 +39,7 @@ class Log:
             removed.
     """
 
-    def __init__(self, folder, formats, run, last=(0, True)):
+    def __init__(self, folder, formats, run, last):
         self.folder, self.formats, self.run, self.last = Path(folder), formats, run, last
         self.problem = f"{folder}: the log cannot be written"
         self.waiting, self.file, self.board = [], None, None

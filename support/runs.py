@@ -74,7 +74,7 @@ class Run:
         keep (int): Number of numbered checkpoints to keep; 0 keeps all.
     """
 
-    def __init__(self, model_path, log_path, network, optimizer, scaler, flags, progress, entries=(), keep=0):
+    def __init__(self, model_path, log_path, network, optimizer, scaler, flags, progress, entries, keep):
         self.folder, self.log_folder = Path(model_path), Path(log_path)
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
         self.flags, self.progress, self.entries, self.keep = flags, progress, entries, keep
@@ -154,7 +154,7 @@ class Run:
             (self.folder / f"epoch_{epoch}_model.pdparams").unlink(missing_ok=True)
             (self.folder / f"epoch_{epoch}_state.pdopt").unlink(missing_ok=True)
 
-    def resume(self, name, fixed=()):
+    def resume(self, name, fixed):
         """Restore the state that `save` wrote. Return the flags that have changed since, as {name: message}.
 
         Raises UserError if the file cannot be read or is not a training state, if the log is another run's, or if one
