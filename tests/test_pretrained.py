@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import threading
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -51,12 +52,6 @@ def run(network, lightness):
 
 def ab_map(logits):
     return annealed_mean(paddle.to_tensor(logits), load_ab_bins()).numpy()
-
-
-def expected_ab(logits, temperature):
-    """Compute the mean over the bins in float64, in one line of NumPy."""
-    likelihood = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
-    return np.einsum("nqhw,qc->nchw", likelihood / likelihood.sum(axis=1, keepdims=True), load_ab_bins().numpy())
 
 
 def assert_agree(ours, theirs):
@@ -188,9 +183,7 @@ def port(lightness, tmp_path_factory):
 
 def test_port_keeps_its_colors(port, lightness):
     path, logits = port
-    ours = run(path, lightness)
-    assert_agree(ours, logits)
-    np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
+    assert_agree(run(path, lightness), logits)
 
 
 def test_network_saved_from_data_parallel_is_read(small_network, tmp_path):
@@ -230,9 +223,7 @@ def caffe(lightness):
 
 def test_caffe_release_gives_the_colors_of_the_authors(caffe, lightness, tmp_path):
     layers, logits = caffe
-    ours = run(write_caffe(tmp_path / "release.caffemodel", layers), lightness)
-    assert_agree(ours, logits)
-    np.testing.assert_allclose(ab_map(ours), expected_ab(logits, 0.38), atol=0.05)
+    assert_agree(run(write_caffe(tmp_path / "release.caffemodel", layers), lightness), logits)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("cv2"), reason="OpenCV is not installed")
@@ -295,15 +286,7 @@ def test_head_stays_random_when_training_starts_from_a_network_with_the_other_he
 def serve(offline, tmp_path, monkeypatch):
     """Put a file behind the official address, on this machine; its name ends with digits of the hash, or others."""
     (folder := tmp_path / "served").mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(folder))
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def put(content, digits=None):
