@@ -253,7 +253,7 @@ def validate(run, validation, constants, args, stop, log):
     """
     processes.share_statistics(run.network)
     run.network.eval()
-    objective, images = OBJECTIVES[args.loss], 0
+    objective = OBJECTIVES[args.loss]
     sums, histogram, panel = np.zeros(len(objective.columns)), np.zeros(utils.MAX_THRESHOLD + 2), []
     batches = from_workers(validation.loader, stop)
     bar = tqdm(batches, "validating", len(validation.loader), unit="batch", leave=False, disable=None)
@@ -265,7 +265,6 @@ def validate(run, validation, constants, args, stop, log):
             continue
         rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
         values, output = objective.compute(run.network, rgb, constants)
-        images += len(rgb)
         sums += values.sum(axis=0).numpy()
         lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(objective.predict(output, constants), *rgb.shape[2:])
@@ -276,8 +275,8 @@ def validate(run, validation, constants, args, stop, log):
             panel.extend(side_by_side(lab, colored, rgb))
     if stop.agreed():
         return
-    (images,) = processes.all_reduce(np.array([images], np.float64))
     sums, histogram = processes.all_reduce(sums), processes.all_reduce(histogram)
+    images = histogram.sum() / validation.images.crop_size**2
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
     if not np.isfinite(sums).all():
