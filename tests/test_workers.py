@@ -49,16 +49,6 @@ def test_killed_worker_stops_the_run_with_advice(tmp_path, square_crops, number,
     assert "Traceback (most recent" not in message
 
 
-@pytest.mark.slow
-def test_run_stops_when_all_images_vanish(tmp_path, square_crops):
-    images = shutil.copytree(square_crops, tmp_path / "images")
-    with start_training(tmp_path, images, "--num_workers", 1) as process:
-        wait_for(lambda: steps_done(tmp_path) > 2, process)
-        shutil.rmtree(images)
-        assert process.wait(LIMIT) == 1
-    assert "cannot be read: more than --max_broken" in (tmp_path / "err").read_text().splitlines()[-1]
-
-
 class FailingDataset(paddle.io.Dataset):
     def __len__(self):
         return 8
