@@ -1,7 +1,8 @@
-"""Find the images of a folder that are unsuitable as test images, and write a script that removes them.
+"""Find the images of a folder that are unsuitable as test images, and remove them or write a script that does.
 
     python get_invalid_images.py --image_dir DIR && bash remove_invalid.sh
-    python get_invalid_images.py --image_dir DIR --move_to OTHER_DIR && bash remove_invalid.sh
+    python get_invalid_images.py --image_dir DIR --remove
+    python get_invalid_images.py --image_dir DIR --move_to OTHER_DIR --remove
 
 Gray images have no colors to compare with. There are three reasons to list an image:
 
@@ -11,8 +12,8 @@ Gray images have no colors to compare with. There are three reasons to list an i
 
 Prints the number of images for each reason, and writes `invalid_images.csv` (path, reason) and `remove_invalid.sh`. The
 script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders; it calls
-this one with --remove_listed, the way for systems without bash. It can be run twice, replaces no file, and continues
-after an error. No image is touched before.
+this one with --remove_listed. It can be run twice, replaces no file, and continues after an error. No image is touched
+before, except with --remove, which does at once what the script would do.
 
 A file that cannot be read for another reason (a format whose package is missing, an unsupported kind of TIFF, too many
 pixels, too little memory) is reported as not checked, and the exit code is 3. Not all damage is found: a JPEG that is
@@ -86,15 +87,15 @@ def quoted(text):
     return shlex.quote(text.replace(os.sep, "/"))
 
 
-def remove_listed(args):
+def remove_listed(list_path, args):
     """Delete the images in a list, or move them to --move_to. Return the exit code.
 
     Missing files are ignored, so the same list can be used twice.
     """
-    paths, folder = read_list(args.remove_listed), os.path.abspath(args.image_dir)
+    paths, folder = read_list(list_path), os.path.abspath(args.image_dir)
     for path in paths:
         if not Path(os.path.abspath(path)).is_relative_to(folder):
-            raise UserError(f"{args.remove_listed}: lists {path}, which is not in --image_dir {args.image_dir}")
+            raise UserError(f"{list_path}: lists {path}, which is not in --image_dir {args.image_dir}")
     present = list(filter(os.path.lexists, paths))
     removed = 0
     for path in sorted(present, key=os.path.islink, reverse=True):  # links first, while their images are there
@@ -106,7 +107,7 @@ def remove_listed(args):
             removed += 1
         except (OSError, UserError) as error:
             note(f"{path}: not removed: {getattr(error, 'strerror', None) or error}")
-    print(f"{printable(args.remove_listed)}: {removed} of {len(paths)} images {'moved' if args.move_to else 'deleted'}")
+    print(f"{printable(list_path)}: {removed} of {len(paths)} images {'moved' if args.move_to else 'deleted'}")
     return EXIT_SKIPPED if removed < len(present) else 0
 
 
@@ -125,7 +126,7 @@ def move(source, target):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="Find gray and unreadable images, and write a script that removes them.")
+    parser = cli.Parser(description="Find gray and unreadable images; remove them or write a script that does.")
     add = parser.add_argument_group("data").add_argument
     add("--image_dir", required=True, help="folder of test images, nested or flat")
     # A gray image with noise of +-2 levels has differences of up to 5 after a JPEG of quality 95.
@@ -136,6 +137,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output", default=".", help="folder for invalid_images.csv and remove_invalid.sh")
     add("--move_to", metavar="DIR", help="folder to move the images to (default: delete them)")
+    add("--remove", action="store_true", help="delete or move the images now, without the script and without asking")
     listed = "only delete or move the images in this list, which an earlier run wrote, as remove_invalid.sh does"
     add("--remove_listed", metavar="CSV", help=listed)
     return parser.parse_args(argv)
@@ -145,7 +147,7 @@ def main(args):
     if args.move_to and Path(os.path.realpath(args.move_to)).is_relative_to(os.path.realpath(args.image_dir)):
         raise UserError(f"--move_to {args.move_to}: is inside --image_dir, so the images would be found again")
     if args.remove_listed:
-        return remove_listed(args)
+        return remove_listed(args.remove_listed, args)
 
     # Decode all of every image, because a truncated file shows only at its end
     paths = list_images(args.image_dir)
@@ -158,7 +160,7 @@ def main(args):
             note(f"{path}: {reason}")
     invalid = {path: reason for path, reason in reasons.items() if not reason.startswith(NOT_CHECKED)}
 
-    # Write the list and the script
+    # Write the list and the script, and remove the images if asked to
     list_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
     write_csv({"path": [path.replace(os.sep, "/") for path in invalid], "reason": invalid.values()}, list_path)
     write_script(args, list_path, script_path)
@@ -167,9 +169,12 @@ def main(args):
     print(f"{len(invalid)} of {len(paths)} images are unsuitable")
     for reason in (*REASONS, NOT_CHECKED):
         print(f"{counts[reason]:8d}  {reason}")
+    code = EXIT_SKIPPED if counts[NOT_CHECKED] else 0
+    if args.remove:
+        return max(code, remove_listed(list_path, args))
     by = f"bash {shlex.quote(script_path)}, or by the same command with --remove_listed {list_path}"
     print(printable(f"listed in {list_path}; {'moved' if args.move_to else 'deleted'} by {by}"))
-    return EXIT_SKIPPED if counts[NOT_CHECKED] else 0
+    return code
 
 
 if __name__ == "__main__":

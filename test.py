@@ -14,6 +14,7 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 """
 
 import glob
+import math
 import os
 import sys
 from collections import Counter, deque
@@ -161,6 +162,9 @@ def load(item, opened, file, args):
         info = item.image.info
         item.image = Image.fromarray(images.crop_resized(item.image, args.load_size, args.crop_size))
         item.image.info = info
+    if max(item.image.size) > images.LARGEST_SIDE.get(args.format, math.inf):
+        item.error = images.InvalidImageError(item.path, f"too large for {args.format}; choose --format png")
+        return item
     item.inputs = network_input(item.image, args.crop_size or args.load_size)
     if item.inputs.max() < NEARLY_BLACK:
         note(f"{item.path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")

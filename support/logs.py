@@ -20,8 +20,8 @@ import paddle.distributed as dist
 from tqdm import tqdm
 
 VAL = "val_"  # begins the names of values of validation
-LINES = "train.jsonl"
-LOG_FILES = r"train\.jsonl|vdlrecords\.\d+\.log"
+LINES, REPLACED = "train.jsonl", "train_replaced.jsonl"
+LOG_FILES = r"train(_replaced)?\.jsonl|vdlrecords\.\d+\.log"
 
 
 class Log:
@@ -36,7 +36,7 @@ class Log:
         run (str): Identifier of the run, which becomes part of each line of the file.
         last (tuple[int, bool]): Lines of the log stay up to this step, and to that of its validation if the second is
             true. Later lines, which exist if the run was killed after its last save or resumes at an earlier epoch, are
-            removed.
+            moved to another file.
     """
 
     def __init__(self, folder, formats, run, last):
@@ -47,8 +47,8 @@ class Log:
     def open(self):
         """Begin to write, if that has not happened yet.
 
-        VisualDL shows only one file of a folder, so a new file, which begins with the values (not the images) of the
-        lines that stay, takes the place of earlier ones.
+        VisualDL shows only the file of a folder whose number is the largest, so a new file begins with the values (not
+        the images) of the lines that stay.
         """
         if self.file or not is_first():
             return
@@ -56,20 +56,26 @@ class Log:
             path = self.folder / LINES
             lines = read_log(path)
             before = [values for values in lines if _step_and_stage(values) <= self.last]
-            if later := len(lines) - len(before):
-                note(f"{path}: {counted(later, 'line')} after step {self.last[0]} removed, where the run resumes")
+            later = [values for values in lines if _step_and_stage(values) > self.last]
+            if later:
+                with open(self.folder / REPLACED, "a") as file:
+                    file.writelines(json.dumps(values) + "\n" for values in later)
+                note(f"{path}: {counted(len(later), 'line')} after step {self.last[0]} moved to {REPLACED}")
             with atomic_text(path) as file:
                 file.writelines(json.dumps(values) + "\n" for values in before)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
-            for earlier in self.folder.glob("vdlrecords.*.log"):
-                earlier.unlink()
             with redirect_stdout(None):
                 LogWriter = _import_visualdl()  # noqa: N806
-                self.board = LogWriter(logdir=str(self.folder), file_name=f"vdlrecords.{time.time_ns()}.log")
+                self.board = LogWriter(logdir=str(self.folder), file_name=f"vdlrecords.{self._number()}.log")
             for values in before:
                 self._show(values)
         for values in self.waiting:
             self._record(values)
+
+    def _number(self):
+        """Return a number for VisualDL's new file, larger than those of earlier ones: a clock may run backwards."""
+        numbers = (path.name.split(".")[1] for path in self.folder.glob("vdlrecords.*.log"))
+        return max([time.time_ns(), *(int(number) + 1 for number in numbers if number.isdecimal())])
 
     def write(self, values):
         """Print a dict of values, which includes "step", and write it to train.jsonl and VisualDL."""

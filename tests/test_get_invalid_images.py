@@ -102,7 +102,7 @@ def test_tolerance_limits_the_spread_of_each_pixels_channels(tmp_path, spread, f
     assert bool(run(tmp_path / "images", tmp_path, *flags)[1]) == invalid
 
 
-@pytest.mark.parametrize(("way", "move"), [("--remove_listed", False), ("remove_invalid.sh", True)])
+@pytest.mark.parametrize(("way", "move"), [("--remove", True), ("--remove_listed", False), ("remove_invalid.sh", True)])
 def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, capsys, move, way):
     """The script works from any folder, although --image_dir was a relative path."""
     images, target = Path("-$(touch pwned) 'images'"), tmp_path / "-moved $ones"
@@ -111,13 +111,13 @@ def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, ca
         content = save_image(images / FOLDER / name, GRAY).read_bytes()
         save_image(images / "color" / name, COLOR)
     flags = [f"--move_to={target}"] if move else []
-    code, listed = run(images, tmp_path, *flags)
+    code, listed = run(images, tmp_path, *flags, *(["--remove"] if way == "--remove" else []))
     assert code == 0 and sorted(listed) == sorted(str(images / FOLDER / name) for name in NASTY_NAMES)
     if way == "--remove_listed":
         for count in (len(listed), 0):  # the second time, all are missing
             assert run(images, tmp_path, *flags, "--remove_listed=invalid_images.csv")[0] == 0
             assert capsys.readouterr().out.endswith(f"invalid_images.csv: {count} of {len(listed)} images deleted\n")
-    else:
+    elif way == "remove_invalid.sh":
         (tmp_path / "elsewhere").mkdir()
         script = run_script(tmp_path, cwd="elsewhere")
         assert (script.returncode, script.stderr) == (0, "") and not os.listdir("elsewhere")

@@ -117,11 +117,12 @@ def test_too_many_unreadable_images_stop_the_run(run_training, error_message, da
     assert "cannot be read: more than --max_broken 0.1" in message
 
 
-def test_visualdl_has_one_file_though_the_clock_ran_backwards(run_training, tmp_path):
-    """It shows only the file whose name sorts last."""
+def test_new_visualdl_file_is_the_latest_though_the_clock_ran_backwards(run_training, tmp_path):
+    """VisualDL shows only the file whose name sorts last. Earlier ones, with their pictures, stay."""
     run_training("--batch_size", 1, "--max_steps", 2)
-    (path,) = (tmp_path / "run" / "log").glob("vdlrecords*")
-    path.rename(path.with_name(f"vdlrecords.{time.time_ns() + 10**18}.log"))
+    logs, future = tmp_path / "run" / "log", time.time_ns() + 10**18
+    (path,) = logs.glob("vdlrecords*")
+    path.rename(logs / f"vdlrecords.{future}.log")
     run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
-    assert len(list(path.parent.glob("vdlrecords*"))) == 1
-    assert len(visualdl_reader(path.parent).get_data("scalar", "training/loss")) == 3
+    assert sorted(x.name for x in logs.glob("vdlrecords*")) == [f"vdlrecords.{future + i}.log" for i in (0, 1)]
+    assert len(visualdl_reader(logs).get_data("scalar", "training/loss")) == 3

@@ -352,9 +352,7 @@ def test_keep_flag_leaves_later_checkpoints_when_an_earlier_epoch_is_resumed(run
     assert saved_names(tmp_path / "run") == {"2", "3", "latest"}
 
 
-def test_resuming_an_earlier_epoch_reports_removed_lines_and_keeps_a_better_best(
-    run_training, tmp_path, square_crops, capsys
-):
+def test_resuming_an_earlier_epoch_keeps_later_lines_and_a_better_best(run_training, tmp_path, square_crops, capsys):
     flags = ["--batch_size", 1, "--val_dir", square_crops, "--max_steps", 99]
     lines = run_training(*flags, "--num_epochs", 4, "--lr", 1e-3)
     model = tmp_path / "run" / "model"
@@ -363,7 +361,9 @@ def test_resuming_an_earlier_epoch_reports_removed_lines_and_keeps_a_better_best
     capsys.readouterr()
     run_training(*flags, "--num_epochs", 2, "--lr", 1e-12, "--continue_train", "--which_epoch", 0)
     later = [line for line in lines if (line["step"], "val_kl" in line) > (4, False)]
-    assert f"train.jsonl: {len(later)} lines after step 4 removed" in capsys.readouterr().err
+    assert f"train.jsonl: {len(later)} lines after step 4 moved to train_replaced.jsonl" in capsys.readouterr().err
+    kept = (tmp_path / "run" / "log" / "train_replaced.jsonl").read_text()
+    assert [json.loads(line) for line in kept.splitlines()] == later
     assert json.loads((model / "epoch_best.json").read_text()) == best
     assert same_values(weights(tmp_path / "run", "best"), before)
 

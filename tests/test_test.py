@@ -295,6 +295,12 @@ def test_result_in_the_given_format_keeps_the_metadata_of_its_image(colorize_fil
     assert image.format == "JPEG" and image.size == size and image.getexif()[ExifTags.Base.Model] == "Camera"
 
 
+def test_image_too_large_for_the_format_is_skipped(colorize_files, tmp_path, capsys):
+    Image.new("L", (17_000, 8)).save(tmp_path / "wide.png")
+    code, _ = colorize_files("wide.png", "--format", "webp", "--load_size", 8)
+    assert code == EXIT_SKIPPED and "wide.png: too large for webp; choose --format png" in capsys.readouterr().err
+
+
 # Reading and writing
 
 
