@@ -24,7 +24,7 @@ XYZ_TO_RGB = tuple(map(tuple, np.linalg.inv(RGB_TO_XYZ).tolist()))
 WHITE = (0.95047, 1.0, 1.08883)
 DELTA = 6 / 29  # below it the cube root of CIE Lab continues as its tangent
 ROUNDING = 1e-4  # by which linear RGB of a color in gamut may leave [0, 1]
-CHROMA_STEPS = 0.5 ** np.arange(1, 8, dtype=np.float32)  # of the bisection, as shares
+CHROMA_STEPS = 0.5 ** np.arange(1, 6, dtype=np.float32)  # of the bisection, as shares
 
 
 def rgb_to_lab(rgb):
@@ -73,10 +73,11 @@ def _lab_to_linear(lightness, a, b):
 
 def _in_gamut(lightness, a, b, linear):
     """Return `linear`, the linear RGB of Lab colors, with the largest chroma of each color that is in gamut."""
-    outside = paddle.nonzero(_is_outside(linear).flatten()).flatten()  #                          [K]
+    # NumPy takes a fifth of the time per operation, and there are few such colors.
+    outside = np.flatnonzero(_is_outside(linear).numpy())  #                                      [K]
     if not len(outside):
         return linear
-    # NumPy takes a fifth of the time per operation, and there are few such colors.
+    outside = paddle.to_tensor(outside)
     lightness, a, b = (paddle.gather(channel.flatten(), outside).numpy() for channel in (lightness, a, b))
     share = np.zeros_like(a)  # of the chroma
     for step in CHROMA_STEPS:  # bisection; the gray of a lightness is in gamut
