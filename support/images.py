@@ -140,7 +140,7 @@ def _why_unidentified(head):
     for pattern, remedy in REMEDIES.items():
         if re.match(pattern, head, re.DOTALL):
             return remedy
-    return "not an image in a known format, or damaged" if head else "empty file"
+    return "not an image in a readable format, or damaged" if head else "empty file"
 
 
 # -------------------------------------------------------------------------------------------------

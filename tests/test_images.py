@@ -142,8 +142,8 @@ def test_hdr_image_is_refused(tmp_path, suffix, transfer, hdr):
     ("content", "reason"),
     [
         (b"", "empty file"),
-        (b"hello", "not an image in a known format"),
-        (b"\x89PNG\r\n", "not an image in a known format"),
+        (b"hello", "not an image in a readable format"),
+        (b"\x89PNG\r\n", "not an image in a readable format"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer instead of the image"),
         (png_bomb(), r"Image size \(2500000000 pixels\) exceeds limit of 178956970 pixels"),
         (None, "no such file"),
@@ -235,7 +235,7 @@ def test_pipe_is_not_opened(tmp_path):
 @pytest.mark.parametrize("format", ["EPS", "ICO"])
 def test_other_formats_of_pillow_are_not_opened(tmp_path, format):
     Image.fromarray(COFFEE).save(tmp_path / "a.jpg", format)
-    with pytest.raises(InvalidImageError, match="not an image in a known format"):
+    with pytest.raises(InvalidImageError, match="not an image in a readable format"):
         read_rgb(tmp_path / "a.jpg")
 
 
