@@ -201,10 +201,11 @@ def change_reach(photo, *values):
 
 
 def undo(photo, *values):
-    """Remove the last correction."""
+    """Remove the last correction. The last output is the reach of the one before it, which *Reach* now changes."""
     if photo:
         photo.corrections = photo.corrections[:-1]
-    return redraw(photo, *values)
+    reach = round(100 * photo.corrections[-1].reach) if photo and photo.corrections else gr.skip()
+    return *redraw(photo, *values), reach
 
 
 def reset(photo, *values):
@@ -422,7 +423,7 @@ def build(names, colorizer):
             )
             with gr.Column(elem_id="adjust"):
                 suits = colorizer(names[0]).temperature or TEMPERATURE  # it does not apply to networks that predict ab
-                temperature = slider("temperature", "Variety of colors", suits, 0.02, "low: most likely color")
+                temperature = slider("temperature", "Variety of colors", suits, 0.02, "temperature; low: most likely color")
                 saturation = slider("saturation", "Strength of all colors", 1, 0.05)
                 choices = [(Path(name).name, name) for name in names]
                 weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")
@@ -486,7 +487,7 @@ def build(names, colorizer):
         adjust(neutral.click, partial(correct, lambda *_: (0, 0)), [photo, *drawn])
         adjust(chart.select, correct_from_chart, [photo, *drawn])
         adjust(reach.input, change_reach, [photo, *drawn], "always_last")
-        adjust(undone.click, undo, [photo, *drawn])
+        adjust(undone.click, undo, [photo, *drawn, reach])
         adjust(restored.click, reset, [photo, *drawn])
         on(divider.input, lambda share: gr.ImageSlider(slider_position=share), divider, picture, show_progress="hidden")
         for name, button in saves.items():

@@ -24,7 +24,7 @@ XYZ_TO_RGB = tuple(map(tuple, np.linalg.inv(RGB_TO_XYZ).tolist()))
 WHITE = (0.95047, 1.0, 1.08883)
 DELTA = 6 / 29  # below it the cube root of CIE Lab continues as its tangent
 ROUNDING = 1e-4  # by which linear RGB of a color in gamut may leave [0, 1]
-CHROMA_STEPS = 0.5 ** np.arange(1, 6, dtype=np.float32)  # of the bisection, as shares
+CHROMA_STEPS = 0.5 ** np.arange(1, 8, dtype=np.float32)  # of the bisection, as shares
 
 
 def rgb_to_lab(rgb):

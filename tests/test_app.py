@@ -188,8 +188,8 @@ def test_corrections_are_added_changed_and_removed(photo):
     assert photo.corrections == [first, second]
     app.change_reach(photo, 0.38, 1, 50, 50, 70)  # of the last one, wherever the place is now
     assert photo.corrections == [first, second._replace(reach=0.7)]
-    app.undo(photo, *SETTINGS)
-    assert photo.corrections == [first]
+    *_, reach = app.undo(photo, *SETTINGS)
+    assert photo.corrections == [first] and reach == 20
     app.reset(photo, *SETTINGS)
     assert photo.corrections == []
     app.undo(photo, *SETTINGS)

@@ -97,13 +97,13 @@ def outside():
 
 
 def test_lightness_and_hue_of_out_of_gamut_colors_are_kept(outside):
-    """At the largest chroma but 1/16: the smallest step is 1/32. Clipping moves L by up to 30."""
+    """At the largest chroma but 1/64: the smallest step is 1/128. Clipping moves L by up to 30."""
     found = color.rgb2lab(lab_to_rgb(paddle.to_tensor(outside), keep_lightness=True).numpy(), channel_axis=1)
     chroma = np.hypot(found[:, 1], found[:, 2])
     turned = np.angle((found[:, 1] + 1j * found[:, 2]) / (outside[:, 1] + 1j * outside[:, 2]), deg=True)
     assert np.abs(found[:, 0] - outside[:, 0]).max() < 0.2 and np.abs(turned)[chroma > 5].max() < 1
     more = outside.copy()
-    more[:, 1:] *= (chroma / np.hypot(outside[:, 1], outside[:, 2]) + 1 / 16)[:, None]
+    more[:, 1:] *= (chroma / np.hypot(outside[:, 1], outside[:, 2]) + 1 / 64)[:, None]
     clipped = color.rgb2lab(lab_to_rgb(paddle.to_tensor(more)).numpy(), channel_axis=1)
     assert (np.abs(clipped - more).max(axis=1) > 0.1).mean() > 0.99
 
