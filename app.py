@@ -383,6 +383,7 @@ mostly remain brown or gray. *official*, if it is in the list, is the model of t
 **Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
 hour after it if you close the page, or earlier if many people use the page.
 """
+HINT = "temperature; low: most likely color"
 EMPTIED = """() => {
     setTimeout(() => document.activeElement === document.body && document.querySelector("#photo button").focus(), 100);
     return null;
@@ -423,7 +424,7 @@ def build(names, colorizer):
             )
             with gr.Column(elem_id="adjust"):
                 suits = colorizer(names[0]).temperature or TEMPERATURE  # it does not apply to networks that predict ab
-                temperature = slider("temperature", "Variety of colors", suits, 0.02, "temperature; low: most likely color")
+                temperature = slider("temperature", "Variety of colors", suits, 0.02, HINT)
                 saturation = slider("saturation", "Strength of all colors", 1, 0.05)
                 choices = [(Path(name).name, name) for name in names]
                 weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")
