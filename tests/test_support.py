@@ -70,7 +70,7 @@ def test_importing_support_keeps_signal_handlers_the_home_directory_and_warnings
     code += "signal.signal(2, signal.default_int_handler)\n"  # ignored in a shell's background jobs
     code += f"before = {state}; import support; assert before == ({state}), before\n"
     lines = stderr("-c", code + "warnings.warn('mine', DeprecationWarning)", home="/proc/nowhere")
-    assert len(lines) == 1 and "mine" in lines[0]
+    assert lines and all("mine" in line for line in lines)  # Python 3.13 shows the statement as well
 
 
 @pytest.mark.slow
