@@ -119,7 +119,9 @@ def open_image(path, least_side=None):
                 yield image
     except UnidentifiedImageError as error:
         raise InvalidImageError(path, _why_unidentified(head)) from error
-    except Exception as error:  # plugins raise OSError, ValueError, KeyError, MemoryError and others
+    except MemoryError as error:
+        raise InvalidImageError(path, "not enough memory to decode it") from error
+    except Exception as error:  # plugins raise OSError, ValueError, KeyError and others
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or type(error).__name__
         raise InvalidImageError(path, reason) from error
 
