@@ -74,10 +74,9 @@ def _lab_to_linear(lightness, a, b):
 def _in_gamut(lightness, a, b, linear):
     """Return `linear`, the linear RGB of Lab colors, with the largest chroma of each color that is in gamut."""
     # NumPy takes a fifth of the time per operation, and there are few such colors.
-    outside = np.flatnonzero(_is_outside(linear).numpy())  #                                      [K]
+    outside = paddle.to_tensor(np.flatnonzero(_is_outside(linear).numpy()))  #                    [K]
     if not len(outside):
         return linear
-    outside = paddle.to_tensor(outside)
     lightness, a, b = (paddle.gather(channel.flatten(), outside).numpy() for channel in (lightness, a, b))
     share = np.zeros_like(a)  # of the chroma
     for step in CHROMA_STEPS:  # bisection; the gray of a lightness is in gamut

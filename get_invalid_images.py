@@ -69,7 +69,7 @@ def read_list(path):
     with report_os_errors(f"{path}: cannot be read"), open_text(path) as file:
         if not file.readline().startswith("path,reason"):
             raise UserError(f"{path}: not a list of this script, which begins with path,reason")
-        return [path for path, _ in csv.reader(file)]
+        return [row[0] for row in csv.reader(file) if row]  # an editor may have added an empty line
 
 
 def write_script(args, list_path, path):

@@ -14,7 +14,6 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 """
 
 import glob
-import math
 import os
 import sys
 from collections import Counter, deque
@@ -162,7 +161,7 @@ def load(item, opened, file, args):
         info = item.image.info
         item.image = Image.fromarray(images.crop_resized(item.image, args.load_size, args.crop_size))
         item.image.info = info
-    if max(item.image.size) > images.LARGEST_SIDE.get(args.format, math.inf):
+    if not images.fits(item.image, args.format):
         item.error = images.InvalidImageError(item.path, f"too large for {args.format}; choose --format png")
         return item
     item.inputs = network_input(item.image, args.crop_size or args.load_size)

@@ -127,9 +127,12 @@ def fingerprint(path):
 
 def same_file(recorded, path):
     """Return whether a file has the recorded size and time or, if only the time differs, the recorded checksum."""
-    if not os.path.exists(path) or os.path.getsize(path) != recorded.get("size"):
+    if not os.path.exists(path):
         return False
-    return os.stat(path).st_mtime_ns == recorded["mtime_ns"] or fingerprint(path).get("crc32") == recorded.get("crc32")
+    status = os.stat(path)
+    if status.st_size != recorded.get("size"):
+        return False
+    return status.st_mtime_ns == recorded["mtime_ns"] or fingerprint(path).get("crc32") == recorded.get("crc32")
 
 
 def source_name(record, path):

@@ -350,6 +350,11 @@ def kept_exif(exif, dpi):
     return data if len(data) <= MAX_EXIF else b""
 
 
+def fits(image, format):
+    """Return whether an image is small enough for a format, a key of WRITE_FORMATS."""
+    return max(image.size) <= LARGEST_SIDE.get(format, math.inf)
+
+
 def save(image, path, format=None):
     """Write an image with the metadata in its `info`.
 
@@ -365,7 +370,7 @@ def save(image, path, format=None):
     settings = WRITE_FORMATS.get(format)
     if not settings:
         raise UserError(f"{path}: its suffix must be one of {', '.join(WRITE_FORMATS)}")
-    if max(image.size) > LARGEST_SIDE.get(format, math.inf):
+    if not fits(image, format):
         raise UserError(f"{path}: {image.width}x{image.height} pixels are too large for {format}; choose png")
     kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
     with atomic_path(path) as temporary:

@@ -77,7 +77,11 @@ def from_workers(loader, stop=None):
 
 def hide_loader_warnings():
     """Hide the log of Paddle's loader, which would follow the last line of a script. Scripts call this."""
-    logging.getLogger().addFilter(lambda record: record.module != "dataloader_iter")
+    logging.getLogger().addFilter(_is_not_of_the_loader)  # adding it twice has no effect
+
+
+def _is_not_of_the_loader(record):
+    return record.module != "dataloader_iter"
 
 
 def _start_workers(loader):

@@ -127,6 +127,14 @@ def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, ca
     assert moved == (dict.fromkeys(NASTY_NAMES, content) if move else {})
 
 
+def test_empty_line_of_an_edited_list_is_ignored(tmp_path):
+    gray, listed = save_image(tmp_path / "images" / "a.png", GRAY), tmp_path / "invalid_images.csv"
+    run(tmp_path / "images", tmp_path)
+    listed.write_text(f"{listed.read_text()}\n")
+    flags = ["--image_dir", str(tmp_path / "images"), "--remove_listed", str(listed)]
+    assert get_invalid_images.main(get_invalid_images.parse_args(flags)) == 0 and not gray.exists()
+
+
 def test_script_on_windows_has_forward_slashes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
     args = SimpleNamespace(image_dir="C:\\in", move_to="D:\\moved")
