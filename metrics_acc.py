@@ -61,6 +61,26 @@ def load_synsets():
     return (RESOURCES / "imagenet_synsets.txt").read_text().split()
 
 
+def find_labels(names, root, path=None):
+    """Return the classes of named images below `root`, {name: number}.
+
+    They are listed in the file `path`, by paths or bare names, or are WordNet ids: the ends of the images' names or
+    else the names of their folders. Raises UserError if one is unknown.
+    """
+    numbers = {synset: i for i, synset in enumerate(load_synsets())}
+    known = read_labels(path, numbers) if path else numbers
+    labels = {}
+    for name in names:
+        stem = without_suffix(name)
+        folder, base = os.path.split(stem)
+        keys = (stem, base) if path else (base.split("_")[-1], os.path.basename(folder or os.path.abspath(root)))
+        labels[name] = next((known[key] for key in keys if key in known), None)
+        if labels[name] is None:
+            unnamed = "neither its folder nor its name's end is an ImageNet class (n01440764); pass --labels FILE"
+            raise cli.UserError(f"{name}: not listed in {path}" if path else f"{name}: {unnamed}")
+    return labels
+
+
 def read_labels(path, numbers):
     """Read lines "name label", separated by space, comma or tab, as {name without suffix: number of the class}.
 
@@ -73,46 +93,17 @@ def read_labels(path, numbers):
     for i, line in enumerate(lines, 1):
         match = re.match(LABEL, line.strip())
         number = classes.get(match[2]) if match else None
-        if number is None and line.strip() and i > 1:
-            raise cli.UserError(f"{path}, line {i}: not a name and a class: {line[:200]}")
-        if number is not None and labels.setdefault(without_suffix(one_form(match[1])), number) != number:
-            raise cli.UserError(f"{path}, line {i}: {match[1]} has a different class in an earlier line")
+        if number is None and (i == 1 or not line.strip()):
+            continue
+        if number is None or labels.setdefault(without_suffix(one_form(match[1])), number) != number:
+            problem = "not a name and a class, or not the class of an earlier line"
+            raise cli.UserError(f"{path}, line {i}: {problem}: {line[:200]}")
     return labels
 
 
 def without_suffix(name):
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
-
-
-def label_by_name(name, root, numbers):
-    """Return the class of an image below `root`: the WordNet id at the end of its name, or else its folder's name."""
-    folder = os.path.basename(os.path.dirname(name) or os.path.abspath(root))
-    number = numbers.get(without_suffix(name).split("_")[-1], numbers.get(folder))
-    if number is None:
-        raise cli.UserError(
-            f"{folder}: the folder of {name} is not an ImageNet class (a WordNet id such as n01440764); "
-            "for a flat folder pass --labels FILE"
-        )
-    return number
-
-
-def label_by_file(name, labels, path):
-    """Return the class of an image from the result of `read_labels`, by its relative path or its bare name."""
-    stem = without_suffix(name)
-    number = labels.get(stem, labels.get(os.path.basename(stem)))
-    if number is None:
-        raise cli.UserError(f"{name}: is not listed in {path}")
-    return number
-
-
-def find_labels(names, root, path=None):
-    """Return the classes of named images below `root`, {name: number}, from a file of labels or else from names."""
-    numbers = {synset: i for i, synset in enumerate(load_synsets())}
-    if not path:
-        return {name: label_by_name(name, root, numbers) for name in names}
-    labels = read_labels(path, numbers)
-    return {name: label_by_file(name, labels, path) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -159,7 +150,7 @@ def with_ab(rgb, ab):
 
 
 def read_squares(pair, load_size, crop_size):
-    """Read the center crops of an original and its result, uint8 [crop_size, crop_size, 3]; None without a path."""
+    """Read the center crops of an original, if it has a path, and its result: uint8 [crop_size, crop_size, 3]."""
     _, *paths = pair
     return [path and crop_resized(open_rgb(path, least_side=load_size), load_size, crop_size) for path in paths]
 
@@ -170,11 +161,10 @@ def to_versions(pairs, random=False):
         None if squares[0] is None else paddle.to_tensor(np.stack(squares).transpose(0, 3, 1, 2))
         for squares in zip(*pairs)
     )
-    versions = {}
     if random:
-        versions["random"] = with_ab(true, rgb_to_lab(colored)[:, 1:])
-    elif colored is not None:
-        versions["colored"] = colored.astype("float32") / 255
+        versions = {"random": with_ab(true, rgb_to_lab(colored)[:, 1:])}
+    else:
+        versions = {"colored": colored.astype("float32") / 255}
     if true is not None:
         versions["true"] = true.astype("float32") / 255
         versions["gray"] = with_ab(true, paddle.zeros_like(true[:, :2], dtype="float32"))
@@ -187,7 +177,7 @@ def measure(network, pairs, random=False, load_size=256, crop_size=224, batch_si
 
     Args:
         network (Layer): The classifier.
-        pairs (list): Name, path of the original and path of the result of each image. All may lack the same one (None).
+        pairs (list): Name, path of the original and path of the result of each image. All may lack the original (None).
         random (bool): The second path is another original, whose ab is to be taken: version "random".
         load_size (int): The shorter side is resized to this many pixels.
         crop_size (int): Side of the center crop that is classified.
@@ -224,10 +214,12 @@ def find_hits(classes, labels):
 
 
 def rank_classes(hits, labels):
-    """Return (class, top-5 accuracy on results minus that on gray images) of each class, in descending order."""
-    change = hits["colored"]["top5"].astype(int) - hits["gray"]["top5"]
-    gains = [(c, change[labels == c].mean()) for c in np.unique(labels)]
-    return sorted(gains, key=lambda gain: -gain[1])
+    """Return the classes and their top-5 accuracy on results minus that on gray images, in descending order of it."""
+    change = hits["colored_top5"].astype(int) - hits["gray_top5"]
+    classes = np.unique(labels)
+    gains = np.array([change[labels == c].mean() for c in classes])
+    order = np.argsort(-gains, kind="stable")
+    return classes[order], gains[order]
 
 
 def confusion_rates(classes, labels):
@@ -260,27 +252,22 @@ def rank_confusions(classes, labels):
 # Output files
 
 
-def by_heading(hits):
-    """Return whether images are recognized, {version: {"top1": bool [N], …}}, as columns of a table by heading."""
-    return {f"{version}_{top}": right for version, found in hits.items() for top, right in found.items()}
-
-
 def write_per_class(hits, labels, classes, synsets, path):
     columns = {"class": synsets[classes], "images": [np.sum(labels == c) for c in classes]}
-    for heading, right in by_heading(hits).items():
+    for heading, right in hits.items():
         columns[heading] = [f"{right[labels == c].mean():.4f}" for c in classes]
     write_csv(columns, path)
 
 
-def write_confusions(pairs, rates, synsets, path):
+def write_confusions(confusions, rates, path):
     colored, true = ([f"{rate:.4f}" for rate in column] for column in rates.T)
-    names, others = synsets[pairs].T
+    names, others = confusions.T
     write_csv({"class": names, "taken_for": others, "colored": colored, "true": true}, path)
 
 
 def write_images(names, hits, labels, synsets, path):
     """Write for each image and version whether its class is among the first 1 and 5, as 1 and 0."""
-    recognized = {heading: right.astype(int) for heading, right in by_heading(hits).items()}
+    recognized = {heading: right.astype(int) for heading, right in hits.items()}
     write_csv({"image": names, "class": synsets[labels], **recognized}, path)
 
 
@@ -290,19 +277,14 @@ def print_table(accuracy):
         print(f"{version:8s}" + "".join(f"{share:8.2%}" for share in shares.values()))
 
 
-def print_first(title, changes):
-    """Print the first of (text, change) in percentage points."""
-    shown = [f"{text} {100 * change:+.1f}" for text, change in changes[:SHOWN]]
-    print(f"{title}: {', '.join(shown) or 'none'}")
-
-
-def print_extremes(gains, pairs, rates, synsets):
-    """Print the first and last of `rank_classes` and the first of `rank_confusions`."""
-    gains = [(synsets[c], gain) for c, gain in gains]
-    added = [(f"{name} as {other}", rate[0] - rate[1]) for (name, other), rate in zip(synsets[pairs], rates)]
-    print_first("raised most (top-5 minus gray's)", [x for x in gains if x[1] > 0])
-    print_first("lowered most (top-5 minus gray's)", [x for x in reversed(gains) if x[1] < 0])
-    print_first("added most (top-5 confusions minus the originals')", [x for x in added if x[1] > 0])
+def print_extremes(classes, gains, confusions, rates):
+    """Print the first and last of `rank_classes` and the first of `rank_confusions`, with their WordNet ids."""
+    classes = [f"{name} {100 * gain:+.1f}" for name, gain in zip(classes, gains)]
+    first = zip(confusions[:SHOWN], rates[:SHOWN])
+    added = [f"{name} as {other} {100 * (colored - true):+.1f}" for (name, other), (colored, true) in first]
+    print("raised most (top-5 minus gray's):", ", ".join(classes[:SHOWN]))
+    print("lowered most (top-5 minus gray's):", ", ".join(classes[: -SHOWN - 1 : -1]))
+    print("added most (top-5 confusions minus the originals'):", ", ".join(added))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -311,14 +293,11 @@ def print_extremes(gains, pairs, rates, synsets):
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Compute an ImageNet classifier's accuracy on colorized images.")
-    group = parser.add_argument_group("images")
-    add = group.add_argument
+    add = parser.add_argument_group("images").add_argument
     originals = "folder of the originals, same layout; these and their gray versions are the controls"
     add("--image_dir", "--imgs_dir", help=originals)
     add("--result_path", "--results_dir", default="./result", help="folder of the results (test.py)")
-    add_baseline = partial(group.add_mutually_exclusive_group().add_argument, dest="baseline", action="store_const")
-    add_baseline("--controls_only", const="controls", help="classify the controls only, without results")
-    add_baseline("--random", const="random", help="evaluate the ab of a random other original instead of results")
+    add("--random", action="store_true", help="evaluate the ab of a random other original instead of results")
     add("--seed", type=cli.SEED, default=0, help="seed of --random")
     add("--labels", metavar="FILE", help="lines of an image's name and its class (default: in folder or file names)")
     add("--load_size", type=cli.SIDE, default=256, help="the shorter side is resized to this many pixels")
@@ -338,36 +317,36 @@ def parse_args(argv=None):
 
 def main(args):
     cli.check_crop(args)
-    if args.baseline and not args.image_dir:
-        raise cli.UserError("--controls_only and --random need --image_dir")
+    if args.random and not args.image_dir:
+        raise cli.UserError("--random needs --image_dir")
     use_all_cores()
 
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
-    seed = args.seed if args.baseline == "random" else None
-    if args.baseline:
+    seed = args.seed if args.random else None
+    if args.random:
         pairs, left_out, coloring = pair_originals(args.image_dir, COLORING, seed), {}, None
     else:
         pairs, left_out, coloring = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
     all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
     subject = {
         "true_images": full_path(args.image_dir),
-        "colored_images": None if args.baseline else full_path(args.result_path),
+        "colored_images": None if args.random else full_path(args.result_path),
     }
-    base = os.path.join(args.save_path, "random_accuracy" if args.baseline == "random" else "accuracy")
+    base = os.path.join(args.save_path, "random_accuracy" if args.random else "accuracy")
     prepare_results(f"{base}.json", subject)
 
     # Classify; an image that is unreadable in one version is left out of all
     network = load_classifier(args.arch, args.weights)
     settings = {x: getattr(args, x) for x in ("load_size", "crop_size", "batch_size", "num_workers")}
-    names, classes = measure(network, pairs, args.baseline == "random", **settings)
+    names, classes = measure(network, pairs, args.random, **settings)
     if unreadable := sorted({*all_labels} - {*names}):
         left_out["unreadable"] = unreadable
     labels = np.array([all_labels[name] for name in names])
-    hits = {version: find_hits(found, labels) for version, found in classes.items()}
+    hits = {f"{x}_{top}": right for x, found in classes.items() for top, right in find_hits(found, labels).items()}
 
     # Write and print
     synsets, ranked = np.array(load_synsets()), np.unique(labels)
-    accuracy = {version: {x: float(right.mean()) for x, right in found.items()} for version, found in hits.items()}
+    accuracy = {version: {top: float(hits[f"{version}_{top}"].mean()) for top in TOP} for version in classes}
     summary = {
         "accuracy": accuracy,
         "images": len(labels),
@@ -386,11 +365,11 @@ def main(args):
     write_images(names, hits, labels, synsets, f"{base}_images.csv")
     print_table(accuracy)
     files = ".json, _images.csv, _per_class.csv"
-    if "colored" in hits and "true" in hits:
-        gains, (pairs, rates) = rank_classes(hits, labels), rank_confusions(classes, labels)
-        write_confusions(pairs, rates, synsets, f"{base}_confusions.csv")
-        print_extremes(gains, pairs, rates, synsets)
-        ranked, files = [c for c, _ in gains], f"{files}, _confusions.csv"
+    if {"colored", "true"} <= classes.keys():
+        (ranked, gains), (confusions, rates) = rank_classes(hits, labels), rank_confusions(classes, labels)
+        write_confusions(synsets[confusions], rates, f"{base}_confusions.csv")
+        print_extremes(synsets[ranked], gains, synsets[confusions], rates)
+        files += ", _confusions.csv"
     write_per_class(hits, labels, ranked, synsets, f"{base}_per_class.csv")
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
     print(f"written: {cli.printable(base)}{files}")

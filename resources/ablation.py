@@ -3,7 +3,7 @@
     for variant in non_rebalance full rebalance l2_ft; do    the commands of docs/ablation.md train them
         python test.py --image_dir val --model_path runs/$variant --load_model latest --result_path results/$variant
     done
-    python resources/ablation.py --val_dir val --results results/* --runs runs                accuracy by VGG-16
+    python resources/ablation.py --val_dir val --results results/*                            accuracy by VGG-16
     python resources/ablation.py --val_dir val --results results/* --arch mobilenet_v2 --weights FILE
 
 The table has one row per folder, under the folder's name, and rows for gray and the originals. Rows may differ in
@@ -11,10 +11,9 @@ anything, for example one checkpoint at several sizes or temperatures. The value
 metrics_acc.py, for the images that all rows have. The 95% intervals come from a bootstrap over the images, with the
 same resamples for all rows, so differences have intervals too. Rows named like the variants are tested for the expected
 order: none (non_rebalance), λ = 0.5 (full), λ = 0 (rebalance), and for the L2 loss (l2_ft) having the lowest chroma.
-λ = 0 is a variant of the earlier Paddle port, the others are the paper's. With --runs, a folder of log folders with the
-rows' names, the table also contains the KL of the last validation, and the training curves of the KL are plotted.
+λ = 0 is a variant of the earlier Paddle port, the others are the paper's.
 
-    ablation: ablation.json, .md, _auc.png, _sheet.jpg, _curves.png; 3 rows, 780 images, 0 skipped
+    ablation: ablation.json, .md, _auc.png, _sheet.jpg; 3 rows, 780 images, 0 skipped
 """
 
 import os
@@ -27,12 +26,10 @@ from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printabl
 from support.files import atomic_path, atomic_text, full_path, prepare_results, provenance, write_json
 from support.folders import pair_images
 from support.images import open_rgb
-from support.logs import read_log
 from support.sheets import contact_sheet, fit
 from support.workers import default_workers
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import metrics_acc
 import metrics_auc
@@ -58,7 +55,6 @@ QUANTITIES = {  # heading, and factor to the unit of the table
     "chroma": ("chroma", 1),
     "colorfulness": ("colorfulness", 1),
     "psnr": ("PSNR", 1),
-    "kl": ("KL", 1),
 }
 RAREST_FIRST = ("rebalance", "full", "non_rebalance")
 PATTERN = {  # the expected order: each row has a higher value than the next
@@ -95,15 +91,17 @@ def measure(folder, args):
     return Row(pairs, left_out, coloring, *errors)
 
 
-def recognize(classifier, originals, rows, num_workers):
-    """Classify the originals and each row's results: {row: {name: the five most likely classes}}."""
-    controls = [(name, path, None) for name, path in originals.items()]
-    names, versions = metrics_acc.measure(classifier, controls, num_workers=num_workers)
-    found = {version: dict(zip(names, versions[version])) for version in (GRAY, TRUE)}
+def recognize(classifier, rows, num_workers):
+    """Classify each row's results and, with the first row's, the originals and their gray versions.
+
+    Returns {row: {name: the five most likely classes}}.
+    """
+    found = {}
     for title, row in rows.items():
-        results = [(name, None, result) for name, _, result in row.pairs]
-        names, versions = metrics_acc.measure(classifier, results, num_workers=num_workers)
-        found[title] = dict(zip(names, versions["colored"]))
+        pairs = [(name, None, result) for name, _, result in row.pairs] if found else row.pairs
+        names, versions = metrics_acc.measure(classifier, pairs, num_workers=num_workers)
+        for version, classes in versions.items():
+            found[title if version == "colored" else version] = dict(zip(names, classes))
     return found
 
 
@@ -195,29 +193,20 @@ def differences(found):
 
 def markdown(summary):
     """Return the results and the differences as two Markdown tables with a caption."""
-    results = summary["results"]
+    results, classifier = summary["results"], summary["classifier"]
     measured = [x for x in QUANTITIES if any(x in values for values in results.values())]
     rows = [["", *(QUANTITIES[x][0] for x in measured)]]
     rows += [[heading(row), *(cell(x, values.get(x)) for x in measured)] for row, values in results.items()]
-    parts = [table(rows), caption(summary, "kl" in measured)]
+    prior = f"{os.path.basename(summary['prior']['file'])} (sha256 {summary['prior']['sha256'][:8]}…)"
+    caption = f"*{summary['images']} images; 95% intervals of {summary['bootstrap']} resamples; rebalanced by {prior}"
+    caption += f"; accuracy by {classifier['arch']}.*\n" if classifier else ".*\n"
+    tables = [table(rows), caption]
     if summary["differences"]:
-        parts += ["", table(pattern_rows(summary["differences"]))]
-    return "\n".join(parts)
+        tables.append(table(difference_rows(summary["differences"])))
+    return "\n".join(tables)
 
 
-def caption(summary, with_kl):
-    units = "AuC and accuracy in percent, chroma in ab units, PSNR in dB"
-    if with_kl:
-        units += "; KL of the last validation in nats per position, lower is better"
-    prior, classifier = summary["prior"], summary["classifier"]
-    sources = f"Rebalanced by {os.path.basename(prior['file'])} (sha256 {prior['sha256'][:8]}…)"
-    if classifier:
-        sources += f"; accuracy by {classifier['arch']}"
-    interval = f"In parentheses the 95% interval of {summary['bootstrap']} bootstrap resamples"
-    return f"*{summary['images']} images. {units}. {interval}. {sources}.*"
-
-
-def pattern_rows(lines):
+def difference_rows(lines):
     """Return the result of `differences` as rows of a table."""
     rows = [["", "difference", "95% interval", ""]]
     for line in lines:
@@ -235,30 +224,11 @@ def table(rows):
 
 
 def cell(quantity, estimated):
-    """Return a cell: the value and its interval, if it has one."""
+    """Return a cell: the value and its interval, unless this is a point."""
     if estimated is None:
         return "–"
-    factor = QUANTITIES[quantity][1]
-    value, low, high = (f"{factor * estimated.get(x, estimated['value']):.2f}" for x in ("value", "low", "high"))
+    value, low, high = (f"{QUANTITIES[quantity][1] * estimated[x]:.2f}" for x in ("value", "low", "high"))
     return f"{value} ({low} – {high})" if low != high else value
-
-
-def plot_curves(logs, path):
-    """Plot KL by step from {row: lines of train.jsonl}: running means in training, points in validation."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, (row, lines) in enumerate(logs.items()):
-        for key, style, suffix in (("kl", "-", ""), ("val_kl", "o--", ", validation")):
-            points = np.array([(line["step"], line[key]) for line in lines if key in line])
-            width = max(1, len(points) // 20) if key == "kl" else 1
-            means = [np.convolve(values, np.full(width, 1 / width), "valid") for values in points.T]
-            if len(points):
-                axes.plot(*means, style, color=f"C{i}", markersize=4, linewidth=1, label=heading(row) + suffix)
-    axes.set(xlabel="step", ylabel="KL, nats per position, not re-weighted")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(logs))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 def save_sheet(names, originals, results, path):
@@ -282,7 +252,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("images").add_argument
     add("--val_dir", required=True, help="folder of the originals")
     add("--results", required=True, nargs="+", metavar="DIR", help="folders of results (test.py)")
-    add("--runs", help="folder of training log folders with the rows' names")
 
     add = parser.add_argument_group("metrics").add_argument
     add("--prior", default=PRIOR, help="file of 313 probabilities of the ab bins")
@@ -323,17 +292,12 @@ def main(args):
 
     # Measure
     rows = {title: measure(folder, args) for title, folder in folders.items()}
-    classes = recognize(classifier, originals, rows, args.num_workers) if classifier else {}
+    classes = recognize(classifier, rows, args.num_workers) if classifier else {}
     names, sums, hits = align(rows, classes, labels)
 
     # Pool and resample
     found = evaluate(sums, hits, resamples(len(names), args.bootstrap, args.seed), bin_weights)
     estimates = {row: {x: estimate(v) for x, v in values.items()} for row, values in found.items()}
-    logs = {row: read_log(Path(args.runs) / row / "train.jsonl") for row in rows} if args.runs else {}
-    for row, lines in logs.items():
-        validations = [line["val_kl"] for line in lines if "val_kl" in line]
-        if validations:
-            estimates[row]["kl"] = {"value": validations[-1]}
 
     # Write and print
     left_out = sorted({*originals} - {*names})
@@ -358,13 +322,11 @@ def main(args):
     curves = {heading(title): metrics_auc.curves(row.counts[0], bin_weights) for title, row in rows.items()}
     curves[metrics_auc.GRAY] = metrics_auc.curves(next(iter(rows.values())).counts[1], bin_weights)
     metrics_auc.plot(curves, output / "ablation_auc.png")
-    if logs:
-        plot_curves(logs, output / "ablation_curves.png")
     shown = np.random.default_rng(args.seed).permutation(names)[: args.panel]
     results = {title: {name: result for name, _, result in row.pairs} for title, row in rows.items()}
     save_sheet(shown, originals, results, output / "ablation_sheet.jpg")
     print(tables)
-    files = "ablation.json, .md, _auc.png, _sheet.jpg" + (", _curves.png" if logs else "")
+    files = "ablation.json, .md, _auc.png, _sheet.jpg"
     print(f"{printable(output)}: {files}; {len(rows)} rows, {len(names)} images, {len(left_out)} skipped")
     return EXIT_SKIPPED if left_out or any(row.left_out for row in rows.values()) else 0
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from support.cli import EXIT_SKIPPED
-from support.folders import append_record, make_record, pair_images
+from support.folders import pair_images
 from support.images import crop_resized
 from support.sheets import FOOT, HEAD
 
@@ -52,24 +52,10 @@ def results(tmp_path_factory, val_dir):
 def labels(tmp_path_factory, val_dir):
     """Write a file of labels, in which images 0, 3 and 6 have their most likely class and others one of the next."""
     path = tmp_path_factory.mktemp("labels") / "labels.txt"
-    images = [(None, image, None) for image in sorted(val_dir.rglob("*.png"))]
-    _, classes = metrics_acc.measure(classify, images)
-    names = [image.name for _, image, _ in images]
-    path.write_text("".join(f"{name} {classes['true'][i, i % 3]}\n" for i, name in enumerate(names)))
+    images = sorted(val_dir.rglob("*.png"))
+    _, classes = metrics_acc.measure(classify, [(None, None, image) for image in images])
+    path.write_text("".join(f"{image.name} {classes['colored'][i, i % 3]}\n" for i, image in enumerate(images)))
     return path
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Write the logs of three training runs, the last line of one cut off. Return their folder."""
-    folder = tmp_path_factory.mktemp("runs")
-    for i, variant in enumerate(VARIANTS):
-        lines = [{"step": step, "kl": 3 + i - step / 10} for step in range(1, 9)]
-        lines += [{"step": 4, "val_kl": 2.5 + i}, {"step": 8, "val_kl": 2.0 + i}]
-        (folder / variant).mkdir()
-        cut_off = '{"step": 9, "val_' if variant == "full" else ""
-        (folder / variant / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut_off)
-    return folder
 
 
 def run(val_dir, results, rows, output, *flags):
@@ -81,12 +67,12 @@ def run(val_dir, results, rows, output, *flags):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, val_dir, results, runs, labels):
+def done(tmp_path_factory, val_dir, results, labels):
     """Return the output folder and the JSON of a whole run; its tables sort the rows."""
     output = tmp_path_factory.mktemp("whole") / "ablation"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics_acc, "load_classifier", lambda arch, weights: classify)
-        code, summary = run(val_dir, results, sorted(VARIANTS), output, "--runs", runs, "--labels", labels)
+        code, summary = run(val_dir, results, sorted(VARIANTS), output, "--labels", labels)
     assert code == 0
     return output, summary
 
@@ -152,7 +138,7 @@ def test_l2_loss_is_expected_to_have_the_lowest_chroma():
 
 
 def test_values_agree_with_those_of_the_metrics_scripts(done, val_dir, results, tmp_path, labels, monkeypatch):
-    output, summary = done
+    _, summary = done
     monkeypatch.setattr(metrics_acc, "load_classifier", lambda arch, weights: classify)
     where = ["--image_dir", str(val_dir), "--result_path", str(results / "rebalance"), "--save_path", str(tmp_path)]
     assert metrics_auc.main(metrics_auc.parse_args([*where, "--num_workers", "0"])) == 0
@@ -173,28 +159,22 @@ def test_values_agree_with_those_of_the_metrics_scripts(done, val_dir, results, 
 
 def test_tables_contain_the_values_of_the_json(done):
     output, summary = done
-    files = [f"ablation{end}" for end in (".json", ".md", "_auc.png", "_curves.png", "_sheet.jpg")]
-    assert sorted(path.name for path in output.glob("ablation*")) == files
-    assert [value(summary, variant, "kl") for variant in VARIANTS] == [2, 3, 4]  # of the last validation
+    assert sorted(path.name for path in output.iterdir()) == [
+        f"ablation{end}" for end in (".json", ".md", "_auc.png", "_sheet.jpg")
+    ]
     tables = (output / "ablation.md").read_text()
-    results, pattern = (part.strip().splitlines() for part in tables.split(f"*{summary['images']} images"))
+    results, pattern = (part.strip().splitlines() for part in tables.split("*8 images"))
     assert results[0] == "|  | " + " | ".join(heading for heading, _ in ablation.QUANTITIES.values()) + " |"
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in results[2:]}
     assert list(cells) == [ablation.ROWS[row] for row in (*VARIANTS, "gray", "true")]
     chroma = summary["results"]["full"]["chroma"]
     assert "{value:.2f} ({low:.2f} – {high:.2f})".format(**chroma) in cells["λ = 0.5 (full)"]
-    assert cells["ground truth"][:3] == ["100.00"] * 3 and cells["ground truth"][-2:] == ["–", "–"]
+    assert cells["ground truth"][:3] == ["100.00"] * 3 and cells["ground truth"][-1] == "–"
     assert len(summary["differences"]) == 9
     for line, written in zip(summary["differences"], pattern[-9:]):
-        assert line["verdict"] in ("holds", "does not", "undecided") and written.endswith(f"| {line['verdict']} |")
+        assert written.endswith(f"| {line['verdict']} |")
         difference = value(summary, line["of"], line["quantity"]) - value(summary, line["minus"], line["quantity"])
         assert line["value"] == pytest.approx(difference, abs=1e-12)
-
-
-def test_charts_are_not_blank(done):
-    for name in ("ablation_auc.png", "ablation_curves.png"):
-        with Image.open(done[0] / name) as picture:
-            assert len(picture.convert("RGB").getcolors(10**6)) > 50
 
 
 def test_contact_sheet_shows_gray_versions_and_original_in_this_order(tmp_path):
@@ -229,20 +209,7 @@ def test_rows_of_any_name_use_their_common_images(tmp_path, val_dir, results, ca
     assert captured.out.splitlines()[-1].endswith("_sheet.jpg; 2 rows, 6 images, 2 skipped")
     assert summary["results"]["96"] == summary["results"]["no (1)"] and summary["differences"] == []
     tables = (tmp_path / "out" / "ablation.md").read_text()
-    assert "top-1" not in tables and "KL" not in tables and "| no (1) | " in tables and tables.count("|---") == 7
-
-
-def test_results_with_other_settings_are_left_out(tmp_path, val_dir, results):
-    shutil.copytree(results / "full", tmp_path / "full")
-    paths = sorted((tmp_path / "full").rglob("*.png"))
-    for i, path in enumerate(paths):
-        name = path.relative_to(tmp_path / "full").as_posix()
-        record = make_record(val_dir / name, {"sha256": i // 2 * 2, "crop_size": None}, tmp_path / "full", name)
-        append_record(record, tmp_path / "full" / RECORDS)
-    code, summary = run(val_dir, tmp_path, ["full"], tmp_path / "out", "--arch", "none")
-    assert (code, summary["images"], len(summary["left_out"])) == (EXIT_SKIPPED, 2, 6)
-    assert [len(names) for names in summary["unpaired"]["full"].values()] == [6]
-    assert summary["coloring"]["full"] == {"sha256": 6, "crop_size": None}
+    assert "top-1" not in tables and "| no (1) | " in tables and tables.count("|---") == 7
 
 
 def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, results, error_message):
@@ -256,18 +223,10 @@ def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, result
     assert "square_crops and full differ in size or crop" in message
 
 
-@pytest.mark.parametrize(
-    ("rows", "flags", "message"),
-    [
-        (("full", "a/full"), ("--arch", "none"), "rows have the folders' names, which must differ"),
-        (("gray",), ("--arch", "none"), "rows have the folders' names, which must differ and be neither gray nor true"),
-        (
-            ("full",),
-            ("--arch", "mobilenet_v2", "--weights", "missing.pdparams"),
-            "missing.pdparams: no such checkpoint",
-        ),
-    ],
-)
-def test_wrong_flags_are_reported_before_measuring(tmp_path, val_dir, results, error_message, rows, flags, message):
-    assert message in error_message(run, val_dir, results, rows, tmp_path / "out", *flags)
+@pytest.mark.parametrize("rows", [("full", "a/full"), ("gray",)])
+def test_rows_with_the_same_or_a_reserved_name_are_reported_before_measuring(
+    tmp_path, val_dir, results, error_message, rows
+):
+    message = error_message(run, val_dir, results, rows, tmp_path / "out")
+    assert "rows have the folders' names, which must differ and be neither gray nor true" in message
     assert not (tmp_path / "out").exists()

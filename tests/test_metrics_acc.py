@@ -7,7 +7,6 @@ import unicodedata
 import warnings
 
 from support.cli import EXIT_SKIPPED
-from support.folders import append_record, make_record
 
 import numpy as np
 import paddle
@@ -19,7 +18,6 @@ from skimage import data
 from skimage.color import lab2rgb, rgb2lab
 
 import metrics_acc
-from dataset import RECORDS
 
 SYNSETS = metrics_acc.load_synsets()
 NUMBERS = {synset: i for i, synset in enumerate(SYNSETS)}
@@ -63,21 +61,18 @@ def table(path):
 
 def test_synsets_are_1000_and_sorted():
     assert len(set(SYNSETS)) == 1000 and sorted(SYNSETS) == SYNSETS
-    known = {0: "n01440764", 1: "n01443537", 207: "n02099601", 281: "n02123045", 817: "n04285008", 999: "n15075141"}
-    assert {i: SYNSETS[i] for i in known} == known  # tench, goldfish, golden retriever, tabby, sports car, tissue
+    known = {0: "n01440764", 207: "n02099601", 281: "n02123045", 999: "n15075141"}
+    assert {i: SYNSETS[i] for i in known} == known  # tench, golden retriever, tabby, tissue
 
 
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        ("a.png 65\n", 65),
-        ("a n01443537\n", 1),
-        ("\nother.png 5\na.JPEG  999 \n", 999),
-        ("\ufeffa.png 5\n", 5),
-        ("a.png\t5\n", 5),
-        ("image,class\na.png, 5\n", 5),
-        ("\ufeffImageId,PredictionString\r\nb,n01440764 1 2 3 4\r\na,n01443537 1 2 3 4 n01443537 9 9 9 9\r\n", 1),
+        ("a.png\t65\n", 65),
+        ("\ufeffimage,class\n\nother.png 5\na.JPEG,  999 \n", 999),
+        ("ImageId,PredictionString\r\nb,n01440764 1 2 3 4\r\na,n01443537 1 2 3 4 n01443537 9 9 9 9\r\n", 1),
     ],
+    ids=["number", "heading", "Kaggle"],
 )
 def test_labels_file_accepts_numbers_and_wordnet_ids(tmp_path, text, label):
     (tmp_path / "labels.txt").write_text(text, "utf-8")
@@ -85,25 +80,17 @@ def test_labels_file_accepts_numbers_and_wordnet_ids(tmp_path, text, label):
     assert metrics_acc.find_labels(names, ".", tmp_path / "labels.txt") == dict.fromkeys(names, label)
 
 
-@pytest.mark.parametrize(
-    "line", ["a.png", "a 1000", "a n99999999", "a 1.5", "281", "a.png ²", "a,n99999999 1 2 3 4", "a " + "9" * 5000]
-)
-def test_labels_file_with_a_bad_line_is_refused(tmp_path, error_message, line):
-    (tmp_path / "labels.txt").write_text(f"fine.png 3\n{line}\n", "utf-8")
-    message = error_message(metrics_acc.find_labels, ["fine"], ".", tmp_path / "labels.txt")
-    assert "labels.txt, line 2: not a name and a class" in message and len(message) < 500
+@pytest.mark.parametrize("line", ["a.png", "a 1000", "a,n99999999 1 2 3 4", "two words.v2 4", "a " + "9" * 5000])
+def test_labels_file_with_a_bad_or_contradictory_line_is_refused(tmp_path, error_message, line):
+    (tmp_path / "labels.txt").write_text(f"two words.v2 3\n{line}\n", "utf-8")
+    message = error_message(metrics_acc.find_labels, ["two words.v2"], ".", tmp_path / "labels.txt")
+    assert "labels.txt, line 2: not a name and a class, or not the class of an" in message and len(message) < 500
 
 
 def test_names_in_a_labels_file_may_have_accents_in_another_form(tmp_path):
     composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     (tmp_path / "labels.txt").write_text(f"{apart}.png 5\n", "utf-8")
     assert metrics_acc.find_labels([composed], ".", tmp_path / "labels.txt") == {composed: 5}
-
-
-def test_labels_file_with_two_classes_of_one_name_is_refused(tmp_path, error_message):
-    (tmp_path / "labels.txt").write_text("sub/two words.v2 5\nsub/two words.v2 6\n")
-    message = error_message(metrics_acc.find_labels, ["sub/two words.v2"], ".", tmp_path / "labels.txt")
-    assert "line 2: sub/two words.v2 has a different class" in message
 
 
 @pytest.mark.parametrize(
@@ -155,9 +142,6 @@ def test_accuracy_of_class_folders_and_controls_agrees_with_the_ranking(tmp_path
     assert summary["classes"] > 1 and summary["coloring"] == {"checkpoint": "some.pdparams"}
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert printed[1:4] == [[x, *(f"{share:.2%}" for share in found.values())] for x, found in shares.items()]
-    _, controls = run("--controls_only", "--image_dir", true)
-    assert controls["accuracy"] == {version: shares[version] for version in ("true", "gray")}
-    assert controls["colored_images"] is None
 
 
 def test_load_and_crop_size_reach_the_classifier(tmp_path, run, monkeypatch):
@@ -170,15 +154,9 @@ def test_load_and_crop_size_reach_the_classifier(tmp_path, run, monkeypatch):
         assert np.abs(inputs[-1].numpy()[0].transpose(1, 2, 0) * 255 - expected).max() < 1.01
 
 
-def test_gray_control_is_the_image_without_ab():
-    found = metrics_acc.to_versions([(IMAGES["coffee"], None)])["gray"].numpy()[0]
-    assert np.abs(found.transpose(1, 2, 0) * 255 - as_gray(IMAGES["coffee"])).max() < 0.6
-
-
 def test_random_baseline_has_the_lightness_of_an_image_and_the_colors_of_another(tmp_path, run):
     image, other = (IMAGES[name][:96, :96] for name in ("coffee", "rocket"))
     found = metrics_acc.to_versions([(image, other)], random=True)
-    assert list(found) == ["random", "true", "gray"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # out-of-gamut colors
         expected = lab2rgb(np.concatenate([rgb2lab(image)[..., :1], rgb2lab(other)[..., 1:]], axis=-1))
@@ -191,9 +169,8 @@ def test_random_baseline_has_the_lightness_of_an_image_and_the_colors_of_another
 
 def test_first_of_several_classifier_outputs_is_used():
     logits = paddle.to_tensor([[0.0, 3, 1, 2, 5, 4]])
-    for output in (logits, (logits, -logits, -logits), [logits]):
-        top = metrics_acc.top_classes(lambda _, output=output: output, paddle.zeros([1, 3, 8, 8]))
-        assert top.tolist() == [[4, 5, 1, 3, 2]]
+    top = metrics_acc.top_classes(lambda _: (logits, -logits, -logits), paddle.zeros([1, 3, 8, 8]))
+    assert top.tolist() == [[4, 5, 1, 3, 2]]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -231,8 +208,8 @@ def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusion
         save_image(tmp_path / "c" / SYNSETS[label] / f"{name}.png", result[name])
     run("--result_path", tmp_path / "c", "--image_dir", tmp_path / "t")
     printed = capsys.readouterr().out
-    assert f"raised most (top-5 minus gray's): {SYNSETS[raised]} +100.0\n" in printed
-    assert f"lowered most (top-5 minus gray's): {SYNSETS[lowered]} -100.0\n" in printed
+    assert f"raised most (top-5 minus gray's): {SYNSETS[raised]} +100.0, " in printed
+    assert f"lowered most (top-5 minus gray's): {SYNSETS[lowered]} -100.0, " in printed
     rows = [
         (x["class"], x["images"], x["colored_top5"], x["gray_top5"]) for x in table(tmp_path / "accuracy_per_class.csv")
     ]
@@ -267,29 +244,16 @@ def test_unreadable_and_missing_images_are_excluded_from_all_versions(tmp_path, 
     assert "none of the 2 images can be read" in error_message(run, *where)
 
 
-def test_only_results_with_the_settings_of_the_newest_one_are_classified(tmp_path, run):
-    for name in ("coffee", "rocket"):
-        save_image(tmp_path / "t" / SYNSETS[7] / f"{name}.png", IMAGES[name])
-        result = f"{SYNSETS[7]}/{name}.png"
-        save_image(tmp_path / "c" / result, IMAGES[name])
-        record = make_record(tmp_path / "t" / result, {"sha256": name}, tmp_path / "c", result)
-        append_record(record, tmp_path / "c" / RECORDS)
-    code, summary = run("--result_path", tmp_path / "c", "--image_dir", tmp_path / "t")
-    assert (code, summary["images"], summary["coloring"]) == (EXIT_SKIPPED, 1, {"sha256": "rocket"})
-    assert [*summary["left_out"].values()] == [[f"{SYNSETS[7]}/coffee"]]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--result_path", "flat"), "flat: the folder of a is not an ImageNet class"),
-        (("--result_path", "flat", "--labels", "labels.txt"), "a: is not listed in labels.txt"),
+        (("--result_path", "flat"), "a: neither its folder nor its name's end is an ImageNet class"),
+        (("--result_path", "flat", "--labels", "labels.txt"), "a: not listed in labels.txt"),
         (("--result_path", "flat", "--labels", "missing.txt"), "missing.txt: cannot be read: no such file"),
         (("--result_path", "good", "--arch", "vgg61"), "--arch vgg61: not one of alexnet, densenet121, "),
-        (("--result_path", "good", "--weights", "missing.pdparams"), "missing.pdparams: no such checkpoint"),
         (("--result_path", "good", "--weights", "other.pdparams"), "other.pdparams: another network's checkpoint"),
         (("--result_path", "good", "--load_size", "200"), "--crop_size 224: larger than --load_size 200"),
-        (("--controls_only",), "--controls_only and --random need --image_dir"),
+        (("--random",), "--random needs --image_dir"),
     ],
 )
 def test_usage_error_prints_one_line(tmp_path, monkeypatch, error_message, flags, message):
@@ -305,11 +269,3 @@ def test_failed_download_names_the_address(offline, error_message):
     message = error_message(metrics_acc.load_classifier, "squeezenet1_1")
     assert "--arch squeezenet1_1: no published weights: " in message and "https://" in message
     assert ".pdparams failed" in message and "pass --weights FILE" in message
-
-
-def test_classifier_without_published_weights_needs_a_file(monkeypatch, error_message):
-    def create(pretrained=False):
-        raise AssertionError("vgg11 model do not have a pretrained model now")
-
-    monkeypatch.setattr(paddle.vision.models, "vgg11", create)  # faster than the real one
-    assert "a pretrained model now; pass --weights FILE" in error_message(metrics_acc.load_classifier, "vgg11")
