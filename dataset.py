@@ -190,7 +190,7 @@ def named_images(*roots):
 # -------------------------------------------------------------------------------------------------
 # Datasets
 
-MAX_REPLACEMENTS = 8
+ATTEMPTS = 9  # images that are tried in place of an unreadable one, including itself
 
 
 class ColorizationDataset(paddle.io.Dataset):
@@ -224,16 +224,13 @@ class ColorizationDataset(paddle.io.Dataset):
 
     def __getitem__(self, index):
         random = np.random.default_rng((self.seed, self.epoch, index))
-        broken = 0
-        while True:
+        for broken in range(ATTEMPTS):
             try:
                 return self._crop(self.path(index), random), np.int64(broken)
             except InvalidImageError as error:
                 note(f"skipped {error}")
-            broken += 1
-            if broken > MAX_REPLACEMENTS:  # return a gray image: its loss has weight 0
-                return np.full((3, self.crop_size, self.crop_size), 128, np.uint8), np.int64(broken)
             index = int(random.integers(len(self)))
+        return np.full((3, self.crop_size, self.crop_size), 128, np.uint8), np.int64(ATTEMPTS)  # gray: its loss is 0
 
     def _crop(self, path, random):
         image = open_rgb(path, least_side=self.load_size)

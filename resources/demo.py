@@ -3,11 +3,11 @@
     python resources/demo.py
 
 The images are those bundled with scikit-image, matplotlib and, if installed, scikit-learn. The bundled weights were
-not trained on them. `camera` was taken in gray, so it has no original. Then the weights are fine-tuned on the images
-for a moment: the loss falls. Results, two pictures and the training's log stay in one folder, ./demo by default; the
-checkpoints are deleted. The last line names the pictures:
+not trained on them. Then the weights are fine-tuned on the images for a moment: the loss falls. Results, contact sheets
+(result_compare), the README's picture and the training's log stay in one folder, ./demo by default; the checkpoints are
+deleted. The last line names the picture:
 
-    demo/pairs.png, demo/compare.png: 8 images colorized
+    demo/pairs.png: 8 images colorized
 """
 
 import importlib.util
@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.cli import Parser, counted, printable, run_script, whole
 from support.images import open_rgb
-from support.sheets import contact_sheet, fit
+from support.sheets import contact_sheet
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 import test
 import train
@@ -32,16 +32,13 @@ IMAGES = {  # by the package that bundles them
     "matplotlib": "mpl-data/sample_data/grace_hopper.jpg",
     "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
 }
-TAKEN_IN_GRAY = "camera"  # shown last, without an original
-CELL = (200, 130)  # pixels of an image in the picture of all images, which fits on one screen
-ACROSS = 2  # images next to each other, each gray, colorized and original
-PAIRS = {  # shown large in the README, with what is wrong
+PAIRS = {  # the README's picture, with what is wrong
     "rocket": "rocket",
     "astronaut": "astronaut",
     "camera": "camera (taken in gray)",
     "coffee": "coffee (a failure: a green cloud on the table)",
 }
-LARGE = (400, 267)  # pixels of an image in the picture of pairs
+SIZE = (400, 267)  # pixels of an image in this picture
 TRAINING = "--init_from small --load_size 72 --crop_size 64 --lr 1e-4 --loss_step 5 --num_workers 0 --overwrite"
 
 
@@ -66,26 +63,11 @@ def pairs(images, result):
     """Return a picture of the images in PAIRS, in gray and colorized."""
     rows = []
     for name, caption in PAIRS.items():
-        colorized = ImageOps.fit(open_rgb(result / f"{name}.png"), LARGE, centering=(0.5, 0))
+        colorized = ImageOps.fit(open_rgb(result / f"{name}.png"), SIZE, centering=(0.5, 0))
         (path,) = images.glob(f"{name}.*")
-        gray = ImageOps.fit(open_rgb(path), LARGE, centering=(0.5, 0)).convert("L").convert("RGB")
+        gray = ImageOps.fit(open_rgb(path), SIZE, centering=(0.5, 0)).convert("L").convert("RGB")
         rows.append((caption, (gray, colorized)))
-    return contact_sheet(rows, test.COLUMNS[:2], LARGE[0])
-
-
-def compare(images, result):
-    """Return a picture of the images in gray, their results and the originals."""
-    rows = []
-    for path in sorted(map(Path, list_images(images)), key=lambda path: path.stem == TAKEN_IN_GRAY):
-        original, colorized = (fit(open_rgb(x), CELL) for x in (path, result / f"{path.stem}.png"))
-        row = (original.convert("L").convert("RGB"), colorized, original)
-        rows.append((path.stem, row))
-    rows[-1] = (f"{TAKEN_IN_GRAY} (taken in gray)", row[:2])
-    sheets = [contact_sheet(rows[i::ACROSS], test.COLUMNS, CELL[0]) for i in range(ACROSS)]
-    picture = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
-    for i, sheet in enumerate(sheets):
-        picture.paste(sheet, (i * sheet.width, 0))
-    return picture
+    return contact_sheet(rows, test.COLUMNS[:2], SIZE[0])
 
 
 def main(args):
@@ -94,10 +76,8 @@ def main(args):
     number = copy_images(images)
 
     print("1. test: colorize images from their lightness alone")
-    test.main(test.parse_args([str(images), "--load_model", "small", "--result_path", str(result)]))
-    pictures = {"pairs.png": pairs(images, result), "compare.png": compare(images, result)}
-    for name, picture in pictures.items():
-        picture.save(output / name)
+    test.main(test.parse_args([str(images), "--load_model", "small", "--result_path", str(result), "--compare"]))
+    pairs(images, result).save(output / "pairs.png")
 
     code = 0
     if args.steps:
@@ -107,8 +87,7 @@ def main(args):
             folders = ["--image_dir", str(images), "--model_path", checkpoints, "--log_path", str(output / "log")]
             code = train.main(train.parse_args([*folders, *TRAINING.split(), *length.split()]))
 
-    names = ", ".join(printable(output / name) for name in pictures)
-    print(f"{names}: {counted(number, 'image')} colorized")
+    print(f"{printable(output / 'pairs.png')}: {counted(number, 'image')} colorized")
     return code
 
 

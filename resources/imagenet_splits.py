@@ -46,28 +46,23 @@ def find_images(folder, output):
 
 
 def place(source, target):
-    """Make `target` the same image as `source`, unless it is already. Return how, by the first way that is possible.
+    """Make `target` a link to `source` or, where links are impossible, a copy of it. Return which of the two it is.
 
     Raises UserError if there is another file.
     """
     if os.path.exists(target) and filecmp.cmp(source, target):
-        return "links" if os.path.islink(target) else "hard links" if os.path.samefile(source, target) else "copies"
+        return "links" if os.path.islink(target) else "copies"
     if os.path.islink(target):
         os.remove(target)  # the images were moved since it was made
     elif os.path.exists(target):
         raise UserError(f"{target}: is a different file; remove it or choose another --output")
-    for way, make in (("links", link), ("hard links", os.link)):
-        with suppress(OSError, NotImplementedError):  # not on this file system, or not without administrator's rights
-            make(source, target)
-            return way
+    with suppress(OSError, ValueError):  # not on this file system, without administrator's rights, or to another drive
+        # a relative link, so that both folders can be moved together
+        os.symlink(os.path.relpath(source, os.path.realpath(os.path.dirname(target))), target)
+        return "links"
     with atomic_path(target) as temporary:
         shutil.copy2(source, temporary)
     return "copies"
-
-
-def link(source, target):
-    """Make a relative link, so that both folders can be moved together."""
-    os.symlink(os.path.relpath(source, os.path.realpath(os.path.dirname(target))), target)
 
 
 def make_set(folder, wanted, images):

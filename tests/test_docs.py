@@ -172,4 +172,4 @@ def test_all_cells_of_the_notebook_run(tmp_path):
     command = [sys.executable, "-c", CELL, *cells]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert len(cells) == 1 and done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "demo" / "compare.png").exists() and "Image object" in done.stdout
+    assert (tmp_path / "demo" / "pairs.png").exists() and "Image object" in done.stdout
