@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import Parser, printable, report_os_errors, run_script
+from support.cli import Parser, printable, run_script
 from support.files import atomic_path
 from support.images import open_rgb
 
@@ -26,7 +26,6 @@ from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
 
 TEMPERATURES = (1, 0.77, 0.58, 0.38, 0.29, 0.14, 0.1)
 IMAGE_SIZE = (400, 400)  # in pixels; larger images are resized to fit
-HIGHLIGHTED_CLASSES, HIGHLIGHTED_PAIRS = 50, 100  # first and last ones in the plots per class, as in the paper
 
 
 def new_figure(width, height, columns=1):
@@ -96,43 +95,33 @@ def plot_soft_encoding(image, ab_bins):
 
 
 def read_table(path):
-    """Read a CSV file that metrics_acc.py writes if it has both results and originals."""
-    with report_os_errors(f"{path}: cannot be read; run metrics_acc.py with --image_dir"):
-        return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8"))
+    """Read a CSV file that metrics_acc.py writes; it writes accuracy_confusions.csv if it has the originals."""
+    with open(path, encoding="utf-8") as file:
+        return np.atleast_1d(np.genfromtxt(file, delimiter=",", names=True, dtype=None, encoding="utf-8"))
 
 
 def plot_classes(folders):
     """Plot, as the paper's analysis per class, the effect of colorization on classes and on pairs of classes.
 
     On the left, each class's top-5 accuracy on colorized images against that on gray images; on the right, the top-5
-    confusions of each pair of classes on colorized images against those on the originals. The first and the last in the
-    order of metrics_acc.py are highlighted.
+    confusions of each pair of classes on colorized images against those on the originals.
     """
     figure = Figure(figsize=(9, 4.5 * len(folders)), layout="constrained")
     panels = figure.subplots(len(folders), 2, squeeze=False)
     for (left, right), (name, folder) in zip(panels, folders.items()):
-        table = read_table(folder / "accuracy_per_class.csv")
-        scatter(left, table["gray_top5"], table["colored_top5"], HIGHLIGHTED_CLASSES)
-        left.set(xlabel="top-5 accuracy on gray images", ylabel="on colorized images", title=f"{name}: classes")
-        table = read_table(folder / "accuracy_confusions.csv")
-        scatter(right, table["true"], table["colored"], HIGHLIGHTED_PAIRS)
-        right.set(
-            xlabel="top-5 confusion on originals", ylabel="on colorized images", title=f"{name}: pairs of classes"
-        )
+        classes, pairs = (read_table(folder / f"accuracy_{x}.csv") for x in ("per_class", "confusions"))
+        scatter(left, classes["gray_top5"], classes["colored_top5"])
+        left.set(title=f"{name}: classes", xlabel="top-5 accuracy on gray images")
+        scatter(right, pairs["true"], pairs["colored"])
+        right.set(title=f"{name}: pairs of classes", xlabel="top-5 confusion on originals")
     return figure
 
 
-def scatter(axes, before, after, highlighted):
-    """Draw points above and below the diagonal; highlight the first ones above it and the last ones below it."""
-    change, place = after - before, np.arange(len(before))
-    for chosen, color in (
-        (np.full(len(before), True), "0.6"),
-        ((change > 0) & (place < highlighted), "tab:blue"),
-        ((change < 0) & (place >= len(before) - highlighted), "tab:red"),
-    ):
-        axes.scatter(before[chosen], after[chosen], s=12, color=color)
+def scatter(axes, before, after):
+    """Draw points above and below the diagonal."""
+    axes.scatter(before, after, s=12, alpha=0.5)
     axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", ylabel="on colorized images")
 
 
 def parse_args(argv=None):
