@@ -31,16 +31,7 @@ from functools import partial
 
 from support import cli
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
-from support.files import (
-    atomic_path,
-    atomic_text,
-    full_path,
-    prepare_results,
-    provenance,
-    sha256,
-    write_csv,
-    write_json,
-)
+from support.files import atomic_path, full_path, prepare_results, provenance, sha256, write_csv, write_json
 from support.folders import pair_images, pair_originals
 from support.images import InvalidImageError, crop_resized, open_rgb
 from support.workers import parallel_map
@@ -86,9 +77,8 @@ def read_pair(true_path, colored_path, load_size=None, crop_size=None):
         true = read_rgb(true_path)
     colored = read_rgb(colored_path) if colored_path else None
     if colored is not None and colored.shape != true.shape:
-        (height, width, _), (true_height, true_width, _) = colored.shape, true.shape
-        problem = f"{width}x{height} does not match the original's {true_width}x{true_height}"
-        raise InvalidImageError(colored_path, f"{problem} (square crops need --load_size and --crop_size)")
+        problem = "does not have the original's size (square crops need --load_size and --crop_size)"
+        raise InvalidImageError(colored_path, problem)
     return true, colored
 
 
@@ -260,12 +250,11 @@ def write_images(names, sums, bin_weights, path):
 
 def write_counts(counts, colored, gray, path):
     """Write the 151 counts and the total of [313, 152], and the curves [3, 151] of the results and of gray."""
-    within = counts.sum(axis=0).cumsum()
-    with atomic_text(path) as file:
-        file.write(f"# t, pixels with an ab error of at most t, share: {', '.join(KINDS)}; the same for gray\n")
-        for t, shares in enumerate(np.concatenate([colored, gray]).T):
-            file.write(f"{t:3d} {within[t]:14d} " + " ".join(f"{share:.8f}" for share in shares) + "\n")
-        file.write(f"total {within[-1]:12d}\n")
+    *within, total = counts.sum(axis=0).cumsum()
+    table = np.stack([range(MAX_THRESHOLD + 1), within, *colored, *gray], axis=1)
+    header = f"# t, pixels with an ab error of at most t, share: {', '.join(KINDS)}; the same for gray"
+    with atomic_path(path) as temporary:
+        np.savetxt(temporary, table, "%3d %14d" + " %.8f" * 6, header=header, footer=f"total {total:12d}", comments="")
 
 
 def plot(results, path):

@@ -2,10 +2,9 @@
 
 import csv
 import json
-import math
 import os
 
-from support.cli import EXIT_SKIPPED
+from support.cli import EXIT_SKIPPED, UserError
 from support.folders import append_record, make_record, pair_originals
 from support.images import crop_resized
 
@@ -70,12 +69,6 @@ def test_rounding_finds_the_nearest_bin_of_every_color():
     assert (found >= 0).all() and np.abs(ab - bins[found]).max() < 5.001
 
 
-def test_colorfulness_is_0_for_gray_and_a_share_of_the_distance_from_it_for_one_color():
-    assert metrics_auc.colorfulness(np.full((50, 3), 77, np.uint8)) == 0
-    blue = np.full((500, 1000, 3), (0, 0, 255), np.uint8)
-    assert metrics_auc.colorfulness(blue) == pytest.approx(0.3 * 255, rel=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------
 # From files to measures
 
@@ -120,20 +113,10 @@ def test_chroma_colorfulness_and_psnr_agree_with_their_definitions(tmp_path):
 
 def test_exact_copy_is_excluded_from_the_mean_psnr(tmp_path, capsys):
     true, colored = save_images(tmp_path / "t", SMALL), dict(SMALL, coffee=recolored(SMALL)["coffee"])
-    _, one = run(true / "coffee.png", save_images(tmp_path / "c", colored) / "coffee.png", tmp_path)
-    _, summary = run(true, tmp_path / "c", tmp_path)
-    assert summary["psnr"] == pytest.approx(one["psnr"]) and math.isfinite(one["psnr"])
+    _, summary = run(true, save_images(tmp_path / "c", colored), tmp_path)
+    assert summary["psnr"] == pytest.approx(peak_signal_noise_ratio(SMALL["coffee"], colored["coffee"], data_range=255))
     assert run(true, true, tmp_path)[1]["psnr"] is None
     assert "PSNR inf dB" in capsys.readouterr().out
-
-
-def test_largest_possible_errors_are_counted(tmp_path):
-    """Blue against green differs by 258 in ab."""
-    true = save_images(tmp_path / "t", {"a": np.full((4, 6, 3), (0, 0, 255), np.uint8)})
-    colored = save_images(tmp_path / "c", {"a": np.full((4, 6, 3), (0, 255, 0), np.uint8)})
-    _, summary = run(true, colored, tmp_path)
-    assert auc_values(summary) == [0, 0, 0] and summary["pixels"] == 24
-    assert (tmp_path / "auc.txt").read_text().splitlines()[-1].split() == ["total", "24"]
 
 
 def test_gray_flag_agrees_with_the_gray_baseline_of_results(tmp_path):
@@ -145,17 +128,15 @@ def test_gray_flag_agrees_with_the_gray_baseline_of_results(tmp_path):
 
 def test_random_flag_gives_each_image_the_ab_of_another(tmp_path, capsys):
     true = {name: image[: 40 + 8 * i] for i, (name, image) in enumerate(SMALL.items())}
-    folder = save_images(tmp_path / "t", true)
-    for seed in (0, 1):
-        drawn_ab = []
-        for name, _, other in pair_originals(folder, COLORING, seed):
-            other = Image.open(other).resize(true[name].shape[1::-1], Image.Resampling.BILINEAR)
-            drawn_ab.append(image_ab(np.asarray(other)))
-        true_ab = np.concatenate([image_ab(true[name]) for name in sorted(true)])
-        expected = auc_by_definition(true_ab, np.concatenate(drawn_ab), nearest_bins(true_ab))
-        _, summary = run(folder, None, tmp_path, "--random", "--seed", seed)
-        assert auc_values(summary) == pytest.approx(expected, abs=2e-5)
-        assert (summary["colored_images"], summary["images"], summary["seed"]) == ("random ab", 4, seed)
+    folder, drawn_ab = save_images(tmp_path / "t", true), []
+    for name, _, other in pair_originals(folder, COLORING, seed=1):
+        other = Image.open(other).resize(true[name].shape[1::-1], Image.Resampling.BILINEAR)
+        drawn_ab.append(image_ab(np.asarray(other)))
+    true_ab = np.concatenate([image_ab(true[name]) for name in sorted(true)])
+    expected = auc_by_definition(true_ab, np.concatenate(drawn_ab), nearest_bins(true_ab))
+    _, summary = run(folder, None, tmp_path, "--random", "--seed", 1)
+    assert auc_values(summary) == pytest.approx(expected, abs=2e-5)
+    assert (summary["colored_images"], summary["images"], summary["seed"]) == ("random ab", 4, 1)
     assert capsys.readouterr().out.startswith("random ab      AuC raw")
 
 
@@ -167,8 +148,7 @@ def test_prior_changes_only_the_rebalanced_auc(tmp_path):
     assert (bundled["auc_raw"], bundled["auc_macro"]) == (other["auc_raw"], other["auc_macro"])
     assert other["auc_rebalanced"] == pytest.approx(other["auc_raw"], abs=1e-6)
     assert bundled["auc_rebalanced"] < bundled["auc_raw"] - 0.01
-    assert other["prior"]["file"] == str(tmp_path / "prior.npy") != bundled["prior"]["file"]
-    assert other["prior"]["sha256"] != bundled["prior"]["sha256"]
+    assert other["prior"]["file"] == str(tmp_path / "prior.npy")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -200,28 +180,15 @@ def test_output_files_and_printed_lines_agree_with_the_summary(tmp_path, capsys,
         assert float(text) == pytest.approx(values[heading.removeprefix("gray_").removeprefix("true_")], abs=1e-6)
     # The plot is not blank.
     with Image.open(output / "auc.png") as picture:
-        assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 50
+        assert len(picture.convert("RGB").getcolors(10**6)) > 50
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:4] == ["colored", "AuC", "raw", f"{summary['auc_raw']:.2%}"]
-    chroma, _, psnr = printed[2].split("  ")
-    assert chroma == f"chroma {summary['chroma']:.2f} (true {summary['true']['chroma']:.2f})"
-    assert psnr == f"PSNR {summary['psnr']:.2f} dB (gray {summary['gray']['psnr']:.2f})"
-    assert printed[4] == f"written: {output / 'auc'}.json, .csv, .txt, .png"
+    assert printed[2].startswith(f"chroma {summary['chroma']:.2f} (true {summary['true']['chroma']:.2f})")
+    assert printed[2].endswith(f"PSNR {summary['psnr']:.2f} dB (gray {summary['gray']['psnr']:.2f})")
 
 
 # -------------------------------------------------------------------------------------------------
 # Pairs and sizes
-
-
-def test_images_are_paired_by_path_and_missing_ones_reported(tmp_path):
-    true, colored = tmp_path / "t", tmp_path / "c"
-    for name, image in SMALL.items():  # the same file name in all folders: only the path tells them apart
-        save_image(true / name / "x.jpeg", image)
-        if name != "rocket":
-            save_image(colored / name / "x.png", image)
-    code, summary = run(true, colored, tmp_path)
-    assert (code, summary["images"], summary["left_out"]) == (EXIT_SKIPPED, 3, {"no result": ["rocket/x"]})
-    assert summary["auc_raw"] > 0.97  # JPEG against PNG of the same; swapped ones would be far lower
 
 
 def test_only_results_with_the_settings_of_the_newest_one_are_measured(tmp_path):
@@ -241,7 +208,7 @@ def test_values_of_another_folder_are_replaced_with_a_warning(tmp_path, capsys):
     true = save_images(tmp_path / "t", SMALL)
     for _ in range(2):
         run(true, true, tmp_path)
-        assert "replaced" not in capsys.readouterr().err
+    assert "replaced" not in capsys.readouterr().err
     run(true, save_images(tmp_path / "c", SMALL), tmp_path)
     warning = f"auc.json: is about {true} and will be replaced; to keep it, choose another --save_path\n"
     assert warning in capsys.readouterr().err
@@ -273,33 +240,19 @@ def test_originals_shrunk_by_the_decoder_match_results(tmp_path):
     assert run(path, colored, tmp_path, "--load_size", 128, "--crop_size", 64)[1]["auc_raw"] == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "size"), [((), "64x48"), (("--load_size", 40, "--crop_size", 32), "32x32")], ids=["whole", "crops"]
-)
-def test_unreadable_images_and_other_sizes_are_reported_and_skipped(tmp_path, capsys, flags, size):
-    true = save_images(tmp_path / "t", SMALL)
-    width, height = map(int, size.split("x"))
-    colored = save_images(tmp_path / "c", {name: image[:height, :width] for name, image in SMALL.items()})
+def test_unreadable_images_and_other_sizes_are_reported_and_skipped(tmp_path, capsys):
+    true, colored = save_images(tmp_path / "t", SMALL), save_images(tmp_path / "c", SMALL)
     save_image(colored / "astronaut.png", SMALL["astronaut"][:40])
     (colored / "coffee.png").write_bytes((colored / "coffee.png").read_bytes()[:500])
     (true / "rocket.png").write_text("text")
-    code, summary = run(true, colored, tmp_path, *flags)
+    code, summary = run(true, colored, tmp_path)
     assert (code, summary["images"]) == (EXIT_SKIPPED, 1)
     assert [*summary["left_out"].values()] == [["astronaut", "coffee", "rocket"]]
     error = capsys.readouterr().err
-    assert f"skipped {colored / 'astronaut.png'}: 64x40 does not match the original's {size} (" in error
+    assert f"skipped {colored / 'astronaut.png'}: does not have the original's size (square crops need --load" in error
     assert f"skipped {colored / 'coffee.png'}: " in error and f"skipped {true / 'rocket.png'}: " in error
-
-
-def test_images_with_names_of_any_bytes_are_paired_and_listed(tmp_path):
-    names = ["line\nbreak", os.fsdecode(b"latin-\xe9"), "com,ma \"quote\" 'x'"]
-    true = save_images(tmp_path / "t", dict.fromkeys(names, SMALL["coffee"]))
-    save_image(true / (os.fsdecode(b"missing-\xff\n") + ".png"), SMALL["coffee"])
-    code, summary = run(true, save_images(tmp_path / "c", dict.fromkeys(names, SMALL["coffee"])), tmp_path)
-    assert (code, summary["images"]) == (EXIT_SKIPPED, 3)
-    assert summary["left_out"] == {"no result": ["missing-\\xff\\n"]}
-    with open(tmp_path / "auc.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        assert sorted(row[0] for row in list(csv.reader(file))[1:]) == sorted(names)
+    with pytest.raises(UserError, match="none of the 1 images can be compared"):
+        run(true / "rocket.png", None, tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -309,18 +262,10 @@ def test_images_with_names_of_any_bytes_are_paired_and_listed(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--image_dir", "t", "--gray", "--prior", "missing.npy"), "missing.npy: cannot be read as a prior"),
-        (("--image_dir", "unreadable", "--gray"), "none of the 1 images can be compared"),
-        (
-            ("--image_dir", "t", "--gray", "--crop_size", "9", "--load_size", "8"),
-            "--crop_size 9: larger than --load_size 8",
-        ),
-        (("--image_dir", "t", "--gray", "--load_size", "8"), "--load_size and --crop_size: give both or neither"),
+        (("--prior", "missing.npy"), "missing.npy: cannot be read as a prior"),
+        (("--crop_size", "9", "--load_size", "8"), "--crop_size 9: larger than --load_size 8"),
+        (("--load_size", "8"), "--load_size and --crop_size: give both or neither"),
     ],
 )
-def test_usage_error_prints_one_line(tmp_path, monkeypatch, error_message, flags, message):
-    monkeypatch.chdir(tmp_path)
-    save_images(tmp_path / "t", {"a": SMALL["coffee"]})
-    (tmp_path / "unreadable").mkdir()
-    (tmp_path / "unreadable" / "a.png").write_text("text")
-    assert message in error_message(metrics_auc.main, metrics_auc.parse_args(list(flags)))
+def test_usage_error_prints_one_line(error_message, flags, message):
+    assert message in error_message(metrics_auc.main, metrics_auc.parse_args(["--image_dir", "t", "--gray", *flags]))
