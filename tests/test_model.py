@@ -28,7 +28,7 @@ def test_network_for_regression_differs_in_its_head():
         assert network(paddle.zeros([2, 1, 16, 24])).shape == [2, 2, 4, 6]
 
 
-@pytest.mark.parametrize("size", [(1, 8, 8), (2, 64, 64), (1, 40, 72)])
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 40, 72)])
 def test_output_has_a_quarter_of_the_input_size(network, size):
     n, h, w = size
     with paddle.no_grad():

@@ -1,13 +1,11 @@
 """Compare weights, loss, annealed mean and AuC with dense NumPy in float64; test small helpers."""
 
 import io
-import subprocess
-import sys
 
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, upsample_by_scipy
+from conftest import upsample_by_scipy
 from PIL import Image
 
 from dataset import targets
@@ -45,11 +43,10 @@ def test_bundled_prior_gives_nearly_the_weights_of_imagenet():
     assert weights.min() == pytest.approx(0.097, rel=0.05) and weights.max() == pytest.approx(6.17, rel=0.05)
 
 
-@pytest.mark.parametrize("lam", [0, 0.5, 1])
-def test_prior_with_zeros_gives_finite_weights(lam):
+def test_prior_with_zeros_gives_finite_weights():
     prior = np.zeros(313, np.float32)
     prior[100:110] = 0.1
-    weights = rebalancing_weights(paddle.to_tensor(prior), lam).numpy()
+    weights = rebalancing_weights(paddle.to_tensor(prior), lam=0).numpy()
     assert np.isfinite(weights).all() and (weights * prior).sum() == pytest.approx(1, abs=1e-6)
 
 
@@ -60,21 +57,20 @@ def array_header(shape):
     return file.getvalue()
 
 
-def saved(save, array):
+def saved(array):
     file = io.BytesIO()
-    save(file, array)
+    np.save(file, array)
     return file.getvalue()
 
 
 WRONG_NUMBERS, WRONG_FORMAT = "must be finite, non-negative and not all zero", "not a .npy file of numbers"
 UNUSABLE_PRIORS = {
-    "wrong length": (saved(np.save, np.ones(312)), "a prior has shape (313,), not (312,)"),
-    "not a number": (saved(np.save, np.full(313, np.nan)), WRONG_NUMBERS),
-    "all zero": (saved(np.save, np.zeros(313)), WRONG_NUMBERS),
-    "negative": (saved(np.save, np.r_[-1.0, np.ones(312)]), WRONG_NUMBERS),
+    "wrong length": (saved(np.ones(312)), "a prior has shape (313,), not (312,)"),
+    "not a number": (saved(np.full(313, np.nan)), WRONG_NUMBERS),
+    "all zero": (saved(np.zeros(313)), WRONG_NUMBERS),
+    "negative": (saved(np.r_[-1.0, np.ones(312)]), WRONG_NUMBERS),
     "text": (b"313 numbers", WRONG_FORMAT),
     "terabytes": (array_header((2 * 10**12,)) + bytes(313 * 8), WRONG_FORMAT),
-    "archive": (saved(np.savez, np.ones(313)), WRONG_FORMAT),
 }
 
 
@@ -118,10 +114,9 @@ def dense_cross_entropy(logits, dense):
     return -(dense * log_probabilities).sum(axis=1), np.exp(log_probabilities)
 
 
-@pytest.mark.parametrize("scale", [0.1, 3, 30])
-def test_cross_entropy_equals_that_of_the_dense_target(scale):
+def test_cross_entropy_equals_that_of_the_dense_target():
     indices, weights, dense = sparse_targets(2, 6, 5)
-    logits = (scale * RANDOM.standard_normal((2, 313, 6, 5))).astype(np.float32)
+    logits = (30 * RANDOM.standard_normal((2, 313, 6, 5))).astype(np.float32)
     expected, _ = dense_cross_entropy(logits, dense)
     cross_entropy = soft_cross_entropy(paddle.to_tensor(logits), indices, weights)
     assert cross_entropy.shape == [2, 6, 5]
@@ -146,30 +141,20 @@ def test_entropy_agrees_with_dense_target():
 # Annealed mean
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.38, 1])
-def test_annealed_mean_is_the_expectation_under_the_softmax(temperature):
+def test_annealed_mean_is_the_expectation_under_the_softmax():
     logits = 5 * RANDOM.standard_normal((2, 313, 3, 4))
-    scaled = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    scaled = np.exp((logits - logits.max(axis=1, keepdims=True)) / 0.2)
     expected = np.einsum("nqhw,qc->nchw", scaled / scaled.sum(axis=1, keepdims=True), load_ab_bins().numpy())
-    ab = annealed_mean(paddle.to_tensor(logits.astype(np.float32)), load_ab_bins(), temperature)
+    ab = annealed_mean(paddle.to_tensor(logits.astype(np.float32)), load_ab_bins(), 0.2)
     np.testing.assert_allclose(ab.numpy(), expected, atol=1e-3)
 
 
 # AuC
 
 
+# The curve is 0 below the first whole t within reach and 1 from there on.
 @pytest.mark.parametrize(
-    ("distance", "area"),
-    # The curve is 0 below the first whole t within reach and 1 from there on.
-    [
-        (0, 1),
-        (0.5, 149.5 / 150),
-        (1, 149.5 / 150),
-        (10.5, 139.5 / 150),
-        (150, 0.5 / 150),
-        (150.01, 0),
-        (400, 0),
-    ],
+    ("distance", "area"), [(0, 1), (0.5, 149.5 / 150), (1, 149.5 / 150), (150, 0.5 / 150), (150.01, 0), (400, 0)]
 )
 def test_auc_of_a_constant_distance_equals_the_area_by_hand(distance, area):
     histogram = error_histogram(np.full((30, 40), distance))
@@ -196,7 +181,7 @@ def true_ab(image, size):
     )[1][0]
 
 
-@pytest.mark.parametrize("height, width", [(24, 40), (89, 149), (241, 400), (7, 11), (1, 1)])
+@pytest.mark.parametrize("height, width", [(24, 40), (241, 400), (7, 11), (1, 1)])
 def test_upsampling_agrees_with_scipy(height, width):
     ab = np.random.default_rng(0).uniform(-100, 100, (2, 6, 10)).astype(np.float32)
     found = upsample_ab(paddle.to_tensor(ab), height, width).numpy()
@@ -212,23 +197,8 @@ def test_upsampling_in_strips_or_batches_gives_the_same_ab():
     assert np.allclose(np.concatenate(strips, axis=2), whole, atol=1e-4)
 
 
-def test_very_long_image_needs_little_memory():
-    """A dense matrix [pixels, positions] would take 1.5 GB."""
-    code = (
-        "import resource, support, paddle; from utils import upsample_ab; ab = paddle.zeros([2, 192, 192]);"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "upsample_ab(ab, 1, 2_000_000); upsample_ab(ab, 2_000_000, 1);"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
-    )
-    megabytes = float(
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    )
-    assert megabytes < 500
-
-
-@pytest.mark.parametrize("scale", [1, 3.7, 10])
-def test_color_edge_stays_within_one_input_pixel(scale):
-    width, height = round(128 * scale), round(32 * scale)  # the network's input is 128x32
+def test_color_edge_stays_within_one_input_pixel():
+    scale, (width, height) = 3.75, (480, 120)  # of the image; the network's input is 128x32
     displacements = []
     for edge in range(61, 65):  # in network pixels: at each place between two positions of its output, at 60 and 64
         pixels = np.full((height, width, 3), RED, np.uint8)
