@@ -36,7 +36,7 @@ from support import cli
 from support.checkpoints import load_checkpoint, set_weights
 from support.cpu import use_all_cores
 from support.files import full_path, prepare_results, provenance, sha256, write_csv, write_json
-from support.folders import IMAGE_SUFFIXES, one_form, pair_images, pair_originals
+from support.folders import IMAGE_SUFFIXES, one_form, pair_at_random, pair_images
 from support.images import crop_resized, open_rgb
 from support.workers import default_workers, parallel_map
 
@@ -322,15 +322,14 @@ def main(args):
     use_all_cores()
 
     # Find images and classes before the classifier, so that a wrong folder is reported before a download
-    seed = args.seed if args.random else None
+    colored_dir = None if args.random else args.result_path
+    pairs, left_out, coloring = pair_images(args.image_dir, colored_dir, COLORING, RECORDS)
     if args.random:
-        pairs, left_out, coloring = pair_originals(args.image_dir, COLORING, seed), {}, None
-    else:
-        pairs, left_out, coloring = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
+        pairs = pair_at_random(pairs, args.seed)
     all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
     subject = {
         "true_images": full_path(args.image_dir),
-        "colored_images": None if args.random else full_path(args.result_path),
+        "colored_images": full_path(colored_dir),
     }
     base = os.path.join(args.save_path, "random_accuracy" if args.random else "accuracy")
     prepare_results(f"{base}.json", subject)
@@ -357,7 +356,7 @@ def main(args):
         "crop_size": args.crop_size,
         "classifier": describe(args),
         "labels": full_path(args.labels) or "class folders",
-        "seed": seed,
+        "seed": args.seed if args.random else None,
         "left_out": cli.printable_names(left_out),
         **provenance(),
     }

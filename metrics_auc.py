@@ -32,7 +32,7 @@ from functools import partial
 from support import cli
 from support.cpu import available_cores, keep_freed_memory, use_all_cores
 from support.files import atomic_path, full_path, prepare_results, provenance, sha256, write_csv, write_json
-from support.folders import pair_images, pair_originals
+from support.folders import pair_at_random, pair_images
 from support.images import InvalidImageError, crop_resized, open_rgb
 from support.workers import parallel_map
 
@@ -319,16 +319,15 @@ def main(args):
         raise cli.UserError("--load_size and --crop_size: give both or neither")
     use_all_cores()
     bin_weights = inverse_prior(args.prior)
-    seed = args.seed if args.baseline == "random" else None
-    if args.baseline:
-        pairs, left_out, coloring = pair_originals(args.image_dir, COLORING, seed), {}, None
-    else:
-        pairs, left_out, coloring = pair_images(args.image_dir, args.result_path, COLORING, RECORDS)
+    colored_dir = None if args.baseline else args.result_path
+    pairs, left_out, coloring = pair_images(args.image_dir, colored_dir, COLORING, RECORDS)
+    if args.baseline == "random":
+        pairs = pair_at_random(pairs, args.seed)
     sizes = square_size(vars(args) if args.crop_size else coloring)
     title = {"gray": GRAY, "random": "random ab"}.get(args.baseline, "colored")
     subject = {
         "true_images": full_path(args.image_dir),
-        "colored_images": title if args.baseline else full_path(args.result_path),
+        "colored_images": full_path(colored_dir) or title,
     }
     base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
     prepare_results(f"{base}.json", subject)
@@ -354,7 +353,7 @@ def main(args):
         **subject,
         "coloring": coloring,
         **sizes,
-        "seed": seed,
+        "seed": args.seed if args.baseline == "random" else None,
         "prior": describe_prior(args.prior),
         "left_out": cli.printable_names(left_out),
         **provenance(),

@@ -18,18 +18,20 @@ import os
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 from support import cli, images
 from support.cli import UserError, counted, note, printable, run_script
 from support.cpu import available_cores, lower_priority, use_all_cores
-from support.files import lock_folder, make_folder, provenance, remove_temporaries, write_json
+from support.files import atomic_path, lock_folder, make_folder, provenance, write_json
 from support.folders import append_record, make_record, read_records, same_source, what_changed
 from support.gpu import check_gpu
+from support.images import InvalidImageError
 from support.sheets import CELL, fit, write_sheets
 
 import numpy as np
@@ -41,7 +43,7 @@ from pretrained import LOAD_SIZE
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
-IMAGES_AHEAD = 64  # at most, as each may be an open file
+IMAGES_AHEAD = 64  # at most, however small they are
 NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
 METHOD = ("temperature", "saturation", "load_size", "crop_size")  # flags that change the colors, recorded with results
 COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
@@ -79,6 +81,8 @@ def check_apart(results, args):
 def plan(results, settings, args):
     """Compare the results with what the folder of results contains, and report images that are skipped.
 
+    Only files that the records name as results of the same images are replaced.
+
     Returns:
         (dict, set): The name of the result of each image to colorize, {path: name}, and the paths of skipped images.
         The results of all others are up to date.
@@ -86,13 +90,13 @@ def plan(results, settings, args):
     todo, skipped, again = {}, set(), Counter()
     records = read_records(args.folder / RECORDS)
     for path, name in results.items():
-        record = records.get(name)
-        if problem := obstacle(args.folder / name, record, path, args):
-            note(f"skipped {path}: {args.folder / name} {problem}")
+        target, record = args.folder / name, records.get(name)
+        if os.path.lexists(target) and not args.output and not (record and same_source(record, path)):
+            note(f"skipped {path}: {target} is not its result ({RECORDS}); move it, or choose another --result_path")
             skipped.add(path)
         elif not (args.skip_existing and record):
             todo[path] = name
-        elif changed := what_changed(record, path, settings, args.folder):
+        elif changed := what_changed(record, path, settings, target):
             todo[path] = name
             again[changed] += 1
     for reason, count in again.items():
@@ -100,138 +104,109 @@ def plan(results, settings, args):
     return todo, skipped
 
 
-def obstacle(target, record, path, args):
-    """Return why the result of the image `path` must not replace the file `target`, if that has this record or None.
-
-    Only files with a record are replaced, as others were not written by this script.
-    """
-    if args.output or not os.path.lexists(target):
-        return ""
-    if not record:
-        return f"was not written by test.py (no record in {RECORDS}); move it, or choose another --result_path"
-    if not same_source(record, path):
-        return f"is the result of {record['source']['path']}; choose another --result_path"
-    return ""
-
-
 # -------------------------------------------------------------------------------------------------
 # Read (threads), colorize (the device), write (threads)
 
 
-@dataclass(eq=False)
-class Item:
-    """An image on its way through the steps below. Each of them adds what it computes, or the error."""
+class Item(NamedTuple):
+    """A loaded image, or its result."""
 
     path: str
     name: str  # of the result, relative to the folder of results
-    image: Image.Image = None  # the image, or its crop, in RGB
-    inputs: np.ndarray = None  # of the network, uint8 [h, w, 3]
-    result: Image.Image = None
-    record: dict = None  # how the result was made
-    error: images.InvalidImageError = None
+    image: Image.Image  # in RGB: the image or its crop; after `colorize`, the result
+    inputs: np.ndarray  # of the network, uint8 [h, w, 3]
 
     @property
     def pixels(self):
-        return self.image.width * self.image.height if self.image else 0
+        return self.image.width * self.image.height
 
 
-def open_images(todo, args):
-    """Open one image after another. Yield its number of pixels and the function that loads it."""
-    for path, name in todo.items():
-        file = ExitStack()
-        try:
-            opened = file.enter_context(images.open_image(path, args.load_size if args.crop_size else None))
-        except images.InvalidImageError as error:
-            yield 0, partial(Item, path, name, error=error)
-        else:
-            yield opened.width * opened.height, partial(load, Item(path, name), opened, file, args)
-
-
-def load(item, opened, file, args):
-    """Decode an opened image, and make the network's input from it."""
-    try:
-        with file:
-            if getattr(opened, "is_animated", False) and opened.format != "MPO":  # phones add depth or brightness to it
-                note(f"{item.path}: only the first of its frames or pages is colorized")
-            item.image = images.to_rgb(opened, item.path)
-    except images.InvalidImageError as error:
-        item.error = error
-        return item
-    if args.crop_size:
-        info = item.image.info
-        item.image = Image.fromarray(images.crop_resized(item.image, args.load_size, args.crop_size))
-        item.image.info = info
-    if not images.fits(item.image, args.format):
-        item.error = images.InvalidImageError(item.path, f"too large for {args.format}; choose --format png")
-        return item
-    item.inputs = network_input(item.image, args.crop_size or args.load_size)
-    if item.inputs.max() < NEARLY_BLACK:
-        note(f"{item.path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")
-    return item
-
-
-def colorize(items, colorizer, args):
-    """Yield the items with their results, in order."""
-    for batch in batches(items, args.batch_size):
-        if batch[0].error:
-            yield from batch
-            continue
-        predicted = colorizer.predict_ab(np.stack([item.inputs for item in batch]), args.temperature)
-        for item, ab in zip(batch, predicted):
-            item.result = colored(item.image, ab, saturation=args.saturation)
-            yield item
-
-
-def batches(items, batch_size):
-    """Yield lists of consecutive items whose network inputs have one shape, at most `batch_size` long."""
-    for _, group in groupby(items, key=lambda item: np.shape(item.inputs)):
-        batch, pixels = [], 0
-        for item in group:
-            batch.append(item)
-            pixels += item.pixels
-            if len(batch) == batch_size or pixels > PIXELS_AHEAD:
-                yield batch
-                batch, pixels = [], 0
-        if batch:
-            yield batch
-
-
-def write_results(items, settings, args):
-    """Announce one result after another in the records. Yield its number of pixels and the function that writes it."""
-    for item in items:
-        if not (item.error or args.output):
-            announced = make_record(item.path, settings, args.folder, item.name, written=False)
-            append_record(announced, args.folder / RECORDS)
-        yield item.pixels, partial(write, item, settings, args)
-
-
-def write(item, settings, args):
-    """Write a result, and compute its record, which reads both files."""
-    if not item.error:
-        images.save(item.result, args.folder / item.name, args.format)
-        item.record = make_record(item.path, settings, args.folder, item.name)
-    return item
-
-
-def in_threads(pool, jobs, at_once=False):
-    """Call functions in a pool's threads and yield what they return, in order.
+def in_threads(pool, jobs):
+    """Call functions in a pool's threads. Yield their futures in order, which may not be done yet.
 
     Args:
         pool (ThreadPoolExecutor): The threads.
-        jobs (Iterable): Pairs of a number of pixels and a function. Jobs are started while all that are not yielded
-            yet have at most PIXELS_AHEAD pixels.
-        at_once (bool): Yield what is done whenever a job is started, so that it counts and is released.
+        jobs (Iterable): Pairs of a number of pixels and a function. Functions are submitted as long as those whose
+            futures have not been yielded have at most PIXELS_AHEAD pixels.
     """
-    pending, waiting = deque(), 0
+    pending = deque()
     for pixels, function in jobs:
         pixels = max(pixels, PIXELS_AHEAD // IMAGES_AHEAD)
-        while pending and (waiting + pixels > PIXELS_AHEAD or (at_once and pending[0][1].done())):
-            waiting -= pending[0][0]
-            yield pending.popleft()[1].result()
+        while pending and pixels + sum(count for count, _ in pending) > PIXELS_AHEAD:
+            yield pending.popleft()[1]
         pending.append((pixels, pool.submit(function)))
-        waiting += pixels
-    while pending:
-        yield pending.popleft()[1].result()
+    for _, future in pending:
+        yield future
+
+
+def open_image(path, args):
+    """Open an image; for a crop, a JPEG is decoded in a smaller size."""
+    return images.open_image(path, args.load_size if args.crop_size else None)
+
+
+def count_pixels(path, args):
+    """Return the number of pixels of an image, from its header; 0 if it cannot be read."""
+    with suppress(InvalidImageError), open_image(path, args) as opened:
+        return opened.width * opened.height
+    return 0
+
+
+def load(path, name, args):
+    """Decode an image, and make the network's input from it. Raises InvalidImageError."""
+    with open_image(path, args) as opened:
+        if getattr(opened, "is_animated", False) and opened.format != "MPO":  # phones add depth or brightness to it
+            note(f"{path}: only the first of its frames or pages is colorized")
+        image = images.to_rgb(opened, path)
+    if args.crop_size:
+        info = image.info
+        image = Image.fromarray(images.crop_resized(image, args.load_size, args.crop_size))
+        image.info = info
+    if not images.fits(image, args.format):
+        raise InvalidImageError(path, f"too large for {args.format}; choose --format png")
+    inputs = network_input(image, args.crop_size or args.load_size)
+    if inputs.max() < NEARLY_BLACK:
+        note(f"{path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")
+    return Item(path, name, image, inputs)
+
+
+def load_all(pool, todo, skipped, args):
+    """Yield the images as items. Report those that cannot be read, and add them to `skipped`."""
+    jobs = ((count_pixels(path, args), partial(load, path, name, args)) for path, name in todo.items())
+    for future in in_threads(pool, jobs):
+        try:
+            yield future.result()
+        except InvalidImageError as error:
+            note(f"skipped {error}")
+            skipped.add(error.path)
+
+
+def batches(items, batch_size):
+    """Yield lists of consecutive items whose network inputs have one shape, at most `batch_size` long.
+
+    They are shorter if the images are large. It is assumed that all are as large as the first one.
+    """
+    for _, group in groupby(items, key=lambda item: item.inputs.shape):
+        for first in group:
+            others = min(batch_size - 1, PIXELS_AHEAD // first.pixels)
+            yield [first, *islice(group, others)]  # noqa: B031  advances the loop, too
+
+
+def colorize(items, colorizer, args):
+    """Yield the items with their results instead of their images."""
+    for batch in batches(items, args.batch_size):
+        predicted = colorizer.predict_ab(np.stack([item.inputs for item in batch]), args.temperature)
+        for item, ab in zip(batch, predicted):
+            yield item._replace(image=colored(item.image, ab, saturation=args.saturation))
+
+
+def write(item, settings, lock, args):
+    """Write a result. It is recorded before it gets its name, so there is no result without a record after a kill."""
+    with atomic_path(args.folder / item.name) as temporary:
+        images.encode(item.image, temporary, args.format)
+        if not args.output:
+            record = make_record(item.path, settings, item.name, temporary)
+            with lock:
+                append_record(record, args.folder / RECORDS)
 
 
 def thumbnails(path, name, args):
@@ -269,7 +244,7 @@ def parse_args(argv=None):
     add("--load_size", type=cli.SIDE, help=shorter)
     add("--crop_size", type=cli.SIDE, help="colorize only a center crop with this side in pixels (default: all)")
     add("--batch_size", type=cli.whole(), default=8, help="number of consecutive images of equal size per batch")
-    add("--num_workers", type=cli.whole(1, 1024), default=available_cores(), help="threads that read, and that write")
+    add("--num_workers", type=cli.whole(1, 1024), default=available_cores(), help="threads that read and write images")
 
     group = parser.add_argument_group("output")
     add, add_bool = group.add_argument, partial(cli.add_bool_flag, group)
@@ -321,29 +296,24 @@ def main(args):
         if not args.output:
             stack.enter_context(lock_folder(args.folder))
         todo, skipped = plan(results, settings, args)
-        for folder in {(args.folder / name).parent for name in todo.values()}:
-            remove_temporaries(folder)
         if todo and not args.output:
             write_json(made_by, args.folder / COLORING)
 
         # Read, colorize and write simultaneously. The threads leave the cores to the network: one delayed compute
         # thread would delay all.
-        readers = stack.enter_context(ThreadPoolExecutor(args.num_workers, initializer=lower_priority))
-        writers = stack.enter_context(ThreadPoolExecutor(args.num_workers, initializer=lower_priority))
-        loaded = in_threads(readers, open_images(todo, args))
-        writing = write_results(colorize(loaded, colorizer, args), settings, args)
-        for item in cli.progress(in_threads(writers, writing, at_once=True), len(todo)):
-            if item.error:
-                note(f"skipped {item.error}")
-                skipped.add(item.path)
-            elif not args.output:
-                append_record(item.record, args.folder / RECORDS)
+        pool = stack.enter_context(ThreadPoolExecutor(args.num_workers, initializer=lower_priority))
+        colorized = cli.progress(colorize(load_all(pool, todo, skipped, args), colorizer, args), len(todo))
+        lock = Lock()  # of the records
+        jobs = ((item.pixels, partial(write, item, settings, lock, args)) for item in colorized)
+        for future in in_threads(pool, jobs):
+            future.result()  # raises the error if writing failed
 
         # Draw contact sheets of all images, whenever they were colorized
         if args.compare:
             drawn = {path: name for path, name in results.items() if path not in skipped}
             jobs = ((0, partial(thumbnails, path, name, args)) for path, name in drawn.items())
-            rows = cli.progress(in_threads(readers, jobs), len(drawn), "contact sheets")
+            rows = (future.result() for future in in_threads(pool, jobs))
+            rows = cli.progress(rows, len(drawn), "contact sheets")
             write_json(made_by, args.compare_folder / COLORING)
             count = write_sheets(rows, COLUMNS, args.compare_folder)
             print(f"{printable(args.compare_folder)}: {counted(count, 'contact sheet')} ({', '.join(COLUMNS)})")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 import shlex
 import shutil
 import sys
@@ -29,7 +28,6 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"  # name of the file by which a folder is locked
-TEMPORARY = f".?*.{'[0-9a-f]' * 16}.tmp"  # pattern of the names of temporary files
 
 
 @contextmanager
@@ -37,10 +35,12 @@ def atomic_path(path):
     """Yield a temporary path next to `path`. The file written there replaces `path` if the block ends without an error.
 
     An existing file keeps its permission bits, and a symbolic link remains one: the file that it leads to is replaced.
-    Raises UserError when the file cannot be written or the disk is full.
+    A killed process leaves the temporary file, which the next attempt to write `path` replaces. Raises UserError when
+    the file cannot be written or the disk is full.
     """
     target = Path(os.path.realpath(path))
-    temporary = _temporary(target)
+    digits = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # because long names are shortened
+    temporary = target.with_name(f".{target.name[:40]}.{digits}.tmp")
     try:
         with report_os_errors(f"{path}: cannot be written"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +52,6 @@ def atomic_path(path):
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _temporary(path):
-    """Return a new name next to `path`, which matches TEMPORARY."""
-    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync(path):
@@ -81,36 +76,21 @@ def _replace(source, target):
     os.replace(source, target)
 
 
-def remove_temporaries(folder):
-    """Remove temporary files that are more than a day old, which killed processes left in `folder`."""
-    for path in Path(folder).glob(TEMPORARY):
-        with suppress(OSError):  # it may be a folder, or another process may remove the same file
-            if path.stat().st_mtime < time.time() - 24 * 60 * 60:
-                path.unlink()
-
-
 def make_folder(path):
-    """Make a folder for results, before the work starts, and remove old temporary files from it.
-
-    Raises UserError when it cannot be made or written to.
-    """
+    """Make a folder for results, before the work starts. Raises UserError when it cannot be made or written to."""
     with report_os_errors(f"{path}: cannot be written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
-        probe = _temporary(Path(path, "probe"))  # on network file systems, permission bits do not tell
+        probe = Path(path, ".probe.tmp")  # on network file systems, permission bits do not tell
         probe.touch()
-        probe.unlink()
-    remove_temporaries(path)
+        probe.unlink(missing_ok=True)  # another process may have removed it
 
 
 def lock_folder(folder):
     """Lock a folder until the returned file is closed or the process ends. Raises UserError if it is locked already.
 
-    A folder on a file system without locks, or that cannot open a file to append to it, stays unlocked.
+    A folder on a file system without locks stays unlocked.
     """
-    try:
-        file = open(Path(folder, LOCK), "a")  # noqa: SIM115
-    except OSError:
-        return open(os.devnull)
+    file = open(Path(folder, LOCK), "a")  # noqa: SIM115
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, worker processes do not inherit it
@@ -150,10 +130,9 @@ def write_json(data, path):
 
 
 def read_json(path):
-    """Return the object in a JSON file; None if the file does not exist, cannot be read or contains something else."""
+    """Return the content of a JSON file; None if the file does not exist or cannot be read."""
     with suppress(OSError, ValueError):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else None
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def prepare_results(path, subject):

@@ -5,10 +5,10 @@ import os
 import unicodedata
 import zlib
 from contextlib import suppress
-from pathlib import PurePath
+from pathlib import Path
 
 from support.cli import UserError, counted, note, note_some
-from support.files import atomic_text, open_text, read_json
+from support.files import read_json
 
 import numpy as np
 
@@ -105,16 +105,16 @@ def one_form(name):
 # Records of results: one JSON object per line in a file in their folder
 
 
-def make_record(source, settings, folder, name, written=True):
-    """Describe the result `name` in `folder`, made from the file `source`, with the fingerprints of both files.
+def make_record(source, settings, name, result):
+    """Describe a result by the fingerprints of the file `source`, from which it was made, and of the file `result`.
 
-    A record that is not `written` announces a result, so that it can be told from other files after a kill.
+    `name` is the result's path in the folder of the records; `result` may still be a temporary file.
     """
-    record = {"source": {"path": os.path.abspath(source)}, "settings": settings, "result": {"path": name}}
-    if written:
-        record["source"].update(fingerprint(source))
-        record["result"].update(fingerprint(os.path.join(folder, name)))
-    return record
+    return {
+        "source": {"path": os.path.abspath(source), **fingerprint(source)},
+        "settings": settings,
+        "result": {"path": name, **fingerprint(result)},
+    }
 
 
 def fingerprint(path):
@@ -127,60 +127,39 @@ def fingerprint(path):
 
 def same_file(recorded, path):
     """Return whether a file has the recorded size and time or, if only the time differs, the recorded checksum."""
-    if not os.path.exists(path):
-        return False
-    status = os.stat(path)
-    if status.st_size != recorded.get("size"):
-        return False
-    return status.st_mtime_ns == recorded["mtime_ns"] or fingerprint(path).get("crc32") == recorded.get("crc32")
-
-
-def source_name(record, path):
-    """Return a source's path below the folder that was processed: as deep as that of the record's result."""
-    depth = record["result"]["path"].count("/") + 1
-    return one_form("/".join(PurePath(path).parts[-depth:]))
+    with suppress(OSError):
+        status = os.stat(path)
+        if status.st_size == recorded.get("size"):
+            return status.st_mtime_ns == recorded["mtime_ns"] or fingerprint(path).get("crc32") == recorded["crc32"]
+    return False
 
 
 def same_source(record, path):
-    """Return whether the source of a record is the file `path`, whose folder may have been moved or copied."""
-    before, now = record["source"]["path"], os.path.abspath(path)
-    return before == now or (
-        source_name(record, before) == source_name(record, now) and same_file(record["source"], now)
-    )
+    """Return whether a recorded result is that of the file `path`, or of a file with the same content."""
+    return record["source"]["path"] == os.path.abspath(path) or same_file(record["source"], path)
 
 
-def what_changed(record, source, settings, folder):
-    """Return in a few words why a recorded result is out of date; "" if it is not.
+def what_changed(record, source, settings, result):
+    """Return in a few words why a result is out of date; "" if it is not.
 
     Args:
         record (dict): Its record.
         source (str): The image from which it would be made now.
         settings (dict): The settings with which it would be made now.
-        folder (str): The folder of the results.
+        result (str | Path): The file.
     """
-    recorded, result = record["settings"], os.path.join(folder, record["result"]["path"])
+    recorded = record["settings"]
     if changed := [key for key in sorted({*recorded, *settings}) if recorded.get(key) != settings.get(key)]:
         return f"other settings ({', '.join(changed)})"
-    if "size" not in record["result"]:
-        return "the result was not completed"
-    if not same_file(record["source"], source):
-        return "the original has changed"
-    if not os.path.exists(result):
-        return "the result is missing"
-    return "" if same_file(record["result"], result) else "the result has changed"
+    if not same_file(record["result"], result):  # a run that was killed may have recorded it, but not written it
+        return "the result is missing or has changed"
+    return "" if same_file(record["source"], source) else "the original has changed"
 
 
 def append_record(record, path):
-    """Append a record to a file of records."""
-    line = f"\n{json.dumps(record)}"  # the line break first: an earlier line may have been cut short
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError:  # some network file systems write whole files only
-        with open_text(path) as file:
-            before = file.read()
-        with atomic_text(path) as file:
-            file.write(before + line)
+    """Append a record to a file of records. Not for several threads simultaneously."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(record)}")  # the line break first: an earlier line may have been cut short
 
 
 def read_records(path):
@@ -200,99 +179,66 @@ def read_records(path):
 # Pairs of originals and results
 
 
-def pair_originals(true_dir, results_file, seed=None):
-    """Pair originals with nothing or, given a seed, with a random other one each, so that all are taken: one cycle.
-
-    Returns (name, path, path of the other or None) of each, sorted by name. Raises UserError if there is only one.
-    """
-    names, paths = zip(*named_images([true_dir], results_file).items())
-    others = [None] * len(paths)
-    if seed is not None:
-        if len(paths) == 1:
-            raise UserError(f"{paths[0]}: is the only image; a random other one needs at least two")
-        order = np.random.default_rng(seed).permutation(len(paths))
-        for i, following in zip(order, np.roll(order, -1)):
-            others[i] = paths[following]
-    return list(zip(names, paths, others))
-
-
 def pair_images(true_dir, colored_dir, results_file, records_file):
-    """Pair results with their originals.
+    """Pair results with their originals, or list either of them alone.
 
     Where results have records, these decide: both files must be as recorded, and results must have the settings of the
     newest one. Without any record, as for results of other programs, images are paired by name.
 
     Args:
         true_dir (str): Folder of the originals; None to find the results alone.
-        colored_dir (str): Folder of the results.
+        colored_dir (str): Folder of the results; None to find the originals alone.
         results_file (str): See `list_images`.
         records_file (str): Name of the file of records in `colored_dir` or in the nearest folder above that has it.
 
     Returns:
-        tuple[list, dict, dict]: (name, path of the original or None, path of the result) of each pair, sorted by name;
-        what is left out, {problem: names}, which is reported; and how the results were made, the content of their
-        `results_file` or, if it describes others, their settings from the records (None if nothing is known).
+        tuple[list, dict, dict]: (name, path of the original or None, path of the result or None) of each pair, sorted
+        by name; what is left out, {problem: names}, which is reported; and how the results were made, the content of
+        their `results_file` or, if it describes others, their settings from the records (None if nothing is known).
 
     Raises:
         UserError: If there are no pairs.
     """
+    if not colored_dir:
+        return [(name, path, None) for name, path in named_images([true_dir], results_file).items()], {}, None
     colored = named_images([colored_dir], results_file)
     true = named_images([true_dir], results_file) if true_dir else colored
-    folder = _nearest(colored_dir, records_file)
+    here = Path(os.path.abspath(colored_dir))
+    folder = next((x for x in (here, *here.parents) if (x / records_file).exists()), here)
     places = {one_form(relative_path(path, folder)): name for name, path in colored.items()}
-    records = read_records(os.path.join(folder, records_file))
+    records = read_records(folder / records_file)
     records = {places[place]: record for place, record in records.items() if place in places}
-    if records:
-        result_of, problems, settings = _pair_by_records(true, true_dir, colored, records)
-    else:
-        result_of, settings = {name: name for name in colored if name in true}, {}
-        problems = {name: "no original" for name in colored if name not in true}
-        if result_of and true_dir:
-            note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
+
+    result_of, problems, settings = _match(true, true_dir, colored, colored_dir, records)
+    if result_of and true_dir and not records:
+        note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
     problems.update({name: "no result" for name in true if name not in result_of and name not in problems})
     left_out = {}
     for problem, name in sorted((problem, name) for name, problem in problems.items()):
         left_out.setdefault(problem, []).append(name)
-    if not result_of and not records:
-        raise UserError(f"{true_dir} and {colored_dir} have no image in common (same path, any suffix)")
     for problem, names in left_out.items():
         note_some(problem, names)
     if not result_of:
-        raise UserError(
-            f"{colored_dir}: no result is as recorded; to pair by name, delete {os.path.join(folder, records_file)}"
-        )
+        raise UserError(f"{colored_dir}: no image could be paired, for the reasons above")
+
     pairs = [(x, true[x] if true_dir else None, colored[result_of[x]]) for x in sorted(result_of)]
-    return pairs, left_out, _how_made(os.path.join(folder, results_file), settings)
-
-
-def _nearest(folder, name):
-    """Return `folder` or the nearest folder above that contains a file of this name; `folder` if none does."""
-    folder = os.path.abspath(folder)
-    folders = (folder, *map(str, PurePath(folder).parents))
-    return next((x for x in folders if os.path.exists(os.path.join(x, name))), folder)
-
-
-def _how_made(path, settings):
-    description = read_json(path) or settings
+    description = read_json(folder / results_file) or settings
     agrees = all(description.get(x, y) == y for x, y in settings.items())
-    return (description if agrees else settings) or None
+    return pairs, left_out, (description if agrees else settings) or None
 
 
-def _pair_by_records(true, true_dir, colored, records):
-    """Return the result of each original, {name: name}, the problems of other results, and the settings."""
-    places, below = {}, {}  # names of the originals
-    for name, path in true.items() if true_dir else ():
-        places[os.path.abspath(path)] = below[one_form(relative_path(path, true_dir))] = name
-    result_of, settings = {}, {}
-    problems = {name: "not recorded, unlike other results" for name in colored if name not in records}
+def _match(true, true_dir, colored, colored_dir, records):
+    """Return the result of each original, {name: name}, the problems of other results, and the recorded settings."""
+    originals = {os.path.abspath(path): name for name, path in true.items()}
+    result_of, problems, settings = {}, {}, {}
     for name, record in reversed(records.items()):  # the newest first
-        path = record["source"]["path"]
-        source = places.get(path, below.get(source_name(record, path))) if true_dir else name
+        same_name = one_form(os.path.splitext(relative_path(colored[name], colored_dir))[0])  # if it has been moved
+        source = originals.get(record["source"]["path"], same_name) if true_dir else name
         if not same_file(record["result"], colored[name]):
             problems[name] = "changed since it was recorded"
         elif settings not in ({}, record["settings"]):
             problems[name] = "made with other settings than the newest result"
-        elif source is None:
+        elif source not in true:
             problems[name] = "no original"
         elif true_dir and not same_file(record["source"], true[source]):
             problems[name] = "original changed since it was recorded"
@@ -300,4 +246,23 @@ def _pair_by_records(true, true_dir, colored, records):
             problems[name] = "older than another result of the same image"
         else:
             result_of[source], settings = name, record["settings"]
+    for name in colored.keys() - records.keys():
+        if records:
+            problems[name] = "not recorded, unlike other results"
+        elif name in true:
+            result_of[name] = name
+        else:
+            problems[name] = "no original"
     return result_of, problems, settings
+
+
+def pair_at_random(originals, seed):
+    """Pair originals, (name, path, None), with a random other one each, so that all are taken: one cycle.
+
+    Returns (name, path, path of the other) of each. Raises UserError if there is only one.
+    """
+    if len(originals) == 1:
+        raise UserError(f"{originals[0][1]}: is the only image; a random other one needs at least two")
+    order = np.random.default_rng(seed).permutation(len(originals))
+    others = {i: originals[following][1] for i, following in zip(order, np.roll(order, -1))}
+    return [(name, path, others[i]) for i, (name, path, _) in enumerate(originals)]

@@ -367,11 +367,15 @@ def save(image, path, format=None):
         UserError: If the format is not supported, the image too large for it, or the file cannot be written.
     """
     format = format or Path(path).suffix.lower().lstrip(".")
-    settings = WRITE_FORMATS.get(format)
-    if not settings:
+    if format not in WRITE_FORMATS:
         raise UserError(f"{path}: its suffix must be one of {', '.join(WRITE_FORMATS)}")
     if not fits(image, format):
         raise UserError(f"{path}: {image.width}x{image.height} pixels are too large for {format}; choose png")
-    kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
     with atomic_path(path) as temporary:
-        image.save(temporary, **settings, **kept)
+        encode(image, temporary, format)
+
+
+def encode(image, path, format):
+    """Write an image that `fits`, like `save`, but directly to `path`: for the block of an `atomic_path`."""
+    kept = {key: image.info[key] for key in ("icc_profile", "dpi", "exif") if key in image.info}
+    image.save(path, **WRITE_FORMATS[format], **kept)

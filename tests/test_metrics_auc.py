@@ -5,7 +5,7 @@ import json
 import os
 
 from support.cli import EXIT_SKIPPED, UserError
-from support.folders import append_record, make_record, pair_originals
+from support.folders import append_record, make_record, pair_at_random, pair_images
 from support.images import crop_resized
 
 import numpy as np
@@ -129,7 +129,8 @@ def test_gray_flag_agrees_with_the_gray_baseline_of_results(tmp_path):
 def test_random_flag_gives_each_image_the_ab_of_another(tmp_path, capsys):
     true = {name: image[: 40 + 8 * i] for i, (name, image) in enumerate(SMALL.items())}
     folder, drawn_ab = save_images(tmp_path / "t", true), []
-    for name, _, other in pair_originals(folder, COLORING, seed=1):
+    originals, _, _ = pair_images(folder, None, COLORING, RECORDS)
+    for name, _, other in pair_at_random(originals, seed=1):
         other = Image.open(other).resize(true[name].shape[1::-1], Image.Resampling.BILINEAR)
         drawn_ab.append(image_ab(np.asarray(other)))
     true_ab = np.concatenate([image_ab(true[name]) for name in sorted(true)])
@@ -198,7 +199,7 @@ def test_only_results_with_the_settings_of_the_newest_one_are_measured(tmp_path)
     for names, weights in ((SMALL, "old"), (("coffee", "rocket"), "new")):
         for name in names:
             source, settings = true / f"{name}.png", {"crop_size": None, "load_size": 256, "sha256": weights}
-            append_record(make_record(source, settings, colored, f"{name}.png"), colored / RECORDS)
+            append_record(make_record(source, settings, f"{name}.png", colored / f"{name}.png"), colored / RECORDS)
     code, summary = run(true, colored, tmp_path)
     assert (code, summary["images"], summary["coloring"]) == (EXIT_SKIPPED, 2, settings)
     assert summary["left_out"] == {"made with other settings than the newest result": ["astronaut", "chelsea"]}
