@@ -5,7 +5,7 @@
     python app.py --host 0.0.0.0 --port 8000    on every network of this machine
 
 The page works offline: fonts and scripts are part of Gradio, and nothing is reported to anyone. Photos are kept in
-memory for 15 minutes after the user's last action, or for an hour if the user closes the page.
+memory until an hour after the user closes the page.
 """
 
 import html
@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from support.cli import Parser, UserError, report_os_errors, run_script, whole
 from support.cpu import return_freed_memory, use_all_cores
-from support.images import InvalidImageError, image_size, open_image, open_rgb, read_image, save, to_rgb
+from support.images import InvalidImageError, image_size, open_image, read_image, save, to_rgb
 
 import numpy as np
 import paddle
@@ -36,17 +36,16 @@ import skimage
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from colorizer import Colorizer, Correction, colored, network_input
+from colorizer import Colorizer, Correction, colored, network_input, to_ab
 from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
 from pretrained import checkpoint_names, default_name
-from utils import TEMPERATURE, annealed_mean, load_ab_bins
+from utils import TEMPERATURE, load_ab_bins
 
 try:
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
-    from starlette.datastructures import Headers
-    from starlette.responses import PlainTextResponse
+    from fastapi.responses import PlainTextResponse
 except ImportError:
     gr = None
 
@@ -56,28 +55,20 @@ MAX_MEGABYTES = 40  # per photo, unless the page is served to this machine only
 LARGE = 13  # megapixels; photos with more are decoded one at a time
 MAX_USERS = 32  # with a photo in memory, about 20 MB each; the least recently active one is dropped first
 MAX_WAITING = 64  # requests; later ones are rejected
-KEEP = 15 * 60  # seconds after a user's last action; Gradio makes it an hour if the page is closed
 LOADED = 2  # networks in memory
 MAX_CORRECTIONS = 20  # per photo; each takes 0.03 s whenever the photo is drawn
 LIKELY = 3  # most likely colors, as buttons
 DIFFERENT = 20  # ab units between them
-NO_PHOTO = "There is no photo to work on. Please choose one; it is deleted after 15 minutes without any action."
+NO_PHOTO = "The server no longer has your photo. Please choose it again."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
 EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
 EXAMPLE_FOLDER = Path(skimage.__file__).parent / "data"
-RANGES = {  # of the numbers that a user sets
-    "temperature": (0.02, 1),
-    "saturation": (0, 2),
-    "across": (0, 100),  # place in percent of the width
-    "down": (0, 100),  # and of the height
-    "reach": (1, 100),  # of the last correction, in percent of the longer side
-}
-Settings = namedtuple("Settings", RANGES)
+Settings = namedtuple("Settings", "temperature saturation across down reach")  # the last three in percent
 
 
-def clamp(values):
-    """Return numbers as Settings. Those out of range, which can be typed into the fields, are moved to its end."""
-    limits = RANGES.values()
+def clamp(values, controls):
+    """Return entered numbers as Settings. Those out of the range of their slider or field are moved to its end."""
+    limits = [(control.minimum, control.maximum) for control in controls]
     return Settings(*(min(most, max(least, float(value or 0))) for value, (least, most) in zip(values, limits)))
 
 
@@ -98,12 +89,12 @@ class Photo:
 
     def colorize(self, image, settings):
         """Colorize the photo, in any size."""
-        ab = to_ab(self.output, settings.temperature)[0]  # [2, h/4, w/4]
+        (ab,) = to_ab(self.output, settings.temperature)
         return colored(image, ab, self.corrections, settings.saturation)
 
 
 # -------------------------------------------------------------------------------------------------
-# Event handlers. `values` are those of Settings.
+# Event handlers
 
 
 def guard(handler):
@@ -115,6 +106,8 @@ def guard(handler):
     @wraps(handler)
     def guarded(*arguments):
         try:
+            if arguments and arguments[0] is None:
+                raise UserError(NO_PHOTO)
             return handler(*arguments)
         except (UserError, InvalidImageError) as error:
             path, colon, problem = str(error).partition(": ")
@@ -144,84 +137,62 @@ def open_photo(large, path):
 
 def compute(colorizer, network, photo, weights):
     """Run the network with the weights of this name. `network` is the lock to load and run networks."""
-    if photo:
-        image = photo.decode()
-        with network:
-            colorize = colorizer(weights)
-            photo.output = colorize.predict(network_input(image, colorize.load_size)[None])
+    image = photo.decode()
+    with network:
+        colorize = colorizer(weights)
+        photo.output = colorize.predict(network_input(image, colorize.load_size)[None])
 
 
-def draw(photo, *values):
-    """Draw everything that depends on the settings. If the photo has been deleted, so are its pictures."""
-    if photo is None:
-        gr.Info(NO_PHOTO)
-        return None, None, None, "", *[gr.skip()] * LIKELY
-    if photo.output is None:
-        return [gr.skip()] * (4 + LIKELY)
-    settings = clamp(values)
+# Functions of the photo, its Settings and the event, whose `index` is the clicked pixel
+
+
+def draw(photo, settings, event):
+    """Draw everything that depends on the settings."""
     colorized = photo.colorize(photo.preview, settings)
     pictures = store(photo.preview), store(colorized)
     return pictures, store(mark(colorized, photo, settings)), *distribution(photo, settings)
 
 
-def redraw(photo, *values):
-    """Draw, and keep the photo for another 15 minutes."""
-    return photo or gr.skip(), *draw(photo, *values)
+def choose_place(photo, settings, event):
+    """Return the clicked place in percent of the width and the height, and the new drawings."""
+    across, down = (round(100 * (pixel + 0.5) / side, 1) for pixel, side in zip(event.index, photo.preview.size))
+    return across, down, *draw(photo, settings._replace(across=across, down=down), event)
 
 
-def position(photo, event: "gr.SelectData"):
-    """Return the clicked place in percent of the width and the height."""
-    if photo is None:
-        return gr.skip(), gr.skip()
-    return [round(100 * (pixel + 0.5) / side, 1) for pixel, side in zip(event.index, photo.preview.size)]
+def correct(choose, photo, settings, event):
+    """Let the place and its surroundings have another color: `choose` returns its ab."""
+    place = settings.across / 100, settings.down / 100
+    others = [correction for correction in photo.corrections if correction[:2] != place]
+    if len(others) >= MAX_CORRECTIONS:
+        raise UserError(f"There are {MAX_CORRECTIONS} corrections already.")
+    color = choose(photo, settings, event)
+    photo.corrections = [*others, Correction(*place, color, settings.reach / 100)]
+    return draw(photo, settings, event)
 
 
-def correct(choose, photo, *values):
-    """Let the place and its surroundings have another color: `choose` returns its ab for a photo and settings."""
-    if photo and photo.output is not None:
-        settings = clamp(values)
-        place = settings.across / 100, settings.down / 100
-        others = [correction for correction in photo.corrections if correction[:2] != place]
-        if len(others) >= MAX_CORRECTIONS:
-            raise UserError(f"There are {MAX_CORRECTIONS} corrections already.")
-        photo.corrections = [*others, Correction(*place, choose(photo, settings), settings.reach / 100)]
-    return redraw(photo, *values)
-
-
-def correct_from_chart(photo, event: "gr.SelectData", *values):
-    return correct(lambda *_: color_in_chart(*event.index), photo, *values)
-
-
-def change_reach(photo, *values):
+def change_reach(photo, settings, event):
     """Change how far the last correction extends."""
-    if photo and photo.corrections:
-        *others, last = photo.corrections
-        photo.corrections = [*others, last._replace(reach=clamp(values).reach / 100)]
-    return redraw(photo, *values)
+    last = [correction._replace(reach=settings.reach / 100) for correction in photo.corrections[-1:]]
+    photo.corrections = photo.corrections[:-1] + last
+    return draw(photo, settings, event)
 
 
-def undo(photo, *values):
-    """Remove the last correction. The last output is the reach of the one before it, which *Reach* now changes."""
-    if photo:
-        photo.corrections = photo.corrections[:-1]
-    reach = round(100 * photo.corrections[-1].reach) if photo and photo.corrections else gr.skip()
-    return *redraw(photo, *values), reach
+def remove(first, photo, settings, event):
+    """Remove corrections, from the first one given on. Also return the reach of the last one left, for its slider."""
+    photo.corrections = photo.corrections[:first]
+    reach = round(100 * photo.corrections[-1].reach) if photo.corrections else settings.reach
+    return *draw(photo, settings, event), reach
 
 
-def reset(photo, *values):
-    """Remove all corrections."""
-    if photo:
-        photo.corrections = []
-    return redraw(photo, *values)
-
-
-def full_size(suffix, photo, *values):
+def full_size(suffix, photo, settings, event):
     """Write the file to download: the photo in its own size, colorized from the kept output."""
-    if photo is None or photo.output is None:
-        raise UserError(NO_PHOTO)
     target = temporary_path(f"{Path(photo.name).stem}_colorized.{suffix}")
-    save(photo.colorize(photo.decode(), clamp(values)), target)
+    save(photo.colorize(photo.decode(), settings), target)
     return str(target)
+
+
+# -------------------------------------------------------------------------------------------------
+# Files for the browser
 
 
 def store(image):
@@ -235,12 +206,12 @@ def temporary_path(name):
     return Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name
 
 
-def delete_old_files(folder, kept):
-    """Delete uploads, also interrupted ones, and pictures after a minute; `kept` is a set of paths that stay.
+def delete_old_files(folder):
+    """Delete uploads, also interrupted ones, and pictures after a minute.
 
     Gradio's own deletion (delete_cache) ends for good if a file is made while it runs.
     """
-    for path in set(Path(folder).iterdir()) - kept:
+    for path in Path(folder).iterdir():
         with suppress(OSError):  # the end of an upload moves it, and Windows keeps files that are open
             if time.time() - path.stat().st_mtime > 60:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -262,11 +233,6 @@ def output_at(photo, settings):
     return photo.output[:, :, row : row + 1, column : column + 1]
 
 
-def to_ab(output, temperature):
-    """Return the predicted ab [1, 2, h, w] for logits [1, 313, h, w], or for ab, which it is already."""
-    return output if output.shape[1] == 2 else annealed_mean(output, load_ab_bins(), temperature)
-
-
 def likely_bins(output):
     """Return the indices of the most likely ab bins, except for those near a more likely one. None for ab."""
     bins, chosen = load_ab_bins().numpy(), []
@@ -276,8 +242,16 @@ def likely_bins(output):
     return chosen[:LIKELY]
 
 
-def likely_color(rank, photo, settings):
+def likely_color(rank, photo, settings, event):
     return load_ab_bins().numpy()[likely_bins(output_at(photo, settings))[rank]]
+
+
+def clicked_color(photo, settings, event):
+    """Return the ab bin that is nearest to the clicked pixel of the chart."""
+    x, y = event.index
+    ab = chart_axes().transData.inverted().transform((x, CHART - y))
+    bins = load_ab_bins().numpy()
+    return bins[np.hypot(*(bins - ab).T).argmin()]
 
 
 def distribution(photo, settings):
@@ -324,13 +298,6 @@ def chart_axes():
     return Figure(figsize=(CHART / 100, CHART / 100), dpi=100).add_axes((0.12, 0.1, 0.87, 0.88), **plane)
 
 
-def color_in_chart(x, y):
-    """Return the ab bin that is nearest to a pixel of the chart."""
-    ab = chart_axes().transData.inverted().transform((x, CHART - y))
-    bins = load_ab_bins().numpy()
-    return bins[np.hypot(*(bins - ab).T).argmin()]
-
-
 def draw_chart(probability, colors, mean):
     """Draw the ab plane with a square for each bin, larger for a higher probability, and mark the mean."""
     axes = chart_axes()
@@ -371,8 +338,6 @@ ABOUT = f"""
 values give the more likely colors more weight, and near 0 only the most likely one counts. The paper calls it
 temperature and uses {TEMPERATURE}.
 
-**Strength.** Multiplies all colors of the photo: 0 is gray, 1 leaves them as they are.
-
 **Limits.** The colors are plausible at best. The network cannot know whether a dress was red or blue, so do not use its
 results as evidence of anything.
 
@@ -380,17 +345,10 @@ results as evidence of anything.
 mostly remain brown or gray. *official*, if it is in the list, is the model of the paper's authors, trained on the
 1.3 million photos of ImageNet. All other models are checkpoints from a folder of this server.
 
-**Privacy.** Your photo is sent only to the server of this page. It is deleted 15 minutes after your last action, one
-hour after it if you close the page, or earlier if many people use the page.
+**Privacy.** Your photo is sent only to the server of this page. It is deleted when you choose another one, an hour
+after you close the page, or earlier if many people use the page.
 """
 HINT = "temperature; low: most likely color"
-EMPTIED = """() => {
-    setTimeout(() => document.activeElement === document.body && document.querySelector("#photo button").focus(), 100);
-    return null;
-}"""
-DOWNLOAD = """(file) => {
-    if (file) Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name }).click();
-}"""
 
 
 def build(names, colorizer):
@@ -405,54 +363,51 @@ def build(names, colorizer):
     """
     with gr.Blocks(title="Colorful Image Colorization", analytics_enabled=False) as page:
         # Components
-        still = {"show_label": False, "interactive": False, "buttons": []}
-        photo = gr.State(time_to_live=KEEP)
+        photo = gr.State()
+        slider = partial(gr.Slider, buttons=[])
+        place = partial(gr.Number, 50, minimum=0, maximum=100, min_width=100)
+        small = partial(gr.Button, size="sm", min_width=100)
+        still = {"show_label": False, "interactive": False}
         gr.Markdown(INTRODUCTION)
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="choose"):
                 upload = gr.File(label="Drop, paste or choose a photo", elem_id="photo", height=64)
                 gr.HTML('<p role="status"></p>', elem_id="message")
                 with gr.Row(elem_id="examples"):
-                    examples = [example_button(name, EXAMPLE_FOLDER / file) for name, file in EXAMPLES.items()]
-            picture = gr.ImageSlider(
-                label="Gray and colorized",
-                max_height=520,
-                buttons=["fullscreen"],
-                show_label=False,
-                interactive=False,
-                elem_id="picture",
-            )
+                    gr.set_static_paths(EXAMPLE_FOLDER)
+                    icons = {name: EXAMPLE_FOLDER / file for name, file in EXAMPLES.items()}
+                    examples = [gr.Button(name, icon=icon, size="sm", min_width=60) for name, icon in icons.items()]
+            picture = gr.ImageSlider(label="Gray and colorized", buttons=["fullscreen"], elem_id="picture", **still)
             with gr.Column(elem_id="adjust"):
                 suits = colorizer(names[0]).temperature or TEMPERATURE  # it does not apply to networks that predict ab
-                temperature = slider("temperature", "Variety of colors", suits, 0.02, HINT)
-                saturation = slider("saturation", "Strength of all colors", 1, 0.05)
+                temperature = slider(0.02, 1, suits, step=0.02, label="Variety of colors", info=HINT)
+                saturation = slider(0, 2, 1, step=0.05, label="Strength of all colors")
                 choices = [(Path(name).name, name) for name in names]
-                weights = gr.Dropdown(choices, value=names[0], label="Model", elem_id="weights")
+                weights = gr.Dropdown(choices, value=names[0], label="Model")
                 with gr.Row():
                     saves = {name: gr.Button(f"Save as {name}", variant="primary", min_width=100) for name in SUFFIXES}
-                divider = gr.Slider(0, 100, 50, step=1, label="Share in gray (%)", buttons=[], elem_id="divider")
+                divider = slider(0, 100, 50, step=1, label="Share in gray (%)", elem_id="divider")
         file = gr.DownloadButton(visible=False)
         with gr.Column(elem_id="correct"):
             gr.Markdown(PLACE)
             with gr.Row(elem_classes="places"):
-                marked = gr.Image(alt_text="The colorized photo, the place marked", elem_id="place", **still)
+                marked = gr.Image(alt_text="The photo, the place marked", buttons=[], elem_id="place", **still)
                 with gr.Column():
                     with gr.Row():
-                        across, down = number("across", "From left (%)"), number("down", "From top (%)")
+                        across, down = place(label="From left (%)"), place(label="From top (%)")
                     with gr.Row(elem_id="colors"):
-                        likely = [gr.Button("", size="sm", min_width=100) for _ in range(LIKELY)]
-                        neutral = gr.Button("Gray", size="sm", min_width=100)
-                    reach = slider("reach", "Reach (%)", 20, 1, "how far the last correction extends")
+                        likely = [small("") for _ in range(LIKELY)]
+                        neutral = small("Gray")
+                    reach = slider(1, 100, 20, step=1, label="Reach (%)", info="how far the last correction extends")
                     with gr.Row():
-                        undone = gr.Button("Undo", size="sm", min_width=100)
-                        restored = gr.Button("Reset", size="sm", min_width=100)
+                        undone, restored = small("Undo"), small("Reset")
                     text = gr.Markdown(elem_id="distribution")
-                chart = gr.Image(alt_text="Probabilities in the ab plane", elem_id="chart", **still)
+                chart = gr.Image(alt_text="Probabilities in the ab plane", buttons=[], elem_id="chart", **still)
         gr.Markdown(ABOUT)
 
         # Events: trigger, function, inputs, outputs
         large, network = threading.Lock(), threading.Lock()
-        settings = [photo, temperature, saturation, across, down, reach]
+        controls = [temperature, saturation, across, down, reach]
         opened = [photo, picture, marked, chart, text]
         drawn = [picture, marked, chart, text, *likely]
 
@@ -463,54 +418,40 @@ def build(names, colorizer):
             """Decode a photo, which may have to wait for others."""
             return on(trigger, function, inputs, outputs, concurrency_limit=8, show_progress_on=picture)
 
-        def adjust(trigger, function, outputs, mode=None):
-            """Apply the settings, unchecked, because Gradio would reject those out of range."""
-            how = {"preprocess": False, "trigger_mode": mode, "show_progress": "hidden"}
-            return on(trigger, function, settings, outputs, concurrency_limit=4, **how)
+        def adjust(trigger, function, outputs, **how):
+            """Call a function of the photo, the settings and the event; nothing happens until the network has run."""
+
+            def handler(photo, event: gr.EventData, *values):
+                return gr.skip() if photo.output is None else function(photo, clamp(values, controls), event)
+
+            how = {"concurrency_limit": 4, "show_progress": "hidden", **how}
+            # Without Gradio's preprocessing, which would reject numbers out of range
+            return on(trigger, handler, [photo, *controls], outputs, preprocess=False, **how)
 
         chosen = [slow(upload.upload, partial(open_photo, large), upload, opened)]
         for ended in (chosen[0].success, chosen[0].failure):
-            ended(None, None, upload, js=EMPTIED)
-        for button, name in zip(examples, EXAMPLES.values()):
-            chosen.append(slow(button.click, partial(open_photo, large, EXAMPLE_FOLDER / name), None, opened))
-        for event in chosen:
-            computed = slow(event.success, partial(compute, colorizer, network), [photo, weights], None)
-            # Without the state: the user may have chosen another photo since the network started.
-            adjust(computed.success, draw, drawn)
-        computed = slow(weights.input, partial(compute, colorizer, network), [photo, weights], None)
-        adjust(computed.success, redraw, [photo, *drawn])
+            ended(None, None, upload, js="() => window.emptied()")
+        for button, path in zip(examples, icons.values()):
+            chosen.append(slow(button.click, partial(open_photo, large, path), None, opened))
+        for trigger in (weights.input, *(event.success for event in chosen)):
+            computed = slow(trigger, partial(compute, colorizer, network), [photo, weights], None)
+            adjust(computed.success, draw, drawn)  # of another photo if the user has chosen one since
         for changed in (temperature, saturation, across, down):
-            adjust(changed.input, redraw, [photo, *drawn], "always_last")
-        clicked = on(marked.select, position, photo, [across, down], show_progress="hidden")
-        adjust(clicked.then, redraw, [photo, *drawn])
+            adjust(changed.input, draw, drawn, trigger_mode="always_last")
+        adjust(marked.select, choose_place, [across, down, *drawn])
         for rank, button in enumerate(likely):
-            adjust(button.click, partial(correct, partial(likely_color, rank)), [photo, *drawn])
-        adjust(neutral.click, partial(correct, lambda *_: (0, 0)), [photo, *drawn])
-        adjust(chart.select, correct_from_chart, [photo, *drawn])
-        adjust(reach.input, change_reach, [photo, *drawn], "always_last")
-        adjust(undone.click, undo, [photo, *drawn, reach])
-        adjust(restored.click, reset, [photo, *drawn])
+            adjust(button.click, partial(correct, partial(likely_color, rank)), drawn)
+        adjust(neutral.click, partial(correct, lambda *_: (0, 0)), drawn)
+        adjust(chart.select, partial(correct, clicked_color), drawn)
+        adjust(reach.input, change_reach, drawn, trigger_mode="always_last")
+        adjust(undone.click, partial(remove, -1), [*drawn, reach])
+        adjust(restored.click, partial(remove, 0), [*drawn, reach])
         on(divider.input, lambda share: gr.ImageSlider(slider_position=share), divider, picture, show_progress="hidden")
         for name, button in saves.items():
-            how = {"preprocess": False, "concurrency_id": "files", "concurrency_limit": 2, "show_progress_on": picture}
-            made = on(button.click, partial(full_size, SUFFIXES[name]), settings, file, **how)
-            made.success(None, file, js=DOWNLOAD)
+            how = {"concurrency_id": "files", "concurrency_limit": 2, "show_progress": "full"}
+            made = adjust(button.click, partial(full_size, SUFFIXES[name]), file, show_progress_on=picture, **how)
+            made.success(None, file, file, js="(file) => window.download(file)")
     return page
-
-
-def slider(name, label, value, step, info=None):
-    return gr.Slider(*RANGES[name], value, step=step, label=label, info=info, buttons=[], elem_id=name)
-
-
-def number(name, label):
-    least, most = RANGES[name]
-    return gr.Number(50, label=label, minimum=least, maximum=most, min_width=100, elem_id=name)
-
-
-def example_button(name, path):
-    image = open_rgb(path)
-    image.thumbnail((160, 160))
-    return gr.Button(name, icon=store(image), size="sm", min_width=60)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -550,19 +491,15 @@ def main(args):
         page.state_session_capacity = MAX_USERS
         address = ip_address(listener.getsockname()[0])
         limit = args.max_megabytes or (None if address.is_loopback else MAX_MEGABYTES)
-        server = uvicorn.Server(uvicorn.Config(web_app(page, args.root_path, limit), log_level="warning"))
+        app = web_app(page, args.root_path, limit)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
         thread.start()
         name = "localhost" if address.is_unspecified else f"[{address}]" if address.version == 6 else address
         print(f"http://{name}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)  # which may wait a moment
-        icons = set(Path(folder).iterdir())
-        try:
-            while thread.is_alive():
-                time.sleep(5)  # which Ctrl-C interrupts on Windows, too
-                delete_old_files(folder, icons)
-        finally:
-            server.should_exit = True
-            thread.join(5)
+        while thread.is_alive():
+            time.sleep(5)  # which Ctrl-C interrupts on Windows, too
+            delete_old_files(folder)
     raise UserError("the server has stopped unexpectedly")
 
 
@@ -576,12 +513,21 @@ def listen(host, port):
 
 def web_app(page, root_path, max_megabytes):
     """Return the page as an ASGI application, which refuses requests that pages of other sites send."""
-    font = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
-    theme = gr.themes.Default(primary_hue="blue", font=font)
+    font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # Gradio has no file for its own choice of 600
+    theme = gr.themes.Default(primary_hue="blue", font=[font, "system-ui", "sans-serif"])
     contrast = {"body_text_color_subdued": "*neutral_500", "button_primary_background_fill": "*primary_600"}
     resources = Path(__file__).resolve().parent / "resources"
-    app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+    site = FastAPI(openapi_url=None)
+
+    @site.middleware("http")
+    async def refuse_other_sites(request, call_next):
+        origin = request.headers.get("origin")
+        if request.method == "POST" and origin and urlsplit(origin).netloc != request.headers.get("host"):
+            return PlainTextResponse("This request comes from a page of another site.", 403)
+        return await call_next(request)
+
+    return gr.mount_gradio_app(
+        site,
         page,
         path="/",
         root_path=root_path,
@@ -590,22 +536,9 @@ def web_app(page, root_path, max_megabytes):
         css_paths=[resources / "app.css"],
         js=(resources / "app.js").read_text(encoding="utf-8"),
         show_error=False,
-        footer_links=[],
         run_history=False,
         enable_monitoring=False,
-        ssr_mode=False,
     )
-
-    async def same_site(scope, receive, send):
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        origin = headers.get("origin")
-        if scope.get("method") == "POST" and origin and urlsplit(origin).netloc != headers.get("host"):
-            refusal = PlainTextResponse("This request comes from a page of another site.", 403)
-            await refusal(scope, receive, send)
-        else:
-            await app(scope, receive, send)
-
-    return same_site
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ class Colorizer:
         self.path, self.sha256, self.epoch, self.step = read.path, read.sha256, read.epoch, read.step
         self.load_size, self.temperature = read.load_size, read.temperature
         self.network, self.precision = make_predictor(read.network, SMALLEST_INPUT, precision)
-        self.ab_bins = load_ab_bins()
 
     def __call__(self, image, temperature=None, load_size=None, corrections=(), saturation=1):
         """Colorize one image.
@@ -74,26 +73,9 @@ class Colorizer:
             ValueError: If an argument is out of range or has a wrong type or shape.
         """
         image = read_image(image)
-        (ab,) = self.predict_ab(network_input(image, self._load_size(load_size))[None], temperature)
+        load_size = self.load_size if load_size is None else check_entry("load_size", load_size)
+        (ab,) = self.predict_ab(network_input(image, load_size)[None], temperature)
         return colored(image, ab, corrections, saturation)
-
-    def logits(self, image, load_size=None):
-        """Return the logits for one image, from which `annealed_mean` computes ab at any temperature.
-
-        Args:
-            image (str | Path | Image | ndarray): As for a call.
-            load_size (int, optional): As for a call.
-
-        Returns:
-            Tensor: float32 [1, 313, h/4, w/4], where h and w are the sides of the network's input.
-
-        Raises:
-            InvalidImageError: If the file cannot be read.
-            ValueError: If an argument is out of range or has a wrong type or shape, or the network predicts ab itself.
-        """
-        if self.temperature is None:
-            raise ValueError(f"{self.path}: this network predicts ab itself and has no logits")
-        return self.predict(network_input(read_image(image), self._load_size(load_size))[None])
 
     def predict_ab(self, inputs, temperature=None):
         """Predict ab.
@@ -105,22 +87,20 @@ class Colorizer:
         Returns:
             Tensor: float32 [N, 2, h/4, w/4].
         """
-        temperature = self._temperature(temperature)
-        output = self.predict(inputs)
-        return output if temperature is None else annealed_mean(output, self.ab_bins, temperature)
+        if temperature is not None and self.temperature is None:
+            raise ValueError(f"temperature: does not apply to {self.path}, whose network predicts ab itself")
+        temperature = self.temperature if temperature is None else check_entry("temperature", temperature)
+        return to_ab(self.predict(inputs), temperature)
 
     @paddle.no_grad()
     def predict(self, inputs):
         """Run the network: uint8 [N, h, w, 3] -> float32 [N, 313 or 2, h/4, w/4], logits or ab."""
         return self.network(rgb_to_lightness(paddle.to_tensor(inputs).transpose([0, 3, 1, 2])) - 50)
 
-    def _load_size(self, value):
-        return self.load_size if value is None else check_entry("load_size", value)
 
-    def _temperature(self, value):
-        if value is not None and self.temperature is None:
-            raise ValueError(f"temperature: does not apply to {self.path}, whose network predicts ab itself")
-        return self.temperature if value is None else check_entry("temperature", value)
+def to_ab(output, temperature):
+    """Return the predicted ab [N, 2, h, w] for logits [N, 313, h, w], or for ab, which it is already."""
+    return output if output.shape[1] == 2 else annealed_mean(output, load_ab_bins(), temperature)
 
 
 def network_input(image, load_size):

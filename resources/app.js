@@ -1,5 +1,15 @@
 // The page of app.py: photos are dropped anywhere or pasted, and numbers that are typed stay in their range.
 () => {
+    // Both are called at the end of an event, and return the new value of its field: none.
+    window.emptied = () => {
+        const focus = () => document.activeElement === document.body && document.querySelector("#photo button").focus();
+        setTimeout(focus, 100);
+        return null;
+    };
+    window.download = (file) => {
+        if (file) Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name }).click();
+        return null;
+    };
     const take = (files) => {
         const input = document.querySelector("#photo input[type=file]");
         if (!input || !files.length) return;

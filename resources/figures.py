@@ -20,7 +20,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import ImageOps
 
-from colorizer import Colorizer
+from colorizer import Colorizer, network_input
 from dataset import lab_to_rgb, list_images, rgb_to_lab, soft_encode
 from utils import annealed_mean, load_ab_bins, load_prior, rebalancing_weights
 
@@ -67,7 +67,8 @@ def plot_annealed_mean(colorize, image, ab_bins):
         axes.imshow(colorize(image, temperature=temperature))
         axes.set_title(f"T = {temperature}")
         axes.axis("off")
-    axes, temperatures, logits = bottom.subplots(), np.geomspace(1, 0.1, 25), colorize.logits(image)
+    axes, temperatures = bottom.subplots(), np.geomspace(1, 0.1, 25)
+    logits = colorize.predict(network_input(image, colorize.load_size)[None])
     chroma = [float(annealed_mean(logits, ab_bins, t).square().sum(1).sqrt().mean()) for t in temperatures]
     axes.plot(temperatures, chroma, "o-", markersize=3)
     axes.set(xlabel="temperature T", ylabel="mean chroma", xscale="log", xlim=(1.05, 0.095), ylim=(0, None))

@@ -13,10 +13,9 @@ class PageClient:
     def __init__(self, address):
         self.address, self.session = address, uuid.uuid4().hex
         config = json.loads(self._get("config"))
-        components = config["components"]
-        self.components = {x["props"].get("elem_id") or str(x["props"].get("value")): x for x in components}
+        self.components = {x["props"].get("label") or str(x["props"].get("value")): x for x in config["components"]}
         self.events = config["dependencies"]
-        self.weights = self.components["weights"]["props"]["value"]
+        self.weights = self.components["Model"]["props"]["value"]
 
     def take(self, name, data, **headers):
         """Upload a photo and return the addresses of the three pictures, all gray until the network has run."""
@@ -25,7 +24,7 @@ class PageClient:
         body = head + data + f"\r\n--{boundary}--\r\n".encode()
         headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
         (path,) = json.loads(self._get("gradio_api/upload", body, headers))
-        self.taken = self._event("photo", "upload")
+        self.taken = self._event("Drop, paste or choose a photo", "upload")
         output = self._run(self.taken, {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}})
         return self._addresses([*output[1], output[2]])
 
@@ -37,7 +36,7 @@ class PageClient:
 
     def change(self, component, event="input", **settings):
         """Trigger the event of a component and return the addresses of gray and colorized."""
-        return self._addresses(self._adjust(self._event(component, event), settings)[1])
+        return self._addresses(self._adjust(self._event(component, event), settings)[0])
 
     def download(self, name="PNG", **settings):
         """Return the bytes of the file that a button creates."""

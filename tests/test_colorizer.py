@@ -21,7 +21,6 @@ from small_network import SmallNetwork
 import colorizer
 from dataset import rgb_to_lab
 from pretrained import load_network
-from utils import annealed_mean, load_ab_bins
 
 
 def test_network_input_keeps_the_aspect_ratio_in_multiples_of_8():
@@ -43,16 +42,6 @@ def test_path_image_and_array_give_the_pixels_of_test_py(colorize_files, small_c
             assert colored.mode == "RGB" and np.array_equal(colored, written)
 
 
-def test_annealed_mean_of_logits_equals_predicted_ab(small_checkpoint, image_folder):
-    colorize = colorizer.Colorizer(small_checkpoint)
-    logits = colorize.logits(image_folder / "coffee.png", load_size=64)
-    assert logits.shape == [1, 313, 16, 24]
-    inputs = colorizer.network_input(Image.open(image_folder / "coffee.png"), 64)[None]
-    for temperature in (0.05, 0.38, 1):
-        ab = annealed_mean(logits, load_ab_bins(), temperature)
-        assert np.abs(ab.numpy() - colorize.predict_ab(inputs, temperature).numpy()).max() < 0.01
-
-
 def test_threads_get_the_colors_of_their_own_images(small_checkpoint, image_folder):
     colorize = colorizer.Colorizer(small_checkpoint, precision="float32")
     paths = sorted(image_folder.iterdir()) * 8
@@ -71,24 +60,20 @@ def test_size_and_temperature_default_to_those_in_the_checkpoint(small_checkpoin
     assert not np.array_equal(colorize(coffee), colorize(coffee, 0.1, 64))
 
 
-def test_colorizing_leaves_nothing_next_to_the_checkpoint_or_in_the_temporary_folder(
+def test_weights_are_read_once_and_nothing_is_left_next_to_them_or_in_the_temporary_folder(
     small_checkpoint, image_folder, tmp_path, monkeypatch
 ):
+    opened, original = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or original(path))
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     colorizer.Colorizer(small_checkpoint)(image_folder / "coffee.png")
+    assert opened.count(small_checkpoint) == 1
     assert os.listdir(small_checkpoint.parent) == [small_checkpoint.name] and not os.listdir(temporary)
 
 
-def test_weights_are_read_once(small_checkpoint, image_folder, monkeypatch):
-    opened, original = [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or original(path))
-    colorizer.Colorizer(small_checkpoint)(image_folder / "coffee.png")
-    assert opened.count(small_checkpoint) == 1
-
-
 FORKED = """
-import os, sys
+import sys
 from multiprocessing import get_context
 
 sys.path.insert(0, sys.argv[1])
@@ -104,11 +89,6 @@ def job(_):
 
 with get_context("fork").Pool(2) as pool:
     assert pool.map_async(job, [0, 1]).get(60) == [0, 0]
-    pool.close()
-    pool.join()
-if (child := os.fork()) == 0:
-    os._exit(job(0))
-assert job(0) == 0 and os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -117,10 +97,7 @@ def test_used_colorizer_works_in_forked_processes(cic_checkpoint):
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, ROOT, cic_checkpoint], check=True, timeout=100)
 
 
-# Networks that predict ab itself
-
-
-def test_predicted_ab_of_regression_is_the_output_of_the_network(ab_checkpoint, image_folder):
+def test_network_that_predicts_ab_gives_its_output_and_has_no_temperature(ab_checkpoint, image_folder):
     colorize = colorizer.Colorizer(ab_checkpoint, precision="float32")
     inputs = colorizer.network_input(Image.open(image_folder / "coffee.png"), 64)[None]
     network = load_network(ab_checkpoint)
@@ -128,35 +105,20 @@ def test_predicted_ab_of_regression_is_the_output_of_the_network(ab_checkpoint, 
     lightness = rgb_to_lab(paddle.to_tensor(inputs.transpose(0, 3, 1, 2)))[:, :1]
     expected = network(lightness - 50).numpy()
     assert np.abs(colorize.predict_ab(inputs).numpy() - expected).max() < 1e-3
-    assert colorize(image_folder / "coffee.png").size == Image.open(image_folder / "coffee.png").size
-
-
-def test_temperature_and_logits_of_regression_are_refused(ab_checkpoint, image_folder):
-    colorize = colorizer.Colorizer(ab_checkpoint)
     with pytest.raises(ValueError, match="temperature: does not apply to .*epoch_ab_model.pdparams"):
         colorize(image_folder / "coffee.png", temperature=0.38)
-    with pytest.raises(ValueError, match="predicts ab itself and has no logits"):
-        colorize.logits(image_folder / "coffee.png")
-
-
-# Wrong arguments
 
 
 def test_wrong_argument_raises_a_value_error(small_checkpoint):
     colorize = colorizer.Colorizer(small_checkpoint, precision="float32")
     for wrong in (
-        *({"temperature": x} for x in (float("nan"), -1, 0, "a", float("inf"), [1], True)),
-        *({"load_size": x} for x in (-8, 0, "a", 64.5, float("nan"), 10**9, [64])),
+        *({"temperature": x} for x in (float("nan"), 0, "a", [1])),
+        *({"load_size": x} for x in (0, 64.5, 10**9)),
         *({"image": x} for x in (np.zeros((0, 8, 3), np.uint8), b"x" * 10**6, Image.new("RGB", (0, 8)))),
     ):
         with pytest.raises(ValueError, match=".") as error:
             colorize(**{"image": np.zeros((8, 8, 3), np.uint8), **wrong})
         assert len(str(error.value)) < 200
-
-
-def test_wrong_precision_raises_a_value_error(small_checkpoint):
-    with pytest.raises(ValueError, match="precision must be .*, not 'fp8'"):
-        colorizer.Colorizer(small_checkpoint, precision="fp8")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -197,35 +159,16 @@ def test_corrections_are_those_of_scikit_image(astronaut):
     assert in_gamut.mean() > 0.8 and np.abs(result - rgb)[in_gamut].mean() < 0.6
 
 
-def test_correction_gives_the_place_its_color_and_keeps_the_lightness(astronaut):
-    image, ab = astronaut
-    place, before = rgb2lab(np.asarray(colorizer.colored(image, ab, [ORANGE]))), rgb2lab(np.asarray(image))
-    row, column = int(0.8 * 160), int(0.3 * 200)
-    np.testing.assert_allclose(place[row, column, 1:], ORANGE.ab, atol=2)
-    assert np.abs(place - before)[..., 0].max() < 1  # dark colors have few levels
-
-
-def test_saturation_multiplies_ab(astronaut):
-    image, ab = astronaut
-    assert np.array_equal(colorizer.colored(image, ab, saturation=0), colorizer.colored(image, 0 * ab))
-    assert np.array_equal(colorizer.colored(image, ab, saturation=1.5), colorizer.colored(image, 1.5 * ab))
-
-
 def test_colorizer_applies_corrections_given_as_plain_tuples(small_checkpoint, image_folder):
     colorize, coffee = colorizer.Colorizer(small_checkpoint), image_folder / "coffee.png"
-    (ab,) = colorize.predict_ab(colorizer.network_input(Image.open(coffee), colorize.load_size)[None])
+    (ab,) = colorize.predict_ab(colorizer.network_input(Image.open(coffee), 64)[None])
     expected = colorizer.colored(Image.open(coffee), ab, [ORANGE], 0.5)
     assert np.array_equal(colorize(coffee, corrections=[(0.3, 0.8, (40, 50), 0.3)], saturation=0.5), expected)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        *({"across": x} for x in (-0.1, np.nan)),
-        *({"down": x} for x in (1.1, np.inf)),
-        *({"ab": x} for x in ((0, 200), (np.nan, 0))),
-        *({"reach": x} for x in (0, np.nan, np.inf)),
-    ],
+    [{"across": -0.1}, {"across": np.nan}, {"down": 1.1}, {"ab": (0, 200)}, {"ab": (np.nan, 0)}, {"reach": 0}],
     ids=str,
 )
 def test_corrections_out_of_range_are_refused(astronaut, wrong):

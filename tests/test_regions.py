@@ -6,22 +6,14 @@ from itertools import product
 from support.regions import END, geodesic_distance, region_weights
 
 import numpy as np
-import pytest
 from scipy.ndimage import gaussian_filter, sobel
 from skimage import data
 
-REACHES = (0.05, 0.2, 0.5, 1.0)
-
-
-def step_edge(height, shape=(60, 80)):
-    """Return an image of two halves, left and right, whose gray differs by a height."""
-    gray = np.full(shape, 0.2)
-    gray[:, shape[1] // 2 :] += height
-    return gray
-
 
 def test_step_edge_stops_the_region():
-    weights = region_weights(geodesic_distance(step_edge(0.8), 0.25, 0.5), reach=0.5)
+    gray = np.full((60, 80), 0.2)
+    gray[:, 40:] = 1
+    weights = region_weights(geodesic_distance(gray, 0.25, 0.5), reach=0.5)
     assert (weights[:, :36] == 1).all() and (weights[:, 44:] == 0).all()
 
 
@@ -49,12 +41,11 @@ def test_weights_are_one_up_to_the_reach_and_zero_from_its_end():
 
 def test_weights_are_monotonic_in_the_reach():
     distance = geodesic_distance(data.camera()[::4, ::4] / 255, 0.4, 0.3)
-    maps = [region_weights(distance, reach) for reach in REACHES]
-    assert all((larger >= smaller).all() for smaller, larger in zip(maps, maps[1:]))
-    assert maps[0].sum() < maps[-1].sum()
+    smaller, larger = region_weights(distance, 0.2), region_weights(distance, 0.5)
+    assert (larger >= smaller).all() and (larger > smaller).any()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (400, 1)])
-def test_place_at_the_last_edge_of_any_shape_is_valid(shape):
-    distance = geodesic_distance(np.zeros(shape), 1, 1)
-    assert distance.shape == shape and distance[-1, -1] == 0
+def test_place_at_the_last_edge_of_any_shape_is_valid():
+    for shape in ((1, 1), (1, 400), (400, 1)):
+        distance = geodesic_distance(np.zeros(shape), 1, 1)
+        assert distance.shape == shape and distance[-1, -1] == 0

@@ -67,7 +67,7 @@ def main():
         client.color()
         print(f"start: page after {ready:.1f} s, first result after {time.perf_counter() - start:.1f} s")
 
-        changes = {"temperature": ("temperature", "input"), "correction": ("Gray", "click")}
+        changes = {"temperature": ("Variety of colors", "input"), "correction": ("Gray", "click")}
         seconds = {name: [] for name in changes}
         for i in range(20):
             for name, event in changes.items():
@@ -102,7 +102,7 @@ def main():
             gray = time.perf_counter() - start
             client.color()
             colored = time.perf_counter() - start
-            client.change("temperature", temperature=0.1)
+            client.change("Variety of colors", temperature=0.1)
             moved = time.perf_counter() - start - colored
             difference = np.int16(expected[i]) - Image.open(io.BytesIO(client.download()))
             mine = not difference.any()
