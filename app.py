@@ -345,7 +345,7 @@ results as evidence of anything.
 mostly remain brown or gray. *official*, if it is in the list, is the model of the paper's authors, trained on the
 1.3 million photos of ImageNet. All other models are checkpoints from a folder of this server.
 
-**Privacy.** Your photo is sent only to the server of this page. It is deleted when you choose another one, an hour
+**Privacy.** Your photo is sent only to the server of this page. It is deleted when you choose a different one, an hour
 after you close the page, or earlier if many people use the page.
 """
 HINT = "temperature; low: most likely color"
