@@ -438,7 +438,7 @@ def build(names, colorizer):
             adjust(computed.success, draw, drawn)  # of another photo if the user has chosen one since
         for changed in (temperature, saturation, across, down):
             adjust(changed.input, draw, drawn, trigger_mode="always_last")
-        adjust(marked.select, choose_place, [across, down, *drawn])
+        adjust(marked.select, choose_place, [across, down, *drawn], trigger_mode="always_last")
         for rank, button in enumerate(likely):
             adjust(button.click, partial(correct, partial(likely_color, rank)), drawn)
         adjust(neutral.click, partial(correct, lambda *_: (0, 0)), drawn)

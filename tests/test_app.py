@@ -49,7 +49,6 @@ BINS = load_ab_bins().numpy()
         (UserError("/tmp/abc/x.jpg: cannot be written: 1/2"), "^'x.jpg: cannot be written: 1/2'$"),
         (InvalidImageError("/tmp/abc/<b>.jpg", "not an image"), "^'&lt;b&gt;.jpg: not an image'$"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-        (ValueError("secret"), "ValueError"),
         (SystemExit("secret"), "SystemExit"),
     ],
 )
@@ -174,14 +173,11 @@ def test_corrections_are_added_changed_and_removed(photo, monkeypatch):
         assert photo.corrections == [] and reach == 70
     app.change_reach(photo, SETTINGS, None)
     assert photo.corrections == []
-
-
-def test_number_of_corrections_is_limited(photo, monkeypatch):
-    monkeypatch.setattr(app, "draw", lambda *_: ())
-    photo.corrections = [Correction(i / 100, 0.5, (60, 40), 0.2) for i in range(app.MAX_CORRECTIONS)]
+    for across in range(app.MAX_CORRECTIONS):
+        correct(photo, (0, 0), across=across)
     with pytest.raises(UserError, match="20 corrections already"):
         correct(photo, (60, 40), across=99)
-    correct(photo, (0, 0), across=3)  # another color for one of the places
+    correct(photo, (60, 40), across=3)  # one of these places
     assert len(photo.corrections) == app.MAX_CORRECTIONS
 
 
@@ -228,15 +224,12 @@ def test_distribution_is_that_of_the_chosen_place(photo):
         assert f"the predicted color is a = {a}, b = {b}." in look(*place)[1]
 
 
-def test_network_that_predicts_ab_shows_one_color_and_can_be_corrected(photo):
+def test_network_that_predicts_ab_shows_one_color(photo):
     photo.output = paddle.full([1, 2, 8, 12], 12.4)
     pictures, _, _, text, *buttons = app.draw(photo, SETTINGS, None)
     assert "the predicted color is a = 12, b = 12. This network predicts one color instead of a distribution." in text
     assert [button.visible for button in buttons] == [False] * 3
-    expected = colored(photo.preview, photo.output[0])
-    assert np.abs(np.int16(Image.open(pictures[1])) - expected).mean() < 2
-    pictures = correct(photo, (0, 0), reach=100)[0]
-    assert np.abs(np.int16(Image.open(pictures[1])) - photo.preview).mean() < 2
+    assert np.abs(np.int16(Image.open(pictures[1])) - colored(photo.preview, photo.output[0])).mean() < 2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -577,31 +570,38 @@ def test_page_can_be_used_by_keyboard_alone(page, browser):
     tab_to(tab, "Reset")
 
 
-CONTRAST = """() => {
-    const numbers = (color) => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
-    const over = (top, under) => under.map((value, i) => top[i] * top[3] + value * (1 - top[3]));
-    const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
-    const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-    const color = (e, name) => numbers(getComputedStyle(e)[name]);
-    const behind = (e) => (e ? over(color(e, "backgroundColor"), behind(e.parentElement)) : [255, 255, 255]);
-    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), result = [];
-    while (texts.nextNode()) {
-        const e = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
-        if (!/\\w/.test(text) || !e.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
-        const [one, two] = [over(color(e, "color"), behind(e)), behind(e)].map(luminance);
-        result.push([(Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05), text]);
-    }
-    return result;
+# Returns the color of each visible text and the one behind it.
+COLORS = """() => {
+    const behind = (e) => {
+        const color = getComputedStyle(e).backgroundColor;
+        return color === "rgba(0, 0, 0, 0)" && e.parentElement ? behind(e.parentElement) : color;
+    };
+    const hasText = (e) => [...e.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && /\\w/.test(node.data));
+    const isVisible = (e) => e.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+    const texts = [...document.body.querySelectorAll("*")].filter((e) => hasText(e) && isVisible(e));
+    return texts.map((e) => [getComputedStyle(e).color, behind(e)]);
 }"""
 
 
+def luminance(color):
+    """Return the relative luminance of a color like "rgb(255, 0, 0)", as the WCAG define it."""
+    channels = np.array(re.findall(r"[\d.]+", color)[:3], float) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ (0.2126, 0.7152, 0.0722)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_have_a_contrast_of_at_least_4_5(page, browser, scheme):
+def test_texts_have_a_contrast_of_at_least_4_5(page, browser):
     tab = browser(page, 1366, 768)
-    tab.emulate_media(color_scheme=scheme)
-    tab.reload()
-    tab.get_by_role("button", name="Coffee").click()
-    until(lambda: inspected(tab, "At 50%"))
-    until(lambda: all(ratio >= 4.5 for ratio, _ in tab.evaluate(CONTRAST)))  # the buttons fade
-    assert len(tab.evaluate(CONTRAST)) > 40
+
+    def contrasts():
+        pairs = [sorted(map(luminance, colors)) for colors in tab.evaluate(COLORS)]
+        return [(lighter + 0.05) / (darker + 0.05) for darker, lighter in pairs]
+
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        tab.reload()
+        tab.get_by_role("button", name="Coffee").click()
+        until(lambda: inspected(tab, "At 50%"))
+        until(lambda: min(contrasts()) >= 4.5)  # the buttons fade
+        assert len(contrasts()) > 40
