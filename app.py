@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from support.cli import Parser, UserError, report_os_errors, run_script, whole
 from support.cpu import return_freed_memory, use_all_cores
-from support.images import InvalidImageError, image_size, open_image, read_image, save, to_rgb
+from support.images import InvalidImageError, open_image, read_image, save, to_rgb
 
 import numpy as np
 import paddle
@@ -122,7 +122,8 @@ def guard(handler):
 
 def open_photo(large, path):
     """Read a photo and show it in gray. `large` is the lock of large photos."""
-    width, height = image_size(path)
+    with open_image(path) as image:
+        width, height = image.size
     if width * height > MAX_MEGAPIXELS * 1e6:
         raise InvalidImageError(path, f"{width}x{height} pixels are more than {MAX_MEGAPIXELS} megapixels")
     turn = large if width * height > LARGE * 1e6 else nullcontext()

@@ -8,7 +8,7 @@ Gray images have no colors to compare with. There are three reasons to list an i
 
     single channel   the file is stored without color
     gray in color    stored in color, but all pixels are gray
-    unreadable       damaged, as the file itself proves: empty, truncated, a wrong checksum, an HTML page
+    unreadable       damaged, as the file itself proves: empty, an HTML page, a JPEG or PNG that ends too early
 
 Prints the number of images for each reason, and writes `invalid_images.csv` (path, reason) and `remove_invalid.sh`. The
 script deletes the listed files, or with --move_to moves them to another folder and keeps their subfolders; it calls
@@ -16,28 +16,25 @@ this one with --remove_listed. It can be run twice, replaces no file, and contin
 before, except with --remove, which does at once what the script would do.
 
 A file that cannot be read for another reason (a format whose package is missing, an unsupported kind of TIFF, too many
-pixels, too little memory) is reported as not checked, and the exit code is 3. Not all damage is found: a JPEG that is
-damaged in the middle may decode to a wrong picture.
+pixels, too little memory) is skipped and reported on stderr; the exit code is then 3. Not all damage is found: a JPEG
+that is damaged in the middle may decode to a wrong picture.
 """
 
 import csv
-import filecmp
 import os
 import shlex
 import shutil
 import sys
-from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from support import cli
-from support.cli import EXIT_SKIPPED, UserError, note, printable, report_os_errors, run_script
+from support.cli import EXIT_SKIPPED, UserError, explain, note, printable, report_os_errors, run_script
 from support.cpu import available_cores
-from support.damage import find_damage
 from support.files import atomic_path, atomic_text, make_folder, open_text, write_csv
 from support.folders import relative_path
-from support.images import InvalidImageError, open_image, to_rgb
+from support.images import EMPTY, HTML, InvalidImageError, open_image, to_rgb
 from support.workers import parallel_map
 
 import numpy as np
@@ -46,18 +43,22 @@ from PIL import Image
 from dataset import list_images
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
-NOT_CHECKED = "not checked"
 
 
 def why_invalid(path, tolerance):
-    """Return the reason why an image is unsuitable, "" if it is suitable."""
+    """Return why an image is unsuitable, "" if it is suitable. Raises InvalidImageError if that is not known."""
+    format = None
     try:
         with open_image(path) as image:
+            format = image.format
             single_channel = Image.getmodebase(image.mode) == "L"
             rgb = np.asarray(to_rgb(image, path))
     except InvalidImageError as error:
-        damage = find_damage(path)
-        return f"{UNREADABLE}: {damage}" if damage else f"{NOT_CHECKED}: {error.reason}"
+        # Of Pillow's errors only this one proves damage; of others, the cause may be too little memory.
+        ends_too_early = format in ("JPEG", "PNG") and "truncated" in error.reason
+        if ends_too_early or error.reason in (EMPTY, HTML):
+            return f"{UNREADABLE}: {error.reason}"
+        raise
     if single_channel:
         return SINGLE_CHANNEL
     spread = (rgb.max(axis=2) - rgb.min(axis=2)).max()  # the largest difference between two channels of a pixel
@@ -106,7 +107,7 @@ def remove_listed(list_path, args):
                 os.remove(path)
             removed += 1
         except (OSError, UserError) as error:
-            note(f"{path}: not removed: {getattr(error, 'strerror', None) or error}")
+            note(f"{path}: not removed: {explain(error)}")
     print(f"{printable(list_path)}: {removed} of {len(paths)} images {'moved' if args.move_to else 'deleted'}")
     return EXIT_SKIPPED if removed < len(present) else 0
 
@@ -116,8 +117,8 @@ def move(source, target):
 
     Raises OSError or UserError. No part of an image is then left at the target.
     """
-    if os.path.lexists(target) and not filecmp.cmp(source, target, shallow=False):  # it may have been stopped before
-        raise FileExistsError(None, f"there is already {target}")
+    if os.path.lexists(target):
+        raise UserError(f"there is already {target}")
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
         with suppress(OSError):  # some file systems refuse times and permission bits
@@ -152,13 +153,9 @@ def main(args):
     # Decode all of every image, because a truncated file shows only at its end
     paths = list_images(args.image_dir)
     make_folder(args.output)
-    judged = parallel_map(partial(why_invalid, tolerance=args.tolerance), paths, args.num_workers, "reading")
-    reasons = {paths[i]: reason for i, reason in judged if reason}
-    counts = Counter(reason.partition(":")[0] for reason in reasons.values())
-    for path, reason in reasons.items():
-        if reason.startswith(NOT_CHECKED):
-            note(f"{path}: {reason}")
-    invalid = {path: reason for path, reason in reasons.items() if not reason.startswith(NOT_CHECKED)}
+    reasons = dict(parallel_map(partial(why_invalid, tolerance=args.tolerance), paths, args.num_workers, "reading"))
+    skipped = len(paths) - len(reasons)
+    invalid = {paths[i]: reason for i, reason in reasons.items() if reason}
 
     # Write the list and the script, and remove the images if asked to
     list_path, script_path = (os.path.join(args.output, name) for name in ("invalid_images.csv", "remove_invalid.sh"))
@@ -166,10 +163,10 @@ def main(args):
     write_script(args, list_path, script_path)
 
     # Print the counts
-    print(f"{len(invalid)} of {len(paths)} images are unsuitable")
-    for reason in (*REASONS, NOT_CHECKED):
-        print(f"{counts[reason]:8d}  {reason}")
-    code = EXIT_SKIPPED if counts[NOT_CHECKED] else 0
+    print(f"{len(invalid)} of {len(paths)} images are unsuitable, {skipped} skipped")
+    for kind in REASONS:
+        print(f"{sum(reason.startswith(kind) for reason in invalid.values()):8d}  {kind}")
+    code = EXIT_SKIPPED if skipped else 0
     if args.remove:
         return max(code, remove_listed(list_path, args))
     by = f"bash {shlex.quote(script_path)}, or by the same command with --remove_listed {list_path}"

@@ -357,7 +357,7 @@ def main(args):
         "classifier": describe(args),
         "labels": full_path(args.labels) or "class folders",
         "seed": args.seed if args.random else None,
-        "left_out": cli.printable_names(left_out),
+        "left_out": left_out,
         **provenance(),
     }
     write_json(summary, f"{base}.json")

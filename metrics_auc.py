@@ -355,7 +355,7 @@ def main(args):
         **sizes,
         "seed": args.seed if args.baseline == "random" else None,
         "prior": describe_prior(args.prior),
-        "left_out": cli.printable_names(left_out),
+        "left_out": left_out,
         **provenance(),
     }
     write_json(summary, f"{base}.json")

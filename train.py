@@ -45,7 +45,7 @@ import utils
 from model import CIC
 from pretrained import find_weights, initialize
 
-PANEL_IMAGES = 6  # validation images in VisualDL's picture
+PANEL_IMAGES = 3  # validation images in VisualDL's picture
 FORMATS = {  # of the values in the log
     "epoch": "3d",
     "step": "6d",
@@ -351,7 +351,7 @@ def parse_args(argv=None):
     add("--keep", type=whole(0), default=0, help="number of numbered checkpoints to keep, the newest; 0 keeps all")
     add("--loss_step", type=whole(), default=50, help="steps between lines of the log")
     args = parser.parse_args(argv)
-    args.given = parser.given(argv)
+    args.changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     return args
 
 
@@ -363,7 +363,7 @@ def check_args(args, world_size):
     for one, other in (("freeze_bn", "sync_bn"), ("continue_train", "init_from"), ("continue_train", "overwrite")):
         if getattr(args, one) and getattr(args, other):
             raise UserError(f"--{one} and --{other} exclude each other")
-    if args.loss == "l2" and (wrong := sorted(args.given & {*CLASSIFICATION})):
+    if args.loss == "l2" and (wrong := sorted(args.changed & {*CLASSIFICATION})):
         raise UserError(f"--{wrong[0]}: does not apply to --loss l2")
     if args.sync_bn and not gpu.on_gpu():
         raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")

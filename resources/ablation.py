@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, printable_names, run_script, whole
+from support.cli import EXIT_SKIPPED, SEED, WORKERS, Parser, UserError, printable, run_script, whole
 from support.files import atomic_path, atomic_text, full_path, prepare_results, provenance, write_json
 from support.folders import pair_images
 from support.images import open_rgb
@@ -312,7 +312,7 @@ def main(args):
         "prior": metrics_auc.describe_prior(args.prior),
         "classifier": metrics_acc.describe(args) if classifier else None,
         "left_out": [printable(name) for name in left_out],
-        "unpaired": {title: printable_names(row.left_out) for title, row in rows.items()},
+        "unpaired": {title: row.left_out for title, row in rows.items()},
         **provenance(),
     }
     write_json(summary, output / "ablation.json")

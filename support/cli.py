@@ -22,7 +22,7 @@ class UserError(Exception):
     """An error that the user can fix. `run_script` prints its message, one line, and returns exit code 1."""
 
     def __init__(self, message):
-        super().__init__(one_line(message))
+        super().__init__(printable(message))
 
 
 @contextmanager
@@ -31,22 +31,23 @@ def report_os_errors(problem):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{problem}: {(error.strerror or str(error)).lower()}") from error
+        raise UserError(f"{problem}: {explain(error)}") from error
 
 
-def one_line(text):
-    """Escape line breaks, control characters and bytes that are not UTF-8, as file names may contain them."""
+def explain(error):
+    """Return why something failed: in the system's words, in the error's own, or its kind."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return (getattr(error, "strerror", None) or "").lower() or str(error) or type(error).__name__
+
+
+def printable(text):
+    """Escape line breaks, control characters and bytes that are not UTF-8 in a text or a path, for standard output.
+
+    `note` and `UserError` escape by themselves.
+    """
+    text = os.fsdecode(text)
     return "".join(c if c.isprintable() else repr(c)[1:-1].replace("\\udc", "\\x") for c in text)
-
-
-def printable(path):
-    """Return a path for standard output or a JSON file. `note` and `UserError` escape by themselves."""
-    return one_line(os.fsdecode(path))
-
-
-def printable_names(left_out):
-    """Return {problem: names} with printable names, for a JSON file."""
-    return {problem: [printable(name) for name in names] for problem, names in left_out.items()}
 
 
 def counted(number, noun):
@@ -64,7 +65,7 @@ def note_some(problem, names):
 
 def note(message):
     """Print one line for the user on standard error, above any progress bar."""
-    tqdm.write(one_line(message), file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -75,14 +76,9 @@ class Stopped(KeyboardInterrupt):
     """A stop signal, whose number is the only argument. It is raised in the main thread, so `finally` blocks run."""
 
 
-REASONS = {  # by the names of the stop signals
-    "SIGINT": "by Ctrl-C",
-    "SIGTERM": "by SIGTERM",
-    "SIGHUP": "because its terminal was closed",
-    "SIGUSR1": "by SIGUSR1",  # batch systems send it before the time limit
-    "SIGUSR2": "by SIGUSR2",
-}
-SIGNALS = {getattr(signal, name): reason for name, reason in REASONS.items() if hasattr(signal, name)}
+# Ctrl-C, a request to end, a closed terminal, and what batch systems send before the time limit
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
 
 def handle_signals(handler):
@@ -104,9 +100,9 @@ class _StopHandler:
 
 def check_stop():
     """Raise Stopped if a stop signal came, but its exception was lost: in C++ that calls Python, or in a `__del__`."""
-    for handler in map(signal.getsignal, SIGNALS):
-        if isinstance(handler, _StopHandler) and handler.number is not None:
-            raise Stopped(handler.number)
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, _StopHandler) and handler.number:
+        raise Stopped(handler.number)
 
 
 def run_script(main, parse_args, after_stop=""):
@@ -114,44 +110,37 @@ def run_script(main, parse_args, after_stop=""):
 
     `after_stop` is added to that line when a signal stopped the script. Unexpected errors keep their traceback.
     """
-    _set_up_pillow()
-    _open_closed_streams()
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
-        gc.freeze()  # all that was imported: Python would look for garbage in it again, at the end for 0.3 s
-        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
-        handle_signals(_StopHandler())
+    _set_up_process()
     try:
         code = main(parse_args())
         sys.stdout.flush()
         return code
     except Stopped as stop:
         number = stop.args[0]
-        note(f"stopped {SIGNALS[number]}; {after_stop}" if after_stop else f"stopped {SIGNALS[number]}")
+        reason = f"stopped by {signal.Signals(number).name}"
+        note(f"{reason}; {after_stop}" if after_stop else reason)
         return 128 + number
-    except UserError as error:
-        note(str(error))
     except MemoryError:
         note("not enough memory: try a smaller --batch_size or --load_size, or fewer --num_workers")
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
-    except OSError as error:
-        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        note(f"{name}{(error.strerror or str(error)).lower()}")
+    except (UserError, OSError) as error:
+        note(str(error))
     return 1
 
 
-def _set_up_pillow():
-    """Set what Pillow keeps for the whole process, and what only a script may decide."""
+def _set_up_process():
+    """Set what holds for the whole process, so that only a script may decide it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file would get its number, and messages of C++ code
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20  # bytes of a text or a color profile
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about harmless damage and half the largest number of pixels
-
-
-def _open_closed_streams():
-    """Open the null device in place of closed standard streams. Otherwise the next files would get their numbers."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which also handles interrupts itself
+        gc.freeze()  # all that was imported: Python would look for garbage in it again, at the end for 0.3 s
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
+        handle_signals(_StopHandler())
 
 
 def progress(images, total, title=None):
@@ -180,14 +169,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} '': is empty (an unset variable?)")
         return args
 
-    def given(self, argv=None):
-        """Return the names of the flags that are given, whatever their values. The defaults are lost by that."""
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        return set(vars(super().parse_args(argv)))
-
     def error(self, message):
-        self.exit(2, f"{self.prog}: {one_line(message)} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists the flags)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -228,10 +211,9 @@ def parse_bool(text):
 
 def add_bool_flag(parser, name, default, help):
     """Add a flag that accepts `--name`, `--name True`, `--name false` and `--no-name`, in upper or lower case."""
-    destination = name.lstrip("-")
     parser.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
-    negation = {"dest": destination, "action": "store_false", "default": argparse.SUPPRESS}
-    parser.add_argument(f"--no-{destination}", **negation, help=f"{name} False")
+    negated, dest = name.replace("--", "--no-"), name[2:]
+    parser.add_argument(negated, action="store_false", dest=dest, default=argparse.SUPPRESS, help=f"{name} False")
 
 
 def check_crop(args, multiple=1):

@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import import_module
 from io import BytesIO
-from itertools import product
 from pathlib import Path
 
-from support.cli import UserError, note
+from support.cli import UserError, explain, note
 from support.files import atomic_path
 
 import numpy as np
@@ -19,13 +18,16 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # Pillow's other formats stay closed: EPS would start Ghostscript, and ICO and ICNS decode before their size is known.
 READ_FORMATS = {"JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL"}
-HEIC, JXL = rb"....ftyp(hei.|hev.|mif1|msf1)", rb"\xff\x0a|....JXL "  # first bytes of files that need packages
-REMEDIES = {  # for files that Pillow does not open, by their first bytes
-    HEIC: "HEIC, which needs the package pillow-heif",
-    JXL: "JPEG XL, which needs the package pillow-jxl-plugin",
-    rb"....ftyp(avif|avis)": "AVIF, which needs Pillow 11.3 or newer",
-    rb"version https://git-lfs": "Git LFS pointer instead of the image, which `git lfs pull` fetches",
-}
+EMPTY, HTML = "empty file", "HTML page instead of the image"
+# Files that Pillow may not open: their first bytes, a module that adds their format, and the reason for the user
+SPECIAL_FILES = (
+    (rb"....ftyp(hei.|hev.|mif1|msf1)", "pillow_heif.HeifImagePlugin", "HEIC, which needs the package pillow-heif"),
+    (rb"\xff\x0a|....JXL ", "pillow_jxl", "JPEG XL, which needs the package pillow-jxl-plugin"),
+    (rb"....ftyp(avif|avis)", None, "AVIF, which needs Pillow 11.3 or newer"),
+    (rb"version https://git-lfs", None, "Git LFS pointer instead of the image, which `git lfs pull` fetches"),
+    (rb"\s*<(?i:!doctype html|html)", None, HTML),
+    (rb"\Z", None, EMPTY),
+)
 HEAD = 2**16  # bytes of a file in which these and the kind of color are found
 # Transfer functions (ITU-T H.273) in a PNG's cICP chunk or an AVIF's or HEIC's first colr box; 16 is PQ, 18 HLG
 TRANSFER = re.compile(rb"(?:\x00\x00\x00\x04cICP.|colrnclx..\x00)(.)", re.DOTALL)
@@ -80,21 +82,12 @@ def read_image(image):
     """
     if isinstance(image, (str, os.PathLike)):
         return open_rgb(image)
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"an image must not be empty, but this one has {image.width}x{image.height} pixels")
-        return to_rgb(image)
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"an image must be a path, a Pillow image or an array, not {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-    return to_rgb(Image.fromarray(image))
-
-
-def image_size(path):
-    """Return the (width, height) that `read_rgb` gives, from the file's header. Raises InvalidImageError."""
-    with open_image(path) as image:
-        return upright_size(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image) or 0 in image.size:
+        kind = type(image).__name__
+        raise ValueError(f"an image must be a path, a Pillow image or uint8 [H, W, 3], and not empty; this is {kind}")
+    return to_rgb(image)
 
 
 @contextmanager
@@ -105,12 +98,13 @@ def open_image(path, least_side=None):
     """
     if not os.path.isfile(path):
         raise InvalidImageError(path, "no such file, or not a regular one")
-    head = b""
+    unidentified = ""
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)
             file.seek(0)
-            with Image.open(file, formats=_formats(head)) as image:
+            plugin, unidentified = _recognize(head)
+            with Image.open(file, formats=_formats(plugin)) as image:
                 transfer = TRANSFER.search(head)
                 if transfer and transfer[1] in HDR:
                     raise ValueError("HDR (PQ or HLG): convert it to sRGB first")
@@ -118,31 +112,26 @@ def open_image(path, least_side=None):
                     image.draft(None, (least_side, least_side))
                 yield image
     except UnidentifiedImageError as error:
-        raise InvalidImageError(path, _why_unidentified(head)) from error
-    except MemoryError as error:
-        raise InvalidImageError(path, "not enough memory to decode it") from error
+        raise InvalidImageError(path, unidentified) from error
     except Exception as error:  # plugins raise OSError, ValueError, KeyError and others
-        reason = (getattr(error, "strerror", None) or "").lower() or str(error) or type(error).__name__
-        raise InvalidImageError(path, reason) from error
+        raise InvalidImageError(path, explain(error)) from error
 
 
-def _formats(head):
-    """Return the names of the formats to open, and register the optional package that a file with these bytes needs."""
-    Image.init()  # registers all formats of Pillow itself
-    with suppress(ImportError):
-        if re.match(HEIC, head, re.DOTALL):
-            import_module("pillow_heif").register_heif_opener()
-        elif re.match(JXL, head, re.DOTALL):
-            import_module("pillow_jxl")
+def _recognize(head):
+    """Return the plugin that a file with these first bytes needs, and the reason if it cannot be opened."""
+    for start, plugin, reason in SPECIAL_FILES:
+        if re.match(start, head, re.DOTALL):
+            return plugin, reason
+    return None, "not an image in a readable format, or damaged"
+
+
+def _formats(plugin):
+    """Return the names of the formats to open, after a plugin was imported that adds one to Pillow's own."""
+    Image.init()
+    if plugin:
+        with suppress(ImportError):
+            import_module(plugin)
     return sorted(READ_FORMATS & Image.OPEN.keys())
-
-
-def _why_unidentified(head):
-    """Return why Pillow does not open a file with these first bytes."""
-    for pattern, remedy in REMEDIES.items():
-        if re.match(pattern, head, re.DOTALL):
-            return remedy
-    return "not an image in a readable format, or damaged" if head else "empty file"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -157,33 +146,6 @@ TURNS = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TIFF_SAMPLES = {  # types that Pillow decodes correctly, by photometric interpretation
-    0: {"uint1", "uint2", "uint4", "uint8", "uint16"},  # gray, 0 is white
-    1: {"uint1", "uint2", "uint4", "uint8", "uint16", "float32"},  # gray, 0 is black
-    2: {"uint8", "uint16"},  # RGB
-    3: {"uint1", "uint2", "uint4", "uint8"},  # palette
-    5: {"uint8", "uint16"},  # CMYK
-    6: {"uint8"},  # YCbCr
-    8: {"uint8"},  # Lab
-}
-SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float"}
-
-
-def upright_size(image):
-    """Return the (width, height) of an opened image after `to_rgb`."""
-    # Recent versions of Pillow turn TIFFs, and swap their size when they are opened.
-    swapped = image.format == "TIFF" and image.size != (image.tag_v2[256], image.tag_v2[257])
-    turned = _from_exif(image, ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size[::-1] if turned and not swapped else image.size
-
-
-def _from_exif(image, tag, ifd=None):
-    """Return a value from EXIF; None if there is none or EXIF is damaged, because the image may be intact."""
-    try:
-        exif = image.getexif()
-        return (exif.get_ifd(ifd) if ifd else exif).get(tag)
-    except Exception:
-        return None
 
 
 def to_rgb(image, name="image"):
@@ -202,18 +164,25 @@ def to_rgb(image, name="image"):
     return rgb
 
 
+def _from_exif(image, tag, ifd=None):
+    """Return a value from EXIF; None if there is none or EXIF is damaged, because the image may be intact."""
+    with suppress(Exception):
+        exif = image.getexif()
+        return (exif.get_ifd(ifd) if ifd else exif).get(tag)
+
+
 def _check_tiff(tags):
     """Raise ValueError unless Pillow decodes a TIFF with these tags correctly, and to its full size."""
     if tags.get(254, 0) & 1:  # NewSubfileType: reduced
         raise ValueError("TIFF that begins with a thumbnail, like camera raw files: convert it to another format first")
     photometric, planar, compression = tags.get(262, 0), tags.get(284, 1), tags.get(259, 1)
-    samples = product(tags.get(339, (1,)), tags.get(258, (1,)))
-    kinds = {f"{SAMPLE_FORMATS.get(format, 'other')}{bits}" for format, bits in samples}
-    stripes = compression == 1 and planar == 2 and kinds == {"uint16"}  # of which Pillow would make one picture
+    bits, formats = tags.get(258, (1,)), tags.get(339, (1,))  # formats: 1 unsigned, 2 signed, 3 floating point
+    decoded = set(formats) == {1} and set(bits) <= {1, 2, 4, 8, 16} or (photometric, *formats, *bits) == (1, 3, 32)
+    stripes = compression == 1 and planar == 2 and 16 in bits  # of which Pillow would make one picture
     ycbcr = compression == 1 and photometric == 6  # which Pillow leaves to libtiff, and that decompresses only
-    if stripes or ycbcr or not kinds <= TIFF_SAMPLES.get(photometric, set()):
-        layout = f"photometric interpretation {photometric}, compression {compression}, planar configuration {planar}"
-        raise ValueError(f"TIFF with {' '.join(sorted(kinds))} samples, {layout} is not supported")
+    if stripes or ycbcr or not decoded:
+        samples = f"bits per sample {bits}, sample format {formats}, photometric interpretation {photometric}"
+        raise ValueError(f"unsupported TIFF: {samples}, compression {compression}, planar configuration {planar}")
 
 
 def _convert_samples(image):
@@ -316,38 +285,37 @@ KEPT_EXIF = {ExifTags.Base[name] for name in (
     "ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer", "Copyright", "Rating",
     "XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject",
 )}  # fmt: skip
+# Entries of the camera that may be about another size or color space
+DROPPED_EXIF = {ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.IFD.Interop}
 
 
 def metadata(image):
     """Return the EXIF, resolution and profile of an upright result in sRGB, as keywords of Pillow's `save`."""
     kept = {"icc_profile": srgb_profile()}
-    dpi = image.info.get("dpi")
-    try:
+    with suppress(Exception):  # damaged EXIF raises many kinds; the image itself is intact
+        dpi = image.info.get("dpi")
         if dpi and all(1 <= x <= 65_535 for x in dpi):
             kept["dpi"] = tuple(map(float, dpi))
-        if exif := kept_exif(image.getexif(), kept.get("dpi")):
-            kept["exif"] = exif
-    except Exception:  # damaged EXIF raises many kinds; the image itself is intact
-        pass
+        exif = _kept_exif(image.getexif(), kept.get("dpi"))
+        if exif and len(exif.tobytes()) <= MAX_EXIF:
+            kept["exif"] = exif.tobytes()
     return kept
 
 
-def kept_exif(exif, dpi):
-    """Return as bytes the part of an image's EXIF that holds for the result, with its resolution, which WebP needs."""
+def _kept_exif(exif, dpi):
+    """Return the part of an image's EXIF that holds for the result, with its resolution, which WebP needs."""
     kept = Image.Exif()
     if dpi:
         kept[ExifTags.Base.XResolution], kept[ExifTags.Base.YResolution] = dpi
         kept[ExifTags.Base.ResolutionUnit] = 2  # inches
     kept.update({tag: exif[tag] for tag in KEPT_EXIF & exif.keys()})
-    for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-        if values := dict(exif.get_ifd(ifd)):
-            kept[ifd] = values
-    if camera := kept.get(ExifTags.IFD.Exif):
-        camera[ExifTags.Base.ColorSpace] = 1  # sRGB
-        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.IFD.Interop):
-            camera.pop(tag, None)  # they may describe another size, and Adobe RGB
-    data = kept.tobytes() if kept else b""
-    return data if len(data) <= MAX_EXIF else b""
+    camera, place = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)
+    if camera:
+        kept[ExifTags.IFD.Exif] = {tag: camera[tag] for tag in camera.keys() - DROPPED_EXIF}
+        kept[ExifTags.IFD.Exif][ExifTags.Base.ColorSpace] = 1  # sRGB
+    if place:
+        kept[ExifTags.IFD.GPSInfo] = place
+    return kept
 
 
 def fits(image, format):

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from support.cli import UserError, counted, note, report_os_errors
 from support.files import atomic_text
 from support.processes import all_reduce, is_first, on_first
-from support.sheets import tile
 
 import numpy as np
 import paddle
@@ -103,7 +102,7 @@ class Log:
     def pictures(self, tag, panel, step):
         """Show images of one size, uint8 [H, W, 3], as one picture in VisualDL."""
         if self.board and len(panel):
-            self.board.add_image(tag, tile(panel), step)
+            self.board.add_image(tag, np.concatenate(panel), step)
 
     def close(self):
         if self.file:

@@ -1,20 +1,17 @@
 """Contact sheets: rows of thumbnails under column headings, with a name below each row."""
 
-import os
-import re
 from itertools import islice
 from pathlib import Path
 
 from support.files import atomic_path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = (320, 240)  # largest width and height of a thumbnail, in pixels
 ROWS = 12  # of a contact sheet
 MARGIN, HEAD, FOOT = 10, 44, 30  # pixels: gap, headings, name below a row
-# Fonts with East Asian characters, of Linux, Windows and macOS (of a font collection, matplotlib knows only the first)
-EAST_ASIAN = ("Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "Hiragino Sans GB", "Hiragino Sans")
+# With East Asian characters, of Linux, Windows and macOS (of a collection, matplotlib knows the first), and its own
+FONTS = ["Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "Hiragino Sans GB", "Hiragino Sans", "DejaVu Sans"]
 
 
 def fit(image, cell=CELL):
@@ -29,32 +26,25 @@ def contact_sheet(rows, columns, cell_width=CELL[0]):
     width = len(columns) * (cell_width + MARGIN) + MARGIN
     heights = [max(image.height for image in images) + FOOT for _, images in rows]
     sheet = Image.new("RGB", (width, HEAD + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, heading, caption = ImageDraw.Draw(sheet), font(20), font(14)
     centers = [MARGIN + column * (cell_width + MARGIN) + cell_width // 2 for column in range(len(columns))]
     for center, text in zip(centers, columns):
-        draw.text((center, HEAD // 2), text, "black", font(20), anchor="mm")
+        draw.text((center, HEAD // 2), text, "black", heading, anchor="mm")
     top = HEAD
     for (name, images), height in zip(rows, heights):
         for center, image in zip(centers, images):
             sheet.paste(image, (center - image.width // 2, top))
         top += height
         text = name[-(width // 16) :]  # the end of a long name: few characters are wider than 16 pixels
-        draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", font(14, text), anchor="mm")
+        draw.text((width // 2, top - FOOT * 2 // 3), text, "dimgray", caption, anchor="mm")
     return sheet
 
 
-def font(size, text=""):
-    """Return matplotlib's font, which has accents, Greek and Cyrillic (Pillow's default font has ASCII only).
+def font(size):
+    """Return one of the FONTS that is installed."""
+    from matplotlib.font_manager import FontProperties, findfont  # searches the system for fonts when imported
 
-    For text with East Asian characters, return a font of the system that has them, if there is one.
-    """
-    import matplotlib  # imported here, because only contact sheets need it
-
-    if re.search("[\u2e80-\uffef]", text):
-        from matplotlib.font_manager import FontProperties, findfont  # searches the system for fonts when imported
-
-        return ImageFont.truetype(findfont(FontProperties(family=[*EAST_ASIAN, "DejaVu Sans"])), size)
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    return ImageFont.truetype(findfont(FontProperties(family=FONTS)), size)
 
 
 def write_sheets(rows, columns, folder):
@@ -65,12 +55,3 @@ def write_sheets(rows, columns, folder):
         with atomic_path(Path(folder) / f"sheet_{count:03d}.png") as temporary:
             contact_sheet(page, columns).save(temporary, format="PNG")
     return count
-
-
-def tile(panel):
-    """Arrange images, uint8 [H, W, 3], in rows of two on white, because VisualDL's frame is twice as wide as high."""
-    gap = max(2, len(panel[0]) // 16)
-    cells = [np.pad(x, ((0, gap), (0, gap), (0, 0)), constant_values=255) for x in panel]
-    if len(cells) % 2 and len(cells) > 1:
-        cells.append(np.full_like(cells[0], 255))
-    return np.concatenate([np.concatenate(cells[i : i + 2], axis=1) for i in range(0, len(cells), 2)])

@@ -5,7 +5,6 @@ import errno
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +36,7 @@ def run(image_dir, output, *flags):
     with open(output / "invalid_images.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["path", "reason"]
-    return code, dict(rows[1:])
+    return code, dict(filter(None, rows[1:]))
 
 
 def remove(image_dir, output, *flags):
@@ -84,7 +83,7 @@ def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     assert code == 0
     printed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert printed[:4] == [
-        ["9", "of 12 images are unsuitable"],
+        ["9", "of 12 images are unsuitable, 0 skipped"],
         ["3", "single channel"],
         ["3", "gray in color"],
         ["3", "unreadable"],
@@ -114,6 +113,8 @@ def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, ca
     code, listed = run(images, tmp_path, *flags, *(["--remove"] if way == "--remove" else []))
     assert code == 0 and sorted(listed) == sorted(str(images / FOLDER / name) for name in NASTY_NAMES)
     if way == "--remove_listed":
+        with open("invalid_images.csv", "a") as file:
+            file.write("\n")  # as an editor may add
         for count in (len(listed), 0):  # the second time, all are missing
             assert run(images, tmp_path, *flags, "--remove_listed=invalid_images.csv")[0] == 0
             assert capsys.readouterr().out.endswith(f"invalid_images.csv: {count} of {len(listed)} images deleted\n")
@@ -127,14 +128,6 @@ def test_listed_files_of_any_name_are_deleted_or_moved(tmp_path, monkeypatch, ca
     assert moved == (dict.fromkeys(NASTY_NAMES, content) if move else {})
 
 
-def test_empty_line_of_an_edited_list_is_ignored(tmp_path):
-    gray, listed = save_image(tmp_path / "images" / "a.png", GRAY), tmp_path / "invalid_images.csv"
-    run(tmp_path / "images", tmp_path)
-    listed.write_text(f"{listed.read_text()}\n")
-    flags = ["--image_dir", str(tmp_path / "images"), "--remove_listed", str(listed)]
-    assert get_invalid_images.main(get_invalid_images.parse_args(flags)) == 0 and not gray.exists()
-
-
 def test_script_on_windows_has_forward_slashes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
     args = SimpleNamespace(image_dir="C:\\in", move_to="D:\\moved")
@@ -143,52 +136,41 @@ def test_script_on_windows_has_forward_slashes(tmp_path, monkeypatch):
 
 
 def test_existing_file_is_not_replaced_by_a_moved_one(tmp_path, capsys):
-    """An equal file was copied before an earlier run was stopped."""
     images, target = tmp_path / "images", tmp_path / "moved"
-    for name in ("different.png", "equal.png", "new.png"):
+    for name in ("a.png", "new.png"):
         save_image(images / name, GRAY)
-    save_image(target / "equal.png", GRAY)
-    before = save_image(target / "different.png", COLOR).read_bytes()
+    before = save_image(target / "a.png", COLOR).read_bytes()
     assert remove(images, tmp_path, f"--move_to={target}") == EXIT_SKIPPED
-    path = f"{images}/different.png: not removed: there is already {target}/different.png\n"
-    assert capsys.readouterr().err == path and (target / "different.png").read_bytes() == before
-    assert os.listdir(images) == ["different.png"] and len(os.listdir(target)) == 3
+    assert capsys.readouterr().err == f"{images}/a.png: not removed: there is already {target}/a.png\n"
+    assert (target / "a.png").read_bytes() == before and os.listdir(images) == ["a.png"]
 
 
-def test_moved_image_keeps_its_time(tmp_path):
-    path = save_image(tmp_path / "images" / "gray.png", GRAY)
-    content = path.read_bytes()
-    os.utime(path, (1_000_000_000,) * 2)
-    assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == 0
-    moved = tmp_path / "moved" / "gray.png"
-    assert moved.read_bytes() == content and moved.stat().st_mtime == 1_000_000_000 and not path.exists()
-
-
-@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_failed_move_leaves_the_image_and_no_part_of_it(tmp_path, monkeypatch, capsys, stop):
+def test_failed_move_leaves_the_image_and_no_part_of_it(tmp_path, monkeypatch, capsys):
     path = save_image(tmp_path / "images" / "gray.png", GRAY)
     content = path.read_bytes()
 
     def fail(source, target):
         Path(target).write_bytes(b"part")
-        raise stop
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", fail)
-    with nullcontext() if isinstance(stop, OSError) else pytest.raises(KeyboardInterrupt):
-        assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == EXIT_SKIPPED
-        assert "gray.png: cannot be written: no space left on device" in capsys.readouterr().err
+    assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == EXIT_SKIPPED
+    assert "gray.png: cannot be written: no space left on device" in capsys.readouterr().err
     assert path.read_bytes() == content and not os.listdir(tmp_path / "moved")
 
 
-def test_times_and_permissions_that_a_disk_refuses_do_not_prevent_moving(tmp_path, monkeypatch):
-    path = save_image(tmp_path / "images" / "gray.png", GRAY)
+@pytest.mark.parametrize("refused", [False, True])
+def test_moved_image_keeps_its_time_unless_the_disk_refuses(tmp_path, monkeypatch, refused):
+    path, moved = save_image(tmp_path / "images" / "gray.png", GRAY), tmp_path / "moved" / "gray.png"
+    os.utime(path, (1_000_000_000,) * 2)
 
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("shutil.copystat", refuse)
-    assert remove(path.parent, tmp_path, f"--move_to={tmp_path / 'moved'}") == 0
-    assert (tmp_path / "moved" / "gray.png").exists() and not path.exists()
+    if refused:
+        monkeypatch.setattr("shutil.copystat", refuse)
+    assert remove(path.parent, tmp_path, f"--move_to={moved.parent}") == 0 and not path.exists()
+    assert (moved.stat().st_mtime == 1_000_000_000) != refused
 
 
 def test_moved_links_are_images_even_if_their_targets_are_moved_too(tmp_path):
@@ -204,15 +186,6 @@ def test_moved_links_are_images_even_if_their_targets_are_moved_too(tmp_path):
     assert outside.exists()
 
 
-def test_missing_file_is_not_listed(tmp_path, capsys):
-    save_image(tmp_path / "images" / "color.png", COLOR)
-    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "not there.png")
-    code, listed = run(tmp_path / "images", tmp_path)
-    assert (code, listed) == (EXIT_SKIPPED, {})
-    assert "link.png: not checked: no such file" in capsys.readouterr().err
-    assert "link" not in (tmp_path / "remove_invalid.sh").read_text()
-
-
 def test_image_that_cannot_be_read_but_may_be_intact_is_not_listed(tmp_path, monkeypatch, capsys):
     """A decoder that lacks memory calls an intact JPEG broken."""
 
@@ -220,24 +193,20 @@ def test_image_that_cannot_be_read_but_may_be_intact_is_not_listed(tmp_path, mon
         raise OSError("broken data stream when reading image file")
 
     images = tmp_path / "images"
-    save_image(images / "float.tif", np.linspace(-1, 300, 12, dtype=np.float32).reshape(3, 4))
     save_image(images / "too_large_for_the_memory.jpg", COLOR, progressive=True)
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", broken)
-    for name, content in {
-        "large.png": png_bomb(),
-        "text.jpg": b"not an image",
-        "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-        "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-        "kind.tif": b"II*\0\x08\0\0\0" + bytes(100),
-    }.items():
-        (images / name).write_bytes(content)
-    unsupported = sorted(images.iterdir())
+    (images / "large.png").write_bytes(png_bomb())
+    (images / "text.jpg").write_bytes(b"not an image")
+    (images / "link.png").symlink_to("not there.png")
+    tiff = save_image(images / "ends_too_early.tif", COLOR)  # which Pillow also reports for some intact ones
+    tiff.write_bytes(tiff.read_bytes()[:-3000])
+    skipped = sorted(images.iterdir())
     damaged = save_image(images / "damaged.png", COLOR)
     damaged.write_bytes(damaged.read_bytes()[:3000])
     code, listed = run(images, tmp_path)
     assert code == EXIT_SKIPPED and list(listed) == [str(damaged)]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": not checked")[0] for line in lines] == [*map(str, unsupported)]
+    assert [line.split(": ")[0] for line in lines] == [f"skipped {path}" for path in skipped]
 
 
 @pytest.mark.parametrize(

@@ -6,25 +6,14 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 
-from support.images import (
-    InvalidImageError,
-    crop_resized,
-    image_size,
-    open_image,
-    open_rgb,
-    read_image,
-    read_rgb,
-    save,
-    srgb_profile,
-    upright_size,
-)
+from support.images import InvalidImageError, crop_resized, open_rgb, read_image, read_rgb, save, srgb_profile
 
 import numpy as np
 import pytest
 import tifffile
 from conftest import ROOT, exif, png_bomb, save_image
-from damaged import FORMATS, make, readable
 from PIL import ExifTags, Image, PngImagePlugin, features
 from skimage import data
 
@@ -86,33 +75,28 @@ def test_supported_tiff_is_read(tmp_path, kind):
 def test_tiff_that_would_be_misread_is_refused_by_its_format(tmp_path, kind):
     samples, options = REFUSED_TIFFS[kind]
     tifffile.imwrite(tmp_path / "a.tif", samples, **options)
-    with pytest.raises(InvalidImageError, match="TIFF with|thumbnail|outside"):
+    with pytest.raises(InvalidImageError, match="unsupported TIFF|thumbnail|outside"):
         read_rgb(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "tif", "lzw.tif"])
-def test_image_of_any_orientation_is_read_upright(tmp_path, suffix, orientation):
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_image_of_any_orientation_is_read_upright(tmp_path, suffix):
     """Recent versions of Pillow turn TIFFs themselves."""
     stored = data.coffee()[:64:2, ::8]  # 75 x 32
-    turned = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2)}
-    turned |= {6: np.rot90(stored, -1), 7: turned[5][::-1, ::-1], 8: np.rot90(stored)}
-    options = {"tif": {}, "lzw.tif": {"compression": "tiff_lzw"}, "jpg": {"quality": 98}}[suffix]
-    metadata = Image.Exif()
-    metadata[ExifTags.Base.Orientation] = orientation
-    path = save_image(tmp_path / f"a.{suffix}", stored, exif=metadata, **options)
-    found = read_rgb(path)
-    with open_image(path) as image:
-        image.load()
-        assert image_size(path) == upright_size(image) == found.shape[1::-1]
-    assert np.abs(found - turned.get(orientation, stored).astype(float)).mean() < 4
+    upright = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.transpose(1, 0, 2)]
+    upright += [np.rot90(stored, -1), upright[4][::-1, ::-1], np.rot90(stored)]
+    for orientation, expected in enumerate(upright, 1):
+        metadata = Image.Exif()
+        metadata[ExifTags.Base.Orientation] = orientation
+        path = save_image(tmp_path / f"a.{suffix}", stored, exif=metadata, quality=98)
+        assert np.abs(read_rgb(path) - expected.astype(float)).mean() < 5
 
 
 def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-@pytest.mark.parametrize(("transfer", "hdr"), [(13, False), (1, False), (16, True), (18, True)])
+@pytest.mark.parametrize(("transfer", "hdr"), [(13, False), (16, True), (18, True)])
 @pytest.mark.parametrize("suffix", ["png", "avif", "heic"])
 def test_hdr_image_is_refused(tmp_path, suffix, transfer, hdr):
     """Transfer functions of ITU-T H.273: 13 is sRGB, 16 PQ and 18 HLG."""
@@ -145,11 +129,16 @@ def test_hdr_image_is_refused(tmp_path, suffix, transfer, hdr):
         (b"hello", "not an image in a readable format"),
         (b"\x89PNG\r\n", "not an image in a readable format"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer instead of the image"),
+        (b"\n<!DOCTYPE HTML PUBLIC>", "HTML page instead of the image"),
+        (b"\0\0\0\x18ftypheic" + bytes(12), "HEIC, which needs the package pillow-heif"),
+        (b"\0\0\0\x1cftypavif" + bytes(12), "AVIF, which needs Pillow 11.3"),
+        (b"\xff\x0a\xfa\x1f" + bytes(12), "JPEG XL, which needs the package pillow-jxl-plugin"),
         (png_bomb(), r"Image size \(2500000000 pixels\) exceeds limit of 178956970 pixels"),
         (None, "no such file"),
     ],
 )
-def test_error_of_an_unreadable_file_has_its_path_and_the_reason(tmp_path, content, reason):
+def test_error_of_an_unreadable_file_has_its_path_and_the_reason(tmp_path, monkeypatch, content, reason):
+    monkeypatch.setattr("support.images.READ_FORMATS", {"JPEG", "PNG"})  # as without the optional packages
     path = tmp_path / "a.jpg"
     if content is not None:
         path.write_bytes(content)
@@ -159,51 +148,42 @@ def test_error_of_an_unreadable_file_has_its_path_and_the_reason(tmp_path, conte
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
-def test_damaged_images_are_read_or_refused(tmp_path):
-    make(tmp_path / "in")
-    intact, refused = readable(tmp_path / "in"), set()
-    for path in (tmp_path / "in").iterdir():
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "gif", "bmp", "ppm", "jp2", "avif"])
+def test_intact_image_of_any_mode_is_read_and_a_damaged_one_read_or_refused(tmp_path, suffix):
+    path, random = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
         try:
-            read_rgb(path)
-        except InvalidImageError:
-            refused.add(path.name)
-    assert not refused & intact and refused and {name.rsplit(".")[-1] for name in intact} == set(FORMATS)
+            Image.fromarray(COFFEE).convert(mode).save(path)
+        except (OSError, ValueError, KeyError):
+            continue  # the format does not have the mode
+        assert read_rgb(path).shape == COFFEE.shape
+        whole = path.read_bytes()
+        for count in range(8):
+            content = bytearray(whole)
+            for at in random.integers(len(whole), size=count):
+                content[at] = random.integers(256)
+            path.write_bytes(content[: random.integers(len(whole))])
+            with suppress(InvalidImageError):
+                read_rgb(path)
 
 
-def test_error_without_text_is_named(tmp_path, monkeypatch):
+def test_lack_of_memory_is_named(tmp_path, monkeypatch):
     def load(image):
         raise MemoryError
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    with pytest.raises(InvalidImageError, match="a.png: not enough memory to decode it"):
+    with pytest.raises(InvalidImageError, match="a.png: not enough memory"):
         read_rgb(save_image(tmp_path / "a.png", COFFEE))
-
-
-STATE = """
-import support, sys, warnings
-from PIL import Image, PngImagePlugin
-def state():
-    png = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    filters = [entry for entry in warnings.filters if entry[3]]  # for modules; SciPy adds others
-    return Image.MAX_IMAGE_PIXELS, *png, {"HEIF", "JXL"} & Image.OPEN.keys(), filters
-before = state()
-import app, colorizer, get_invalid_images, hubconf, metrics_acc, metrics_auc, test, train
-assert state() == before, (before, state())
-"""
-
-
-@pytest.mark.slow
-def test_importing_the_scripts_changes_no_setting_of_pillow_or_warnings():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", STATE], check=True, cwd=ROOT)
 
 
 LIMITS = """
 import sys, support
 from support.cli import run_script
-from support.images import InvalidImageError, image_size, read_rgb
+from support.images import InvalidImageError, open_image, read_rgb
 
 def main(_):
-    print(image_size(sys.argv[1]))
+    with open_image(sys.argv[1]) as image:
+        print(image.size)
     try:
         print(read_rgb(sys.argv[2]).shape)
     except InvalidImageError as error:
@@ -239,22 +219,6 @@ def test_other_formats_of_pillow_are_not_opened(tmp_path, format):
         read_rgb(tmp_path / "a.jpg")
 
 
-@pytest.mark.parametrize(
-    ("head", "reason"),
-    [
-        (b"\0\0\0\x18ftypheic", "HEIC, which needs the package pillow-heif"),
-        (b"\0\0\0\x1cftypavif", "AVIF, which needs Pillow 11.3"),
-        (b"\xff\x0a\xfa\x1f", "JPEG XL, which needs the package pillow-jxl-plugin"),
-    ],
-)
-def test_unsupported_format_is_named_whatever_the_suffix(tmp_path, monkeypatch, head, reason):
-    """Without the optional packages."""
-    monkeypatch.setattr("support.images.READ_FORMATS", {"JPEG", "PNG"})
-    (tmp_path / "a.jpg").write_bytes(head + bytes(12))
-    with pytest.raises(InvalidImageError, match=reason):
-        read_rgb(tmp_path / "a.jpg")
-
-
 # Color profiles
 
 
@@ -286,11 +250,10 @@ def from_linear(linear):
     return 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
 
 
-@pytest.mark.parametrize("options", [{"name": "a.png"}, {"name": "a.tif", "compression": "tiff_lzw"}])
-def test_image_with_a_color_profile_is_converted_to_srgb(tmp_path, options):
+def test_image_with_a_color_profile_is_converted_to_srgb(tmp_path):
     x = STORED / 255
     true = from_linear(np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92) @ np.transpose(P3_TO_SRGB))
-    found = read_rgb(save_image(tmp_path / options.pop("name"), STORED, icc_profile=P3, **options))
+    found = read_rgb(save_image(tmp_path / "a.png", STORED, icc_profile=P3))
     assert np.abs(found - true).max() < 2 and np.abs(STORED - true).mean() > 5
 
 
@@ -311,9 +274,7 @@ def test_gray_image_with_a_gray_profile_is_converted(tmp_path):
         assert np.abs(found[..., 0] - true)[:, 16:].max() < 1.5
 
 
-@pytest.mark.parametrize(
-    ("mode", "profile"), [("RGB", b"x"), ("RGB", bytes(500)), ("RGB", P3[:300]), ("RGB", gray_profile()), ("CMYK", P3)]
-)
+@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"x"), ("RGB", gray_profile()), ("CMYK", P3)])
 def test_unusable_color_profile_warns_and_keeps_image(tmp_path, capsys, mode, profile):
     path = tmp_path / "photo.tif"
     Image.fromarray(COFFEE).convert(mode).save(path, icc_profile=profile)
@@ -390,11 +351,9 @@ def test_images_with_damaged_metadata_are_read_and_written(tmp_path):
         for at in random.integers(6, len(whole), 8):
             damaged[at] = random.integers(256)
         save(read_image(save_image(tmp_path / "a.jpg", COFFEE, exif=bytes(damaged))), tmp_path / "b.jpg")
-    no_text = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<3H3I2I", 1, 270, 5, 1, 26, 0, 1, 1)  # a number for a caption
     too_long = Image.Exif()
     too_long[ExifTags.Base.ImageDescription] = "x" * 70_000  # bytes; a JPEG has no room for more than 65,533
-    for metadata in (no_text, too_long):
-        save(read_image(save_image(tmp_path / "a.png", COFFEE, exif=metadata)), tmp_path / "b.jpg")
+    save(read_image(save_image(tmp_path / "a.png", COFFEE, exif=too_long)), tmp_path / "b.jpg")
     image = Image.fromarray(COFFEE)
     image.info["dpi"] = (float("nan"),) * 2
     save(read_image(image), tmp_path / "b.jpg")
@@ -420,13 +379,10 @@ def test_image_too_large_for_its_format_is_refused(tmp_path, error_message, side
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("array", [np.zeros((8, 8), np.uint8), np.zeros((8, 0, 3), np.uint8), np.zeros((8, 8, 3))])
-def test_array_of_another_shape_or_type_is_refused(array):
-    with pytest.raises(ValueError, match=rf"uint8 \[H, W, 3\], not {array.dtype} \[8, "):
-        read_image(array)
+ARRAYS = [np.zeros((8, 8), np.uint8), np.zeros((8, 0, 3), np.uint8), np.zeros((8, 8, 3))]
 
 
-@pytest.mark.parametrize("source", [b"\xff\xd8", None, [0]])
-def test_what_is_no_path_or_image_is_refused(source):
-    with pytest.raises(ValueError, match=f"not {type(source).__name__}"):
+@pytest.mark.parametrize("source", [*ARRAYS, Image.new("RGB", (0, 5)), b"\xff\xd8", None])
+def test_other_types_and_empty_images_are_refused(source):
+    with pytest.raises(ValueError, match=f"and not empty; this is {type(source).__name__}"):
         read_image(source)
