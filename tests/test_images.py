@@ -206,6 +206,14 @@ def test_scripts_allow_large_color_profiles_and_print_no_warnings_unlike_the_lib
     assert done.stderr.count("DecompressionBombWarning") == 1
 
 
+def test_heic_is_read_where_its_package_is_installed(tmp_path, monkeypatch):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.fromarray(COFFEE)).save(tmp_path / "a.jpg")
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.delitem(sys.modules, "pillow_heif.HeifImagePlugin", raising=False)
+    assert read_rgb(tmp_path / "a.jpg").shape == COFFEE.shape
+
+
 def test_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(InvalidImageError, match="not a regular"):
