@@ -1,14 +1,16 @@
 """From a name or a file to a network: this project's weights, the authors' (PyTorch, Caffe), the earlier port's."""
 
+import hashlib
 import re
 import urllib.request
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from support.checkpoints import read_checkpoint, set_weights
 from support.cli import SIDE, UserError, note, number, whole
-from support.files import sha256
+from support.files import atomic_path
 
 import numpy as np
 import paddle
@@ -76,40 +78,39 @@ def default_name(folder):
 
     Raises UserError if the folder does not exist, unless it is the default one.
     """
-    names = checkpoint_names(folder)
-    if not names:
-        if folder.is_dir():
-            note(f"{folder} contains no checkpoint: using the bundled weights, small")
-        elif folder != DEFAULT_FOLDER:
+    if not folder.is_dir():
+        if folder != DEFAULT_FOLDER:
             raise UserError(f"{folder}: no such folder")
         return "small"
+    names = checkpoint_names(folder)
     numbers = sorted((name for name in names if name.isdecimal()), key=int)
-    name = next(name for name in (DEFAULT_NAME, "latest", *numbers[-1:], *names) if name in names)
+    preferred = (DEFAULT_NAME, "latest", *numbers[-1:], *names)
+    name = next((name for name in preferred if name in names), "small")
     if name != DEFAULT_NAME:
         note(f"no --load_model: using {name}, as {folder} contains no {DEFAULT_NAME}")
     return name
 
 
 def download(url):
-    """Return the file behind `url`, downloaded to Paddle's cache.
+    """Return the file behind `url`, which is downloaded to Paddle's cache once.
 
     Raises UserError if its SHA-256 does not begin with the digits at the end of its name.
     """
-    from paddle.utils import download as paddle_download
-
-    cache, name = Path(paddle_download.WEIGHTS_HOME), url.split("/")[-1]
-    offline = f"download it on another machine and pass its path: --load_model {name}"
+    path = Path(paddle.utils.download.WEIGHTS_HOME, url.split("/")[-1])
+    if path.exists():
+        return path
+    note(f"downloading {url} to {path}")
     try:
-        if not (cache / name).exists():  # Paddle's own attempts have no timeout and take long to fail
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
-        # PyTorch's files are zip archives, which Paddle would unpack.
-        path = Path(paddle_download.get_path_from_url(url, str(cache), decompress=False))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{url}: download failed ({getattr(error, 'reason', error)}); {offline}") from error
-    digits, digest = name.split(".")[0].split("-")[-1], sha256(path)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        advice = f"download it on another machine and pass its path: --load_model {path.name}"
+        raise UserError(f"{url}: download failed ({getattr(error, 'reason', error)}); {advice}") from error
+    digits, digest = path.stem.split("-")[-1], hashlib.sha256(content).hexdigest()
     if not digest.startswith(digits):
-        path.unlink()  # else the next attempt would find it in the cache
-        raise UserError(f"{url}: removed, as its SHA-256 is {digest[:8]}…, not {digits}…; try again, or {offline}")
+        raise UserError(f"{url}: download failed: its SHA-256 is {digest[:8]}…, not {digits}…; try again")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
     return path
 
 
@@ -172,13 +173,14 @@ def read_weights(path):
 
     The parameter names show whose network it is. Raises UserError if the file cannot be read or is damaged.
     """
-    checkpoint = read_checkpoint(path)
-    state = {re.sub(r"^_layers\.", "", str(name)): value for name, value in checkpoint.state.items()}
-    entries = {name: source.pop(name) for source in (checkpoint.metadata, state) for name in ENTRIES if name in source}
+    content, sha256 = read_checkpoint(path)
+    entries = {name: content.pop(name) for name in ENTRIES if name in content}
     try:
         entries = {name: check_entry(name, np.asarray(value).item()) for name, value in entries.items()}
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    arrays = {str(name): array for name, array in content.items() if isinstance(array, np.ndarray)}
+    state = {name.removeprefix("_layers."): array for name, array in arrays.items()}
     extra_relu = "features.0.weight" in state
     if extra_relu:
         state = _from_port(state)
@@ -188,7 +190,7 @@ def read_weights(path):
         state = _from_caffe(state)
     head = "conv8_ab" if "conv8_ab.weight" in state else "conv8_313"
     temperature = entries.pop("temperature", TEMPERATURE) if head == "conv8_313" else None
-    return Weights(Path(path), checkpoint.sha256, state, head, extra_relu, temperature, **entries)
+    return Weights(Path(path), sha256, state, head, extra_relu, temperature, **entries)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def _from_pytorch(state, path):
     state = {name: array for name, array in state.items() if not name.endswith(".num_batches_tracked")}
     factors = {"conv1.0.weight": 1 / L_SCALE, "conv8_313.weight": TEMPERATURE, "conv8_313.bias": TEMPERATURE}
     for name, factor in factors.items():
-        if isinstance(state.get(name), np.ndarray):
+        if name in state:
             state[name] = state[name] * factor
     return state
 
@@ -226,15 +228,15 @@ def _from_caffe(state):
     Layers that are not in this network are left out: class8_ab, which every program that uses the file fills in from
     pts_in_hull.npy, and layers for training only.
     """
-    converted = {"conv8_313.weight": state.get("conv8_313.0"), "conv8_313.bias": state.get("conv8_313.1")}
+    converted = {}
     for name, array in state.items():
-        if conv := re.fullmatch(r"(?:bw_)?conv(\d)_(\d)\.([01])", name):
-            part = "weight" if conv[3] == "0" else "bias"
-            converted[f"conv{conv[1]}.{2 * int(conv[2]) - 2}.{part}"] = array
+        if conv := re.fullmatch(r"(?:bw_)?conv(\d)_(\d+)\.([01])", name):
+            layer = "conv8_313" if conv[2] == "313" else f"conv{conv[1]}.{2 * int(conv[2]) - 2}"
+            converted[f"{layer}.{'weight' if conv[3] == '0' else 'bias'}"] = array
         elif norm := re.fullmatch(r"conv(\d)_(\d)norm\.2", name):
             mean, variance = (state.get(f"{name[:-1]}{i}", np.nan) for i in (0, 1))
-            layer = f"conv{norm[1]}.{2 * int(norm[2])}"
+            layer, factor = f"conv{norm[1]}.{2 * int(norm[2])}", array.sum()  # of one number
             with np.errstate(all="ignore"):  # the factor is 0 if never trained, which gives NaN
-                converted[f"{layer}._mean"], converted[f"{layer}._variance"] = mean / array, variance / array
+                converted[f"{layer}._mean"], converted[f"{layer}._variance"] = mean / factor, variance / factor
             converted[f"{layer}.weight"], converted[f"{layer}.bias"] = np.ones_like(mean), np.zeros_like(mean)
     return converted

@@ -4,7 +4,6 @@ They are read as data, without running any code in them, and a file with the fin
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from support.cli import UserError, report_os_errors
@@ -29,61 +28,56 @@ def save_safetensors(state, path, metadata=None):
         temporary.write_bytes(safetensors.numpy.save(arrays, {"format": "pd", **(metadata or {})}))
 
 
-@dataclass
-class Checkpoint:
-    """The content of a weight file."""
-
-    state: dict  # arrays by name; or nested containers of arrays, numbers and strings
-    metadata: dict  # text entries that describe them; only safetensors has any
-    sha256: str  # of the file, hexadecimal
-
-
 def read_checkpoint(path):
-    """Read a file of `paddle.save` (2.0 to 3.x), safetensors, PyTorch or Caffe as a `Checkpoint`.
+    """Read a file of `paddle.save` (2.0 to 3.x), safetensors, PyTorch or Caffe.
 
-    The format is recognized by the file's content. NumPy arrays take the place of tensors. `paddle.load` would unpickle
-    the file, and a pickle can run code; this function runs nothing. Raises UserError, naming the file, if it is
-    missing or damaged, or needs anything but arrays, numbers, strings and containers of these.
+    The format is recognized by the file's content. `paddle.load` would unpickle the file, and a pickle can run code;
+    this function runs nothing.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        (dict, str): Arrays by name, also numbers, strings and containers of these (the text entries of a safetensors
+        file are strings); and the file's SHA-256, hexadecimal.
+
+    Raises:
+        UserError: If the file is missing or damaged, or needs anything else.
     """
     if not Path(path).exists():
         raise UserError(f"{path}: no such checkpoint")
     with report_os_errors(f"{path}: cannot be read"):
         content = Path(path).read_bytes()
     try:
-        state, metadata = read_weights(content)
+        state = read_weights(content)
     except Exception as error:  # damaged files make the readers raise anything: KeyError, struct.error, …
         raise UserError(f"{path}: not a readable checkpoint: {str(error) or type(error).__name__}") from error
-    return Checkpoint(state, metadata, hashlib.sha256(content).hexdigest())
+    return state, hashlib.sha256(content).hexdigest()
 
 
 def load_checkpoint(path):
     """Return the dict in a file that `read_checkpoint` reads."""
-    return read_checkpoint(path).state
+    return read_checkpoint(path)[0]
 
 
 def set_weights(network, state, path):
-    """Put a state dict of arrays, read from `path`, into a network.
+    """Put the arrays in a state dict, which was read from `path`, into a network.
 
     Raises UserError if they do not fit completely or are not finite.
     """
-    tensors, arrays = network.state_dict(), {}
-    if different := sorted(tensors.keys() ^ set(map(str, state))):
+    tensors = network.state_dict()
+    arrays = {str(name): array for name, array in state.items() if isinstance(array, np.ndarray)}  # without texts
+    if different := sorted(tensors.keys() ^ arrays.keys()):
         names = ", ".join(different[:3]) + ", …" * (len(different) > 3)
         raise UserError(f"{path}: another network's checkpoint: missing or unknown: {names}")
     for name, tensor in tensors.items():
-        found, expected = _describe(state[name]), f"float {list(tensor.shape)}"
-        if found != expected:
-            raise UserError(f"{path}: another network's checkpoint: {name} is {found} instead of {expected}")
+        array = arrays[name]
+        if array.dtype.kind != "f" or list(array.shape) != list(tensor.shape):
+            found = f"{array.dtype.name} {list(array.shape)} instead of float {list(tensor.shape)}"
+            raise UserError(f"{path}: another network's checkpoint: {name} is {found}")
         with np.errstate(over="ignore"):
-            array = arrays[name] = state[name].astype(np.float32, copy=False)
-        if not np.isfinite(array).all() or (name.endswith("_variance") and array.min() < 0):
+            arrays[name] = array.astype(np.float32, copy=False)
+        if not np.isfinite(arrays[name]).all() or (name.endswith("_variance") and array.min() < 0):
             raise UserError(f"{path}: not finite (NaN or infinity), or a negative variance: {name}")
     for name, tensor in tensors.items():  # only now, so that the network never gets some of the weights
         tensor.set_value(arrays[name])
-
-
-def _describe(array):
-    """Return the kind and shape of an array, e.g. "float [64, 1, 3, 3]", or the type of anything else."""
-    if not isinstance(array, np.ndarray):
-        return type(array).__name__
-    return f"{array.dtype.name.rstrip('0123456789')} {list(array.shape)}"

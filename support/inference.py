@@ -1,6 +1,5 @@
 """Predictors of any layer. On CPUs with oneDNN, Paddle Inference runs it several times faster than eager mode."""
 
-import errno
 import os
 import tempfile
 import threading
@@ -42,7 +41,7 @@ def make_predictor(load_layer, example, precision="auto"):
     layer = load_layer()
     if not on_cpu:
         return eager_predictor(layer, precision), precision
-    if has_engine():
+    if paddle.base.core.is_compiled_with_mkldnn():  # otherwise the engine is no faster than eager mode
         try:
             predict = engine_predictor(layer, example, precision)
             check_stop()
@@ -76,11 +75,6 @@ def engine_predictor(layer, example, precision):
     return lambda x: paddle.to_tensor(run(x.numpy()))
 
 
-def has_engine():
-    """Return whether this build of Paddle contains oneDNN, without which the engine is no faster than eager mode."""
-    return paddle.base.core.is_compiled_with_mkldnn()
-
-
 def temporary_folder():
     """Return a temporary folder that Paddle can write to, as a context manager.
 
@@ -107,19 +101,14 @@ def export(layer, inputs, folder):
     with static_mode_of_this_thread():
         paddle.jit.save(layer, os.path.join(folder, "program"))
     size = sum(tensor.size * tensor.element_size() for tensor in layer.state_dict().values())
-    if os.path.getsize(os.path.join(folder, "program.pdiparams")) < size:  # Paddle does not notice a full disk
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+    if os.path.getsize(os.path.join(folder, "program.pdiparams")) < size:  # Paddle does not notice it
+        raise OSError(f"the disk of {folder} is full")
 
 
-def lock_across_forks():
-    """Return a lock that no thread holds while the process forks: in the copy, no thread would release it."""
-    lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
-    return lock
-
-
-EXPORTING = lock_across_forks()  # by one thread at a time, as Paddle requires
+# Held while a layer is exported, as Paddle requires, and while an engine runs.
+LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # in a copy of the process, a thread that held it would not release it
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 @contextmanager
@@ -136,7 +125,7 @@ def static_mode_of_this_thread():
             paddle.base.core._switch_tracer(value)
         self.__dict__[name] = value
 
-    with EXPORTING:
+    with LOCK:
         original, modes.__setattr__ = modes.__setattr__, set_mode
         try:
             yield
@@ -188,10 +177,9 @@ def engine(folder, precision="float32"):
     predictor = inference.create_predictor(config)
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     result = predictor.get_output_handle(predictor.get_output_names()[0])
-    lock = lock_across_forks()
 
     def run(array):
-        with lock:
+        with LOCK:
             source.reshape(array.shape)
             source.copy_from_cpu(array)
             predictor.run()

@@ -8,7 +8,7 @@ import os
 import zipfile
 from io import BytesIO
 
-from support.pickles import DataUnpickler, read_pickle, to_plain, widen_bfloat16
+from support.pickles import DataUnpickler, widen_bfloat16
 
 import numpy as np
 from safetensors import deserialize
@@ -20,9 +20,9 @@ CAFFE = (b"\n", b"\x1a", b"\xa2\x06")  # a network's name, inputs or layers
 
 
 def read_weights(content):
-    """Return the content of a file in any format, and its text entries (safetensors), both dicts.
+    """Return the content of a file in any format as a dict, with NumPy arrays in place of tensors.
 
-    NumPy arrays take the place of tensors. Errors are of many types.
+    The text entries of a safetensors file are strings in it. Errors are of many types.
     """
     if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < LONGEST_HEADER:
         return read_safetensors(content)
@@ -30,12 +30,13 @@ def read_weights(content):
         state = read_zip(content)
     elif content.startswith(LEGACY_PYTORCH):
         state = read_legacy_pytorch(content)
+    elif content.startswith(CAFFE):
+        state = read_caffe(content)
     else:
-        state = read_caffe(content) if content.startswith(CAFFE) else read_pickle(content)
+        state = DataUnpickler(BytesIO(content)).load()
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not the state of a network")
-    state.pop("StructuredToParameterName@@", None)  # Paddle's own note of parameter names
-    return state, {}
+    return state
 
 
 # -------------------------------------------------------------------------------------------------
@@ -49,16 +50,15 @@ def read_safetensors(content):
 
     An int8 array `X` with a float array `X.scale` is returned as their product `X`.
     """
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # after eight bytes for its length
     arrays = {}
     for name, entry in deserialize(content):
-        arrays[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        arrays[name] = widen_bfloat16(arrays[name])
+        numbers = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
+        arrays[name] = widen_bfloat16(numbers.reshape(entry["shape"]))
     for name in [name for name in arrays if f"{name}.scale" in arrays]:
-        product = arrays[name].astype(np.float32)
-        product *= arrays.pop(f"{name}.scale")  # in place: raises ValueError if the scale has a larger shape
-        arrays[name] = product
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # after eight bytes for its length
-    return arrays, header.get("__metadata__", {})
+        product = np.empty(arrays[name].shape, np.float32)  # raises ValueError if the scale has a larger shape
+        arrays[name] = np.multiply(arrays[name], arrays.pop(f"{name}.scale"), out=product)
+    return {**header.get("__metadata__", {}), **arrays}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -71,11 +71,11 @@ def read_zip(content):
     if sum(file.file_size for file in archive.infolist()) > len(content):
         raise ValueError("its parts are larger than the file")
     folder = archive.namelist()[0].split("/")[0]
-    reader = DataUnpickler(archive.open(f"{folder}/data.pkl"))
-    state = reader.load()
-    for key, storage in reader.storages.items():
-        storage.data = archive.read(f"{folder}/data/{key}")
-    return to_plain(state)
+
+    def read_storage(key, dtype, _):
+        return widen_bfloat16(np.frombuffer(archive.read(f"{folder}/data/{key}"), dtype))
+
+    return DataUnpickler(archive.open(f"{folder}/data.pkl"), read_storage).load()
 
 
 def read_legacy_pytorch(content):
@@ -83,13 +83,14 @@ def read_legacy_pytorch(content):
     file = BytesIO(content)
     for _ in ("magic number", "version", "system"):
         DataUnpickler(file).load()
-    reader = DataUnpickler(file)
+    # Storages are filled after the tensors, their views, have been made. None is longer than the file.
+    reader = DataUnpickler(file, lambda _, dtype, count: np.zeros(min(count, len(content)), dtype))
     state = reader.load()
     for key in DataUnpickler(file).load():
-        storage = reader.storages[key]
         file.seek(8, os.SEEK_CUR)  # the number of elements, which the storage has, too
-        storage.data = file.read(storage.count * storage.dtype.itemsize)
-    return to_plain(state)
+        if file.readinto(reader.storages[key]) < reader.storages[key].nbytes:
+            raise ValueError("it is cut short")
+    return state
 
 
 # -------------------------------------------------------------------------------------------------

@@ -14,38 +14,30 @@ from support.inference import eager_predictor, fold_batch_norm, make_predictor, 
 import numpy as np
 import paddle
 import pytest
-from conftest import SmallNetwork, bundled_image
+from small_network import SmallNetwork
 
 from colorizer import SMALLEST_INPUT
-from dataset import rgb_to_lab
 from pretrained import load_network
-from utils import annealed_mean, load_ab_bins
 
 
-def predict_ab(predict, width, height, count=1):
-    """Return the predicted ab of copies of an image at a size."""
-    rgb = np.asarray(bundled_image("coffee").resize((width, height))).transpose(2, 0, 1)
-    lightness = rgb_to_lab(paddle.to_tensor(np.stack([rgb] * count)))[:, :1] - 50
-    return annealed_mean(predict(lightness), load_ab_bins()).numpy()
+@pytest.fixture(scope="module")
+def engine(cic_checkpoint):
+    return make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "float32")[0]
 
 
-def test_engine_equals_eager_mode_at_any_size(cic_checkpoint, capsys):
+def test_engine_equals_eager_mode_at_any_size_and_bf16_nearly_does(cic_checkpoint, engine):
     eager = eager_predictor(load_network(cic_checkpoint), "float32")
-    engine, _ = make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "float32")
-    assert not capsys.readouterr().err
-    for size in ((64, 64), (120, 72), (72, 120, 3), (8, 8), (64, 64)):
-        assert np.abs(predict_ab(engine, *size) - predict_ab(eager, *size)).max() < 0.01
-
-
-def test_bf16_changes_predicted_ab_little(cic_checkpoint):
-    load = partial(load_network, cic_checkpoint)
-    exact, bf16 = (make_predictor(load, SMALLEST_INPUT, name)[0] for name in ("float32", "bf16"))
-    assert np.abs(predict_ab(exact, 120, 72) - predict_ab(bf16, 120, 72)).mean() < 0.5
+    bf16, _ = make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "bf16")
+    for size in ((1, 64, 64), (3, 72, 120), (1, 8, 8), (1, 64, 64)):
+        x = 25 * paddle.randn([size[0], 1, *size[1:]])
+        expected = eager(x)
+        assert (engine(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (bf16(x) - expected).abs().mean() < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize(
     ("supported", "paddles", "precision"),
-    [(True, "3.3.1", "bf16"), (True, "3.0.0", "bf16"), (True, "2.6.2", "float32"), (False, "3.3.1", "float32")],
+    [(True, "3.0.0", "bf16"), (True, "2.6.2", "float32"), (False, "3.3.1", "float32")],
 )
 def test_auto_precision_is_bf16_where_the_cpu_supports_it(supported, paddles, precision, monkeypatch):
     monkeypatch.setattr(paddle.base.core, "supports_bfloat16_fast_performance", lambda: supported)
@@ -64,35 +56,26 @@ def test_bf16_on_a_gpu_without_it_prints_one_line_and_computes_in_float32(
 
 
 @pytest.mark.parametrize("has_engine", [True, False])
-def test_predictions_are_the_same_without_the_engine(monkeypatch, capsys, has_engine):
+def test_predictions_are_the_same_without_the_engine(small_network, small_checkpoint, monkeypatch, capsys, has_engine):
     """The engine fails, after it changed the layer, or Paddle was built without oneDNN."""
-    network = SmallNetwork()
-    weights = network.state_dict()
-
-    def load():
-        loaded = SmallNetwork()
-        loaded.set_state_dict(weights)
-        return loaded
-
-    x = 25 * paddle.randn([1, 1, 24, 40])
+    load, x = partial(load_network, small_checkpoint), 25 * paddle.randn([1, 1, 24, 40])
     expected = make_predictor(load, SMALLEST_INPUT, "float32")[0](x)
     monkeypatch.setattr("support.inference.engine", lambda *_: 1 / 0)
-    monkeypatch.setattr("support.inference.has_engine", lambda: has_engine)
+    monkeypatch.setattr(paddle.base.core, "is_compiled_with_mkldnn", lambda: has_engine)
     predict, precision = make_predictor(load, SMALLEST_INPUT, "bf16")
     assert precision == "float32" and float((predict(x) - expected).abs().max()) < 1e-4
     assert capsys.readouterr().err.count("computing in a slower way, in float32") == has_engine
 
 
 def test_folded_batch_norm_does_not_change_the_output():
-    network = SmallNetwork()
-    network(25 * paddle.randn([2, 1, 32, 32]))  # statistics other than 0 and 1
+    network, x = SmallNetwork(), 25 * paddle.randn([2, 1, 32, 32])
+    network(x)  # statistics other than 0 and 1
+    network.down[0][2].weight.set_value(paddle.rand([16]) + 0.5)
     network.eval()
-    x = 25 * paddle.randn([1, 1, 24, 40])
     before = network(x)
     fold_batch_norm(network)
     assert not any(isinstance(layer, paddle.nn.BatchNorm2D) for layer in network.sublayers())
     np.testing.assert_allclose(network(x), before, rtol=1e-4, atol=1e-4)
-    assert not network(x).stop_gradient  # gradients are not disabled afterwards
 
 
 def test_temporary_folder_has_an_ascii_name_on_windows(tmp_path, monkeypatch):
@@ -103,14 +86,13 @@ def test_temporary_folder_has_an_ascii_name_on_windows(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
-def test_process_forked_amid_a_run_of_another_thread_can_run_the_engine(cic_checkpoint):
-    predict, _ = make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "float32")
+def test_process_forked_amid_a_run_of_another_thread_can_run_the_engine(engine):
     x = paddle.ones([1, 1, 64, 64])
-    expected, stop = predict(x).numpy(), threading.Event()
+    expected, stop = engine(x).numpy(), threading.Event()
 
     def run():
         while not stop.is_set():
-            predict(x)
+            engine(x)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -118,7 +100,7 @@ def test_process_forked_amid_a_run_of_another_thread_can_run_the_engine(cic_chec
         for _ in range(3):
             if (child := os.fork()) == 0:
                 faulthandler.dump_traceback_later(30, exit=True)  # if it hangs
-                os._exit(not np.array_equal(predict(x).numpy(), expected))
+                os._exit(not np.array_equal(engine(x).numpy(), expected))
             assert os.waitpid(child, 0)[1] == 0
     finally:
         stop.set()
@@ -148,7 +130,7 @@ def test_full_disk_is_the_reason_that_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(paddle.jit, "save", save_half)
     assert make_predictor(SmallNetwork, SMALLEST_INPUT, "float32")[1] == "float32"
     (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be used in float32 ([Errno 28] No space left on device: '" in line and "slower way" in line
+    assert "cannot be used in float32 (the disk of " in line and "is full); computing in a slower way" in line
 
 
 def test_thread_that_first_uses_paddle_during_an_export_is_in_dynamic_mode():
@@ -168,5 +150,5 @@ def test_thread_that_first_uses_paddle_during_an_export_is_in_dynamic_mode():
 
 def test_predictors_made_by_several_threads_all_use_the_engine(capsys):
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT, "float32"), range(8)))
-    assert len(made) == 8 and not capsys.readouterr().err
+        list(pool.map(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT, "float32"), range(8)))
+    assert not capsys.readouterr().err

@@ -4,7 +4,7 @@ import json
 import os
 import zipfile
 
-from support.checkpoints import load_checkpoint, read_checkpoint, save_safetensors
+from support.checkpoints import load_checkpoint, save_safetensors
 
 import numpy as np
 import pytest
@@ -21,52 +21,23 @@ def path(tmp_path):
 # Safetensors
 
 
-ARRAYS = {
-    "float": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
-    "half": np.linspace(-1, 1, 3, dtype=np.float16),
-    "double": np.array([np.pi]),
-    "count": np.array(7),
-    "bytes": np.arange(-128, 127, dtype=np.int8),
-    "empty": np.zeros((0, 3), np.float32),
-}
-
-
-def test_safetensors_are_written_as_their_own_package_reads_them(path):
-    save_safetensors(ARRAYS, path, {"load_size": "96"})
+def test_safetensors_are_written_and_read_as_by_their_own_package(path):
+    arrays = {
+        "float": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
+        "half": np.linspace(-1, 1, 3, dtype=np.float16),
+        "double": np.array([np.pi]),
+        "count": np.array(7),
+        "bytes": np.arange(-128, 127, dtype=np.int8),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    save_safetensors(arrays, path, {"load_size": "96"})
     with safetensors.safe_open(path, "np") as file:
-        assert len(file.keys()) == len(ARRAYS)
-        assert_same_state({name: file.get_tensor(name) for name in ARRAYS}, ARRAYS)
-        assert file.metadata() == {"format": "pd", "load_size": "96"} == read_checkpoint(path).metadata
-
-
-def test_safetensors_of_their_own_package_are_read_whatever_the_suffix(path):
-    safetensors.numpy.save_file(ARRAYS, path, {"made": "elsewhere"})
+        assert len(file.keys()) == len(arrays)
+        assert_same_state({name: file.get_tensor(name) for name in arrays}, arrays)
+        assert file.metadata() == {"format": "pd", "load_size": "96"}
     loaded = load_checkpoint(path)
-    assert len(loaded) == len(ARRAYS)
-    assert_same_state({name: loaded[name] for name in ARRAYS}, ARRAYS)
-    assert read_checkpoint(path).metadata == {"made": "elsewhere"}
-
-
-def test_bfloat16_in_safetensors_is_loaded_as_float32(path):
-    torch = pytest.importorskip("torch")
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    tensor = torch.randn(5, 7, generator=torch.manual_seed(0)).to(torch.bfloat16)
-    save_file({"x": tensor}, path)
-    assert_same_state(load_checkpoint(path), {"x": tensor.float().numpy()})
-
-
-def test_int8_weights_with_per_channel_scales_are_multiplied(path):
-    numbers = np.array([[[1, -127]], [[64, 0]]], np.int8)
-    scale = np.array([[[0.5]], [[0.25]]], np.float32)
-    save_safetensors({"x": numbers, "x.scale": scale, "alone": numbers}, path)
-    product = np.array([[[0.5, -63.5]], [[16, 0]]], np.float32)
-    assert_same_state(dict(sorted(load_checkpoint(path).items())), {"alone": numbers, "x": product})
-
-
-def test_scale_that_is_larger_than_its_array_is_refused(path):
-    """100 kB that would be 10 GB, if they were multiplied."""
-    save_safetensors({"x": np.ones((50000, 1), np.int8), "x.scale": np.ones((1, 50000), np.int8)}, path)
-    assert "non-broadcastable" in refusal(path)
+    assert loaded.keys() == {*arrays, "format", "load_size"} and loaded["load_size"] == "96"
+    assert_same_state({name: loaded[name] for name in arrays}, arrays)
 
 
 def safetensors_file(header, data):
@@ -74,18 +45,36 @@ def safetensors_file(header, data):
     return len(header).to_bytes(8, "little") + header + data
 
 
+def test_bfloat16_in_safetensors_is_loaded_as_float32(path):
+    data = np.array([1.5, -2], np.float32).view(np.uint16)[1::2].tobytes()  # the upper halves
+    path.write_bytes(safetensors_file({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}, data))
+    assert_same_state(load_checkpoint(path), {"x": np.array([1.5, -2])})
+
+
+def test_int8_weights_with_per_channel_scales_are_multiplied(path):
+    numbers = np.array([[[1, -127]], [[64, 0]]], np.int8)
+    save_safetensors({"x": numbers, "x.scale": np.array([[[0.5]], [[0.25]]], np.float32), "alone": numbers}, path)
+    loaded = load_checkpoint(path)
+    assert loaded["x"].dtype == np.float32 and loaded["x"].tolist() == [[[0.5, -63.5]], [[16, 0]]]
+    assert_same_state(loaded["alone"], numbers)
+    # 100 kB that would be 10 GB, if they were multiplied
+    save_safetensors({"x": np.ones((50000, 1), np.int8), "x.scale": np.ones((1, 50000), np.int8)}, path)
+    assert "non-broadcastable" in refusal(path)
+
+
 def test_header_of_millions_of_bytes_takes_no_memory(path):
     """Each entry of the header would take 30 times its size."""
-    content = safetensors_file(
-        {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**5)}, b""
-    )
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    content = safetensors_file(dict.fromkeys(map(str, range(10**5)), entry), b"")
     assert len(content) > 5e6 and peak_memory(lambda: refusal(path, content)) < len(content) + 1e6
 
 
 # PyTorch
 
+both_layouts = pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
+
+@both_layouts
 def test_pytorch_state_equals_what_torch_load_returns(path, zipped):
     """Views, shared storages, every type of numbers."""
     torch = pytest.importorskip("torch")
@@ -98,21 +87,21 @@ def test_pytorch_state_equals_what_torch_load_returns(path, zipped):
         channels_last=torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
         number=torch.tensor(2.5),
         empty=torch.zeros(0, 3),
-        **{name: (10 * base).to(getattr(torch, name)) for name in ("float16", "bfloat16", "float64", "int8", "int64")},
+        **{name: (10 * base).to(getattr(torch, name)) for name in ("float16", "float64", "int8", "int64")},
         **{name: base.abs().to(getattr(torch, name)) for name in ("uint8", "int16", "int32", "bool")},
     )
+    if zipped:  # PyTorch before 1.6 hardly wrote it
+        state["bfloat16"] = base.to(torch.bfloat16)
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    expected = torch.load(path, weights_only=True)
     loaded = load_checkpoint(path)
-    assert list(loaded) == list(expected)
-    for name, tensor in expected.items():
-        tensor = tensor.detach()
-        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        assert loaded[name].dtype == tensor.numpy().dtype, name
-        np.testing.assert_array_equal(loaded[name], tensor.numpy(), name)
+    assert list(loaded) == list(state)
+    for name, tensor in state.items():
+        expected = (tensor.float() if name == "bfloat16" else tensor).detach().numpy()
+        assert loaded[name].dtype == expected.dtype, name
+        np.testing.assert_array_equal(loaded[name], expected, name)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["since 1.6", "before 1.6"])
+@both_layouts
 def test_hostile_or_truncated_pytorch_files_are_refused(path, tmp_path, zipped):
     torch = pytest.importorskip("torch")
 
@@ -126,27 +115,20 @@ def test_hostile_or_truncated_pytorch_files_are_refused(path, tmp_path, zipped):
     whole = save(torch.ones(100))
     for length in (20, len(whole) // 2, len(whole) - 1):
         assert "not a readable checkpoint" in refusal(path, whole[:length])
-    rebuild, storage = torch._utils._rebuild_tensor_v2, torch.ones(4).storage()
     for offset, shape, strides in (
         (1, [4], [1]),
         (-1, [1], [1]),
         (0, [2], [-1]),
         (0, [5], [2**60]),  # its last byte is at 2^64, which is 0 in 64 bits
-        (0, [3, 3], [2**59, -(2**59)]),
     ):
-        forged = Call(rebuild, storage, offset, shape, strides, False, {})
-        assert "not within its storage" in refusal(path, save(forged))
+        tensor = torch._utils._rebuild_tensor_v2, torch.ones(4).storage(), offset, shape, strides
+        assert "not within its storage" in refusal(path, save(Call(*tensor, False, {})))
 
 
 def test_compressed_zip_archives_are_refused(path):
     """PyTorch stores tensors uncompressed; a compressed megabyte could be a gigabyte of zeros."""
-    torch = pytest.importorskip("torch")
-    torch.save({"a": torch.zeros(1000)}, path)
-    with zipfile.ZipFile(path) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
+        archive.writestr("archive/data.pkl", bytes(10**6))
     assert "parts are larger than the file" in refusal(path)
 
 
@@ -161,16 +143,12 @@ def test_damaged_caffe_files_and_other_formats_are_refused(path):
     path.write_bytes(blob([2], bytes(8)))
     assert_same_state(load_checkpoint(path), {"conv1_2.0": np.zeros(2, np.float32)})
     for content in (
-        b"",
         b"<!DOCTYPE html><html><body>Not found",
         b'name: "net"\nlayer {\n  name: "conv1"\n}',
-        b"\xff\xd8\xff\xe0 a JPEG",
         blob([2], bytes(8))[:-2],
         blob([2], bytes(7)),
-        blob([2], bytes(12)),
         blob([2**40, 2**40], b""),
         blob([2**64 - 2, 2**64 - 1], bytes(8)),  # -2 and -1
         b"PK\x03\x04 cut short",
-        b"\x80\x04cut short",
     ):
         assert refusal(path, content).startswith("not a readable checkpoint: ")

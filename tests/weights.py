@@ -11,10 +11,10 @@ import pytest
 
 
 class Call:
-    """Pickles as a call of the function: what an attacker puts into a file."""
+    """Pickles as a call of the function, then of `__setstate__` of its result: what an attacker puts into a file."""
 
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    def __init__(self, function, *arguments, state=None):
+        self.call = function, arguments, state
 
     def __reduce__(self):
         return self.call
