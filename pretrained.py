@@ -211,10 +211,10 @@ def _from_pytorch(state, path):
     # 0.5 of the grid's 10 covers rounding to 16 bits
     if np.shape(expectation) != bins.shape or not np.abs(expectation * AB_SCALE - bins).max() < 0.5:
         raise UserError(f"{path}: its model_out does not contain pts_in_hull.npy's bins in the same order")
-    names = {"model8.6": "conv8_313", "model": "conv", "running_mean": "_mean", "running_var": "_variance"}
-    pattern = "^model8[.]6|^model|running_mean$|running_var$"
-    state = {re.sub(pattern, lambda m: names[m[0]], name): array for name, array in state.items()}
     state = {name: array for name, array in state.items() if not name.endswith(".num_batches_tracked")}
+    names = {"model8.6": "conv8_313", "model": "conv", "running_mean": "_mean", "running_var": "_variance"}
+    for theirs, ours in names.items():
+        state = {name.replace(theirs, ours): array for name, array in state.items()}
     factors = {"conv1.0.weight": 1 / L_SCALE, "conv8_313.weight": TEMPERATURE, "conv8_313.bias": TEMPERATURE}
     for name, factor in factors.items():
         if name in state:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.checkpoints import save_safetensors
 from support.cli import Parser, run_script
 from support.files import sha256
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from pretrained import SMALL, read_weights
 from utils import load_prior, rebalancing_weights
@@ -44,10 +44,10 @@ def main(args):
     state["conv8_313.bias"] = state["conv8_313.bias"] - STRENGTH * np.log(rebalancing_weights(load_prior()).numpy())
     rounded = {}
     for name, array in state.items():
-        rounded[name] = array.astype(np.float32)
+        rounded[name] = array.astype(np.float32, order="C")
         if array.ndim == 4:
             rounded[name], rounded[f"{name}.scale"] = round_to_8_bits(rounded[name], int(name == TRANSPOSED))
-    save_safetensors(rounded, SMALL, {"load_size": str(LOAD_SIZE)})
+    save_file(rounded, SMALL, {"load_size": str(LOAD_SIZE)})
     print(f"{SMALL}: {SMALL.stat().st_size:,} bytes, SHA-256 {sha256(SMALL)}")
 
 

@@ -12,20 +12,12 @@ from support.weights_files import read_weights
 
 import numpy as np
 import paddle
-import safetensors.numpy
 
 
 def save_checkpoint(state, path):
     """Write a state dict (or nested dicts of tensors, numbers and strings) as `paddle.load` reads it."""
     with atomic_path(path) as temporary:
         paddle.save(state, str(temporary))
-
-
-def save_safetensors(state, path, metadata=None):
-    """Write a flat dict of tensors or arrays, and text entries that describe them, as a safetensors file."""
-    arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(arrays, {"format": "pd", **(metadata or {})}))
 
 
 def read_checkpoint(path):

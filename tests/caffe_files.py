@@ -30,8 +30,8 @@ def write_caffe(path, layers):
     return path
 
 
-def flat_network(x, extra_relu=False, affine=False):
-    """Return this network as a list of layers, with random weights and its batch norm statistics on x (L - 50).
+def flat_network(lightness, extra_relu=False, affine=False):
+    """Return this network as a list of layers, with random weights and its batch norm statistics on these images.
 
     The earlier Paddle port has this form, with another ReLU before conv6.
     """
@@ -44,19 +44,14 @@ def flat_network(x, extra_relu=False, affine=False):
             layers.append(nn.ReLU())
             width = channels
         layers.append(nn.BatchNorm2D(channels, momentum=0.0))  # the statistics are those of the last batch
+        if affine:
+            layers[-1].weight.set_value(paddle.rand([channels]) + 0.5)
+            layers[-1].bias.set_value(0.3 * paddle.randn([channels]))
     layers += [nn.Conv2DTranspose(512, 256, 4, 2, 1), nn.ReLU(), nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU()]
     layers += [nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2D(256, 313, 1)]
-    for layer in layers:
-        if isinstance(layer, (nn.Conv2D, nn.Conv2DTranspose)):
-            fan_in = np.prod(layer.weight.shape) / layer.bias.shape[0]
-            layer.weight.set_value(paddle.randn(layer.weight.shape) * (2 / fan_in) ** 0.5)
-        elif isinstance(layer, nn.BatchNorm2D) and affine:
-            layer.weight.set_value(paddle.rand(layer.weight.shape) + 0.5)
-            layer.bias.set_value(0.3 * paddle.randn(layer.bias.shape))
-    layers[0].weight.set_value(layers[0].weight / 30)  # the input, L - 50, is about that large
     network = nn.Sequential(*layers)
     with paddle.no_grad():
-        network(paddle.to_tensor(x))
+        network(paddle.to_tensor(lightness - 50))
     network.eval()
     return network
 
@@ -66,19 +61,24 @@ FACTOR = 999.98
 
 def caffe_layers(network):
     """Return {name: arrays} of a `flat_network`, as in the authors' release."""
-    names = []
-    for number, (convs, *_) in enumerate(STAGES, start=1):
-        names += [f"conv{number}_{i}" for i in range(1, convs + 1)] + [f"conv{number}_{convs}norm"]
-    names = ["bw_conv1_1", *names[1:], "conv8_1", "conv8_2", "conv8_3", "conv8_313"]
     layers = {"data_ab_ss": [np.ones((2, 1, 1, 1))]}  # a layer that only training needs
-    for name, layer in zip(names, [layer for layer in network if not isinstance(layer, nn.ReLU)]):
+    for name, layer in _named(network):
         if isinstance(layer, nn.BatchNorm2D):
             mean, variance = layer._mean.numpy(), layer._variance.numpy()
             layers[name] = [FACTOR * mean, FACTOR * variance, np.array([FACTOR], np.float32)]
-        else:
+        elif not isinstance(layer, nn.ReLU):
             layers[name] = [layer.weight.numpy(), layer.bias.numpy()]
     layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as released; programs fill it in
     return layers
+
+
+def _named(network):
+    """Return the layers of a `flat_network` with their names in the authors' release."""
+    names = []
+    for number, (convs, *_) in enumerate(STAGES, start=1):
+        names += [f"conv{number}_{i}" for i in range(1, convs + 1)] + [f"conv{number}_{convs}norm"]
+    names = iter(["bw_conv1_1", *names[1:], "conv8_1", "conv8_2", "conv8_3", "conv8_313"])
+    return [(f"relu{i}" if isinstance(layer, nn.ReLU) else next(names), layer) for i, layer in enumerate(network)]
 
 
 def class8_ab():
@@ -86,48 +86,40 @@ def class8_ab():
     return {"class8_ab": [load_ab_bins().numpy().T.reshape(2, 313, 1, 1)]}
 
 
-def prototxt(height, width):
+def prototxt(network, height, width):
     """Return the text part of the release, which describes those layers, from L - 50 to ab."""
-    shape = "".join(f" dim: {n}" for n in (1, 1, height, width))
-    lines = ['name: "colorization"', 'input: "data_l"', f"input_shape {{{shape} }}"]
-    top = "data_l"
-
-    def add(kind, name, parameters="", in_place=False):
-        nonlocal top
-        bottom, top = top, top if in_place else name
-        lines.append(f'layer {{ name: "{name}" type: "{kind}" bottom: "{bottom}" top: "{top}" {parameters} }}')
-
-    def convolve(name, channels, size, kind="Convolution", stride=1, pad=0, dilation=1, bias="true"):
-        numbers = f"num_output: {channels} kernel_size: {size} stride: {stride} pad: {pad} dilation: {dilation}"
-        add(kind, name, f"convolution_param {{ {numbers} bias_term: {bias} }}")
-
-    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
-        for i in range(1, convs + 1):
-            name = f"conv{number}_{i}" if (number, i) != (1, 1) else "bw_conv1_1"
-            convolve(name, channels, 3, stride=stride if i == convs else 1, pad=dilation, dilation=dilation)
-            add("ReLU", f"relu{number}_{i}", in_place=True)
-        add("BatchNorm", f"conv{number}_{convs}norm", "batch_norm_param { use_global_stats: true eps: 1e-5 }")
-    convolve("conv8_1", 256, 4, kind="Deconvolution", stride=2, pad=1)
-    add("ReLU", "relu8_1", in_place=True)
-    for i in (2, 3):
-        convolve(f"conv8_{i}", 256, 3, pad=1)
-        add("ReLU", f"relu8_{i}", in_place=True)
-    convolve("conv8_313", 313, 1)
-    add("Power", "scaled", f"power_param {{ scale: {1 / TEMPERATURE} }}")
-    add("Softmax", "class8_313")
-    convolve("class8_ab", 2, 1, bias="false")
+    layers = []
+    for name, layer in _named(network):
+        if isinstance(layer, nn.ReLU):
+            layers.append((name, "ReLU", ""))
+        elif isinstance(layer, nn.BatchNorm2D):
+            layers.append((name, "BatchNorm", "batch_norm_param { use_global_stats: true eps: 1e-5 }"))
+        else:
+            kind = "Convolution" if isinstance(layer, nn.Conv2D) else "Deconvolution"
+            sizes = f"num_output: {layer._out_channels} kernel_size: {layer._kernel_size[0]} stride: {layer._stride[0]}"
+            padding = f"pad: {layer._padding} dilation: {layer._dilation[0]}"
+            layers.append((name, kind, f"convolution_param {{ {sizes} {padding} }}"))
+    layers.append(("scaled", "Power", f"power_param {{ scale: {1 / TEMPERATURE} }}"))
+    layers.append(("class8_313", "Softmax", ""))
+    layers.append(("class8_ab", "Convolution", "convolution_param { num_output: 2 kernel_size: 1 bias_term: false }"))
+    lines = ['input: "data_l"', f"input_shape {{ dim: 1 dim: 1 dim: {height} dim: {width} }}"]
+    for (bottom, *_), (top, kind, parameters) in zip([("data_l",), *layers], layers):
+        lines.append(f'layer {{ name: "{top}" type: "{kind}" bottom: "{bottom}" top: "{top}" {parameters} }}')
     return "\n".join(lines)
 
 
-def run_by_opencv(caffemodel, height, width):
-    """Return a function that predicts with OpenCV: L - 50 [1, 1, height, width] -> ab [1, 2, height/4, width/4]."""
+def run_by_opencv(caffemodel, network, height, width):
+    """Return a function that predicts with OpenCV: L - 50 [1, 1, height, width] -> ab [1, 2, height/4, width/4].
+
+    `network` is the `flat_network` whose weights are in the file.
+    """
     import cv2
 
-    (caffemodel.parent / "colorization.prototxt").write_text(prototxt(height, width))
-    network = cv2.dnn.readNetFromCaffe(str(caffemodel.parent / "colorization.prototxt"), str(caffemodel))
+    text = np.frombuffer(prototxt(network, height, width).encode(), np.uint8)
+    opencv = cv2.dnn.readNetFromCaffe(text, np.fromfile(caffemodel, np.uint8))
 
     def run(x):
-        network.setInput(np.ascontiguousarray(x, np.float32), "data_l")
-        return network.forward("class8_ab").copy()
+        opencv.setInput(np.ascontiguousarray(x, np.float32), "data_l")
+        return opencv.forward("class8_ab").copy()
 
     return run

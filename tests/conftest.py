@@ -17,13 +17,11 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 from scipy.ndimage import map_coordinates
 from skimage import data
-from small_network import SmallNetwork, standardize
+from small_network import SmallNetwork
 
 import pretrained
 import test
 import train
-from dataset import rgb_to_lightness
-from model import CIC
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_IMAGES = ("astronaut", "chelsea", "coffee", "rocket")
@@ -72,13 +70,9 @@ def square_crops(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cic_checkpoint(tmp_path_factory):
-    """Write a checkpoint of the real network, its random weights scaled for logits of a realistic size."""
-    paddle.seed(1)
-    network = CIC()
-    rgb = paddle.to_tensor(np.asarray(bundled_image("coffee").resize((96, 96))))
-    standardize(network, rgb_to_lightness(rgb.transpose([2, 0, 1]).unsqueeze(0)))
+    """Write the bundled weights as training would, without the size of the network's input."""
     path = tmp_path_factory.mktemp("model") / "epoch_0_model.pdparams"
-    save_checkpoint(network.state_dict(), path)
+    save_checkpoint(pretrained.load_network(pretrained.SMALL).state_dict(), path)
     return path
 
 
@@ -182,17 +176,6 @@ def pretend_device(monkeypatch):
     return pretend
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """Let downloads reach this machine only, without waiting between retries. Return their empty cache folder."""
-    monkeypatch.setattr("paddle.utils.download.WEIGHTS_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return tmp_path / "cache"
-
-
 def visualdl_reader(folder):
     """Return VisualDL's reader of a folder, which shows only the latest of its files."""
     from visualdl import LogReader
@@ -245,11 +228,6 @@ def same_values(one, other):
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same_values(one[key], other[key]) for key in one)
     return np.array_equal(one, other)
-
-
-def random_rgb(count, seed=0):
-    """Return random colors, uint8 [count, 3, 1, 1]."""
-    return np.random.default_rng(seed).integers(0, 256, (count, 3, 1, 1), dtype=np.uint8)
 
 
 def upsample_by_scipy(ab, height, width):

@@ -1,4 +1,4 @@
-"""Networks for tests: a small one, and random ones whose outputs have a realistic scale."""
+"""A small network for tests."""
 
 import paddle
 
@@ -17,26 +17,3 @@ class SmallNetwork(paddle.nn.Layer):
 
     def forward(self, lightness):
         return getattr(self, self.head)(self.up(self.down(lightness)))
-
-
-@paddle.no_grad()
-def standardize(network, lightness):
-    """Scale each convolution so that its outputs have mean 0 and variance 1 on these images, channel by channel.
-
-    One forward pass is enough: each layer is scaled when the images reach it, so the next layer gets scaled inputs.
-    """
-
-    def rescale(layer, _, output):
-        mean = output.mean(axis=[0, 2, 3])
-        centered = output - mean.reshape([1, -1, 1, 1])
-        scale = 1 / ((centered**2).mean(axis=[0, 2, 3]) + 1e-8).sqrt()
-        transposed = isinstance(layer, paddle.nn.Conv2DTranspose)  # its weight is [in, out, k, k]
-        layer.weight.set_value(layer.weight * scale.reshape([1, -1, 1, 1] if transposed else [-1, 1, 1, 1]))
-        layer.bias.set_value((layer.bias - mean) * scale)
-        return centered * scale.reshape([1, -1, 1, 1])
-
-    convolutions = [x for x in network.sublayers() if isinstance(x, (paddle.nn.Conv2D, paddle.nn.Conv2DTranspose))]
-    hooks = [layer.register_forward_post_hook(rescale) for layer in convolutions]
-    network(lightness - 50)
-    for hook in hooks:
-        hook.remove()

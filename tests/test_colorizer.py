@@ -5,7 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.checkpoints import save_safetensors
+from support.checkpoints import save_checkpoint
 from support.regions import geodesic_distance, region_weights
 
 import numpy as np
@@ -51,7 +51,8 @@ def test_threads_get_the_colors_of_their_own_images(small_checkpoint, image_fold
 
 
 def test_size_and_temperature_default_to_those_in_the_checkpoint(small_checkpoint, image_folder):
-    save_safetensors(SmallNetwork().state_dict(), small_checkpoint, {"load_size": "40", "temperature": "0.7"})
+    entries = {"load_size": np.array(40), "temperature": np.array(0.7)}
+    save_checkpoint({**SmallNetwork().state_dict(), **entries}, small_checkpoint)
     colorize = colorizer.Colorizer(small_checkpoint)
     assert (colorize.load_size, colorize.temperature) == (40, 0.7)
     coffee = image_folder / "coffee.png"

@@ -265,7 +265,10 @@ def test_usage_error_prints_one_line(tmp_path, monkeypatch, error_message, flags
     assert message in error_message(metrics_acc.main, metrics_acc.parse_args(["--arch", "mobilenet_v2", *flags]))
 
 
-def test_failed_download_names_the_address(offline, error_message):
+def test_failed_download_names_the_address(tmp_path, monkeypatch, error_message):
+    monkeypatch.setattr("paddle.utils.download.WEIGHTS_HOME", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     message = error_message(metrics_acc.load_classifier, "squeezenet1_1")
     assert "--arch squeezenet1_1: no published weights: " in message and "https://" in message
     assert ".pdparams failed" in message and "pass --weights FILE" in message

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.cli import UserError
 
 import numpy as np
@@ -20,6 +20,7 @@ import skimage.color
 from caffe_files import caffe_layers, class8_ab, flat_network, run_by_opencv, write_caffe
 from conftest import bundled_image
 from paddle import nn
+from safetensors.numpy import save_file
 
 import pretrained
 import test
@@ -51,7 +52,7 @@ def ab_map(logits):
 
 def assert_agree(ours, theirs):
     """Compare logits to 1e-4 of their largest; they must also differ between positions, or little would be shown."""
-    assert theirs.std() > 0.5 and theirs.std(axis=(2, 3)).mean() > 0.2
+    assert theirs.std() > 0.4 and theirs.std(axis=(2, 3)).mean() > 0.2
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
@@ -93,7 +94,7 @@ def official(lightness, tmp_path_factory):
     """Return a network in the form of the authors' eccv16 as a state, its logits and its ab map, by PyTorch."""
     torch = pytest.importorskip("torch")
     stages = [[]]
-    for layer in flat_network(lightness - 50, affine=True):
+    for layer in flat_network(lightness, affine=True):
         stages[-1].append(to_torch(layer))
         if isinstance(layer, nn.BatchNorm2D):
             stages.append([])
@@ -142,7 +143,7 @@ def test_changed_official_release_is_refused(official, refused):
 @pytest.fixture(scope="module")
 def port(lightness, tmp_path_factory):
     """Return the port's checkpoint, as saved within paddle.DataParallel, and its logits."""
-    network = flat_network(lightness - 50, extra_relu=True, affine=True)
+    network = flat_network(lightness, extra_relu=True, affine=True)
     path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
     save_checkpoint({f"_layers.features.{name}": tensor for name, tensor in network.state_dict().items()}, path)
     return path, run(network, lightness)
@@ -169,13 +170,13 @@ def test_port_checkpoint_colorizes_in_place(port, tmp_path, monkeypatch, image_f
 
 
 def test_caffe_release_gives_the_colors_of_the_authors(lightness, tmp_path, refused):
-    network = flat_network(lightness - 50)
+    network = flat_network(lightness)
     layers = caffe_layers(network)
     path = write_caffe(tmp_path / "release.caffemodel", {**layers, **class8_ab()})
     ours = run(path, lightness)
     assert_agree(ours, run(network, lightness))
     if importlib.util.find_spec("cv2"):  # OpenCV has its own reader of Caffe's files
-        theirs = np.concatenate([run_by_opencv(path, SIDE, SIDE)(x[None] - 50) for x in lightness])
+        theirs = np.concatenate([run_by_opencv(path, network, SIDE, SIDE)(x[None] - 50) for x in lightness])
         np.testing.assert_allclose(ab_map(ours), theirs, atol=0.1)
     ones = np.ones(256)
     for change, message in (
@@ -304,22 +305,22 @@ def test_bundled_weights_are_the_complete_network_and_need_no_random_numbers():
     assert (nn.Linear(2, 2).weight.numpy() != 0).all()  # layers that are made later are random as ever
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pdparams"])
-def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, error_message, suffix):
-    path = tmp_path / f"epoch_1_model{suffix}"
+@pytest.mark.parametrize("format", ["safetensors", "pdparams"])
+def test_entries_other_than_weights_must_be_numbers_within_limits(tmp_path, error_message, format):
+    path = tmp_path / "weights"
 
-    def write(**info):
-        if suffix == ".pdparams":
-            save_checkpoint({name: np.array(value) for name, value in info.items()}, path)
+    def write(**entries):
+        if format == "safetensors":
+            save_file({}, path, {name: str(value) for name, value in entries.items()})
         else:
-            save_safetensors({}, path, {name: str(value) for name, value in info.items()})
+            save_checkpoint({name: np.array(value) for name, value in entries.items()}, path)
 
-    write()
-    read = read_weights(path)
-    assert (read.load_size, read.temperature, read.epoch, read.step) == (256, 0.38, None, None)
-    write(load_size=4096, temperature=0.5, epoch=0, step=3)
-    read = read_weights(path)
-    assert (read.load_size, read.temperature, read.epoch, read.step) == (4096, 0.5, 0, 3)
+    for entries in (
+        {"load_size": 256, "temperature": 0.38, "epoch": None, "step": None},  # the defaults
+        {"load_size": 4096, "temperature": 0.5, "epoch": 0, "step": 3},
+    ):
+        write(**{name: value for name, value in entries.items() if value is not None})
+        assert {name: getattr(read_weights(path), name) for name in entries} == entries
     for name, wrong in (("load_size", 4097), ("temperature", np.nan), ("step", -1), ("epoch", 1.5)):
         write(**{name: wrong})
         assert re.search(rf"^{path}: {name}: .*{wrong}", error_message(read_weights, path))

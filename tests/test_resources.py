@@ -1,12 +1,13 @@
 """The bundled tables and weights, and the scripts that make them."""
 
-from support.checkpoints import load_checkpoint, save_safetensors
+from support.checkpoints import load_checkpoint
 
 import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
 from PIL import Image
+from safetensors.numpy import save_file
 from skimage import color
 
 from pretrained import SMALL, load_network, read_weights
@@ -52,7 +53,7 @@ def test_make_small_adjusts_logits_rounds_to_int8_and_stores_the_size(tmp_path, 
     weights = {"conv1.0.weight": random.normal(size=(4, 6, 3, 3)), "conv8.0.weight": random.normal(size=(6, 3, 4, 4))}
     bias = random.normal(size=313).astype(np.float32)
     source, result = tmp_path / "trained.safetensors", tmp_path / "small.safetensors"
-    save_safetensors({**{x: y.astype(np.float32) for x, y in weights.items()}, "conv8_313.bias": bias}, source)
+    save_file({**{x: y.astype(np.float32) for x, y in weights.items()}, "conv8_313.bias": bias}, source)
     monkeypatch.setattr(make_small, "SMALL", result)
     make_small.main(make_small.parse_args([str(source)]))
     state = load_checkpoint(result)

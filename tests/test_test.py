@@ -11,7 +11,7 @@ from functools import partial
 from multiprocessing import get_context
 from types import SimpleNamespace
 
-from support.checkpoints import load_checkpoint, save_checkpoint, save_safetensors
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.cli import EXIT_SKIPPED
 from support.files import lock_folder
 from support.folders import read_records
@@ -388,7 +388,8 @@ def test_usage_errors_print_one_line(colorize_files, tmp_path, image_folder, err
 
 
 def test_size_and_temperature_of_the_checkpoint_are_recorded(colorize_files, small_checkpoint, image_folder):
-    save_safetensors(SmallNetwork().state_dict(), small_checkpoint, {"load_size": "40", "temperature": "0.7"})
+    entries = {"load_size": np.array(40), "temperature": np.array(0.7)}
+    save_checkpoint({**SmallNetwork().state_dict(), **entries}, small_checkpoint)
     for flags, size, temperature in (((), 40, 0.7), (("--load_size", 64, "--temperature", 0.1), 64, 0.1)):
         _, result = colorize_files(image_folder / "coffee.png", *flags)
         made_by = json.loads((result / "coloring.json").read_text())

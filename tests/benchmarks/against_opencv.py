@@ -54,17 +54,17 @@ def main():
     cv2.setNumThreads(threads)
     folder = Path(tempfile.mkdtemp())
     x = photograph(224)
-    layers = caffe_layers(flat_network(x))
-    layers["conv8_313"] = [x / 10 for x in layers["conv8_313"]]  # logits of about a trained network's size
+    network = flat_network(x + 50)
+    layers = caffe_layers(network)
     caffemodel = write_caffe(folder / "network.caffemodel", {**layers, **class8_ab()})
-    theirs = run_by_opencv(caffemodel, 224, 224)
+    theirs = run_by_opencv(caffemodel, network, 224, 224)
     expected = theirs(x.numpy())
     for precision in args.precisions:
-        network, _ = make_predictor(partial(load_network, caffemodel), SMALLEST_INPUT, precision)
+        predictor, _ = make_predictor(partial(load_network, caffemodel), SMALLEST_INPUT, precision)
         ab_bins = load_ab_bins()
 
-        def predict(lightness, network=network, ab_bins=ab_bins):
-            return annealed_mean(network(lightness), ab_bins)
+        def predict(lightness, predictor=predictor, ab_bins=ab_bins):
+            return annealed_mean(predictor(lightness), ab_bins)
 
         difference = np.abs(predict(x).numpy() - expected)
         ours_and_theirs = (partial(predict, x), partial(theirs, x.numpy()))
