@@ -277,14 +277,10 @@ def print_table(accuracy):
         print(f"{version:8s}" + "".join(f"{share:8.2%}" for share in shares.values()))
 
 
-def print_extremes(classes, gains, confusions, rates):
-    """Print the first and last of `rank_classes` and the first of `rank_confusions`, with their WordNet ids."""
-    classes = [f"{name} {100 * gain:+.1f}" for name, gain in zip(classes, gains)]
-    first = zip(confusions[:SHOWN], rates[:SHOWN])
-    added = [f"{name} as {other} {100 * (colored - true):+.1f}" for (name, other), (colored, true) in first]
-    print("raised most (top-5 minus gray's):", ", ".join(classes[:SHOWN]))
-    print("lowered most (top-5 minus gray's):", ", ".join(classes[: -SHOWN - 1 : -1]))
-    print("added most (top-5 confusions minus the originals'):", ", ".join(added))
+def print_first(title, names, changes, sign=1):
+    """Print the first changes, in percentage points, that have this sign."""
+    first = zip(names[:SHOWN], changes[:SHOWN])
+    print(f"{title}: {', '.join(f'{name} {100 * x:+.1f}' for name, x in first if sign * x > 0)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -367,7 +363,10 @@ def main(args):
     if {"colored", "true"} <= classes.keys():
         (ranked, gains), (confusions, rates) = rank_classes(hits, labels), rank_confusions(classes, labels)
         write_confusions(synsets[confusions], rates, f"{base}_confusions.csv")
-        print_extremes(synsets[ranked], gains, synsets[confusions], rates)
+        print_first("raised most (top-5 minus gray's)", synsets[ranked], gains)
+        print_first("lowered most (top-5 minus gray's)", synsets[ranked[::-1]], gains[::-1], sign=-1)
+        names = [" as ".join(pair) for pair in synsets[confusions]]
+        print_first("added most (top-5 confusions minus the originals')", names, rates[:, 0] - rates[:, 1])
         files += ", _confusions.csv"
     write_per_class(hits, labels, ranked, synsets, f"{base}_per_class.csv")
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")

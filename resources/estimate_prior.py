@@ -9,7 +9,6 @@ images and unreadable files are left out and counted.
 """
 
 import sys
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +26,6 @@ from dataset import list_images, rgb_to_lab
 from utils import is_gray, load_ab_bins
 
 SIZE = 256
-BATCH = 32  # images that are converted to Lab together
 CHUNK = 4096  # cells that are encoded together
 AB_LIMIT = 128  # colors are counted for ab within ±AB_LIMIT; sRGB stays within 110
 CELLS_PER_UNIT = 4  # colors are counted in cells of a quarter unit of ab, then encoded from their centers
@@ -40,8 +38,8 @@ def read_square(path):
 
 
 def count_colors(ab):
-    """Count the colors in each cell of the ab plane: ab [2, M] -> int64 [CELLS * CELLS]."""
-    a, b = np.floor((ab + AB_LIMIT) * CELLS_PER_UNIT).astype(np.int64)
+    """Count the colors in each cell of the ab plane: ab [2, H, W] -> int64 [CELLS * CELLS]."""
+    a, b = np.floor((ab + AB_LIMIT) * CELLS_PER_UNIT).astype(np.int64).reshape(2, -1)
     return np.bincount(a * CELLS + b, minlength=CELLS * CELLS)
 
 
@@ -73,14 +71,13 @@ def main(args):
     paths = list_images(args.image_dir)
     make_folder(Path(args.output).parent)
     counts, used, gray = 0, 0, 0
-    squares = parallel_map(read_square, paths, args.num_workers, "counting")
-    while batch := list(islice(squares, BATCH)):
-        rgb = np.stack([square for _, square in batch])
-        ab = rgb_to_lab(paddle.to_tensor(rgb.transpose(0, 3, 1, 2)))[:, 1:]
-        color = ~is_gray(ab).numpy()
-        counts = counts + count_colors(ab.numpy()[color].swapaxes(0, 1).reshape(2, -1))
-        used += color.sum()
-        gray += (~color).sum()
+    for _, square in parallel_map(read_square, paths, args.num_workers, "counting"):
+        ab = rgb_to_lab(paddle.to_tensor(square.transpose(2, 0, 1)[None]))[:, 1:]
+        if is_gray(ab):
+            gray += 1
+        else:
+            used += 1
+            counts = counts + count_colors(ab.numpy()[0])
     unreadable = len(paths) - used - gray
     left_out = f"{gray} gray, {unreadable} unreadable"
     if not used:

@@ -208,8 +208,8 @@ def test_classes_are_sorted_by_the_gain_over_gray_and_printed_with_new_confusion
         save_image(tmp_path / "c" / SYNSETS[label] / f"{name}.png", result[name])
     run("--result_path", tmp_path / "c", "--image_dir", tmp_path / "t")
     printed = capsys.readouterr().out
-    assert f"raised most (top-5 minus gray's): {SYNSETS[raised]} +100.0, " in printed
-    assert f"lowered most (top-5 minus gray's): {SYNSETS[lowered]} -100.0, " in printed
+    assert f"raised most (top-5 minus gray's): {SYNSETS[raised]} +100.0\n" in printed
+    assert f"lowered most (top-5 minus gray's): {SYNSETS[lowered]} -100.0\n" in printed
     rows = [
         (x["class"], x["images"], x["colored_top5"], x["gray_top5"]) for x in table(tmp_path / "accuracy_per_class.csv")
     ]
