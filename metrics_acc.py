@@ -359,7 +359,6 @@ def main(args):
     write_json(summary, f"{base}.json")
     write_images(names, hits, labels, synsets, f"{base}_images.csv")
     print_table(accuracy)
-    files = ".json, _images.csv, _per_class.csv"
     if {"colored", "true"} <= classes.keys():
         (ranked, gains), (confusions, rates) = rank_classes(hits, labels), rank_confusions(classes, labels)
         write_confusions(synsets[confusions], rates, f"{base}_confusions.csv")
@@ -367,10 +366,9 @@ def main(args):
         print_first("lowered most (top-5 minus gray's)", synsets[ranked[::-1]], gains[::-1], sign=-1)
         names = [" as ".join(pair) for pair in synsets[confusions]]
         print_first("added most (top-5 confusions minus the originals')", names, rates[:, 0] - rates[:, 1])
-        files += ", _confusions.csv"
     write_per_class(hits, labels, ranked, synsets, f"{base}_per_class.csv")
     print(f"{len(labels)} images of {summary['classes']} classes; {args.arch} at {args.crop_size} pixels")
-    print(f"written: {cli.printable(base)}{files}")
+    print(f"written: {cli.printable(base)}.json, _*.csv")
     return cli.EXIT_SKIPPED if left_out else 0
 
 

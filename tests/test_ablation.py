@@ -107,30 +107,19 @@ def test_values_and_intervals_agree_with_those_of_each_resample(val_dir, results
     assert [estimate[x] for x in ("value", "low", "high")] == pytest.approx([values[0], *interval], rel=1e-4)
 
 
-def test_differences_are_paired_and_judged_by_their_interval():
+def test_differences_of_the_expected_order_are_paired_and_judged_by_their_interval():
     """The rows vary together by much more than they differ."""
     common = np.random.default_rng(0).normal(0, 10, 1001)
-    found = {"non_rebalance": {"auc_raw": common + 1}, "full": {"auc_raw": common}}
-    found.update(rebalance={"auc_raw": common + 2}, gray={"auc_raw": common})
-    first, second = ablation.differences(found)
-    assert (first["verdict"], first["value"]) == ("holds", pytest.approx(1))
-    assert first["high"] - first["low"] < 1e-9
-    assert (second["verdict"], second["value"]) == ("does not", pytest.approx(-2))
-    noise = np.random.default_rng(1).normal(0, 1, 1001)
-    noise[0] = 0
-    for value in (0.5, -0.5):  # within the spread, whichever side it is on
-        found["full"]["auc_raw"] = common + 1 - value - noise
-        first = ablation.differences(found)[0]
-        assert (first["verdict"], first["value"]) == ("undecided", pytest.approx(value))
-    assert ablation.differences({"96": found["full"], "gray": found["gray"]}) == []
-
-
-def test_l2_loss_is_expected_to_have_the_lowest_chroma():
+    noise = np.append(0, np.random.default_rng(1).normal(0, 1, 1000))
+    chroma = {"rebalance": common + 2, "full": common, "non_rebalance": common + noise - 0.5, "l2_ft": common + 4}
+    found = {row: {"chroma": values} for row, values in {**chroma, "gray": common, "96": common}.items()}
+    lines = [(x["of"], x["minus"], pytest.approx(x["value"]), x["verdict"]) for x in ablation.differences(found)]
+    assert lines == [
+        ("rebalance", "full", 2, "holds"),
+        ("full", "non_rebalance", 0.5, "undecided"),
+        ("non_rebalance", "l2_ft", -4.5, "does not"),
+    ]
     assert list(ablation.find_rows(["b/l2_ft", "b/other", "a/full"])) == ["full", "l2_ft", "other"]
-    chroma = {"rebalance": 30, "full": 20, "non_rebalance": 10, "l2_ft": 11}
-    *others, last = ablation.differences({row: {"chroma": np.full(11, value)} for row, value in chroma.items()})
-    assert [line["verdict"] for line in others] == ["holds", "holds"]
-    assert (last["of"], last["minus"], last["value"], last["verdict"]) == ("non_rebalance", "l2_ft", -1, "does not")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -173,8 +162,6 @@ def test_tables_contain_the_values_of_the_json(done):
     assert len(summary["differences"]) == 9
     for line, written in zip(summary["differences"], pattern[-9:]):
         assert written.endswith(f"| {line['verdict']} |")
-        difference = value(summary, line["of"], line["quantity"]) - value(summary, line["minus"], line["quantity"])
-        assert line["value"] == pytest.approx(difference, abs=1e-12)
 
 
 def test_contact_sheet_shows_gray_versions_and_original_in_this_order(tmp_path):
@@ -212,13 +199,8 @@ def test_rows_of_any_name_use_their_common_images(tmp_path, val_dir, results, ca
     assert "top-1" not in tables and "| no (1) | " in tables and tables.count("|---") == 7
 
 
-def test_square_crops_are_compared_with_the_same_crops(tmp_path, val_dir, results, error_message):
-    """Sizes come from coloring.json; crops and whole images cannot share a table."""
-    _, summary = run(val_dir, results, ["square_crops"], tmp_path, "--arch", "none")
-    pairs, _, _ = pair_images(val_dir, results / "square_crops", COLORING, RECORDS)
-    images, _ = metrics_auc.measure(pairs, load_size=40, crop_size=32)
-    expected = np.mean([sums["areas"][0].sum() / 32**2 for sums in images.values()])
-    assert value(summary, "square_crops", "auc_raw") == pytest.approx(expected)
+def test_crops_and_whole_images_cannot_share_a_table(tmp_path, val_dir, results, error_message):
+    """Sizes come from coloring.json."""
     message = error_message(run, val_dir, results, ["full", "square_crops"], tmp_path, "--arch", "none")
     assert "square_crops and full differ in size or crop" in message
 
