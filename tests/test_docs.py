@@ -122,13 +122,12 @@ def test_onnx_gives_the_same_ab_at_any_size_and_the_same_colors(folder):
     session = onnxruntime.InferenceSession(str(output))
     network = export_onnx.NetworkToAb(load_network(SMALL))
     network.eval()
-    for shape in ((1, 1, 112, 168), (3, 1, 64, 40), (2, 1, 8, 8)):
-        lightness = np.random.default_rng(0).uniform(-50, 50, shape).astype(np.float32)
-        for temperature in np.float32([[0.38], [1]]):
-            (ab,) = session.run(None, {"lightness": lightness, "temperature": temperature})
-            with paddle.no_grad():
-                expected = network(paddle.to_tensor(lightness), paddle.to_tensor(temperature))
-            assert np.abs(ab - expected.numpy()).max() < 0.01
+    for shape, temperature in (((1, 1, 112, 168), 0.38), ((3, 1, 64, 40), 1)):
+        lightness, t = np.random.default_rng(0).uniform(-50, 50, shape).astype(np.float32), np.float32([temperature])
+        (ab,) = session.run(None, {"lightness": lightness, "temperature": t})
+        with paddle.no_grad():
+            expected = network(paddle.to_tensor(lightness), paddle.to_tensor(t))
+        assert np.abs(ab - expected.numpy()).max() < 0.01
     # The example uses scikit-image's Lab in float64, which clips colors out of gamut. test.py uses bf16 where the CPU
     # supports it.
     steps = difference(folder, *examples("resources/README.md"))

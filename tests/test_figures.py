@@ -8,7 +8,7 @@ from PIL import Image, ImageChops
 from skimage import data
 
 from resources import figures
-from utils import load_ab_bins, load_prior, rebalancing_weights
+from utils import load_ab_bins
 
 
 @pytest.fixture
@@ -49,13 +49,6 @@ def test_classes_and_pairs_are_drawn_by_their_rates(tables):
     classes, pairs = figures.plot_classes({"small": tables}).axes
     drawn = [axes.collections[0].get_offsets().tolist() for axes in (classes, pairs)]
     assert drawn == [[[0.2, 0.8], [0.6, 0.2]], [[0, 0.8], [0.2, 0.6], [0.2, 0]]]
-
-
-def test_weights_figure_has_one_panel_per_lambda():
-    prior = load_prior()
-    panels = figures.plot_weights(load_ab_bins().numpy(), prior).axes[:3]
-    for axes, lam in zip(panels, (0, 0.5, 1)):
-        assert np.allclose(axes.collections[0].get_array(), rebalancing_weights(prior, lam).numpy())
 
 
 def test_soft_encoding_figure_shows_the_most_saturated_color():
