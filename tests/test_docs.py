@@ -46,14 +46,6 @@ def test_readme_in_chinese_has_the_commands_links_and_headings_of_the_english_on
         assert [x for x in ours if x != "README_cn.md"] == [x for x in theirs if x != "README.md"]
 
 
-def test_pages_and_modules_of_support_are_listed():
-    pages, modules = ((ROOT / name).read_text("utf-8") for name in ("docs/README.md", "CONTRIBUTING.md"))
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "README.md" or f"({page.name})" in pages, page.name
-    for module in (ROOT / "support").glob("[!_]*.py"):
-        assert re.search(rf"^\|[^|]*`{module.stem}`", modules, re.MULTILINE), module.name
-
-
 def test_named_functions_exist():
     """Pages name them as `module.name`."""
     pattern = r"`(dataset|model|train|utils|colorizer)\.(?!py|jsonl)(\w+)"
