@@ -254,3 +254,11 @@ def test_failed_download_names_the_address(tmp_path, monkeypatch, error_message)
     message = error_message(metrics_acc.load_classifier, "squeezenet1_1")
     assert "--arch squeezenet1_1: no published weights: " in message and "https://" in message
     assert ".pdparams failed" in message and "pass --weights FILE" in message
+
+
+def test_classifier_without_published_weights_needs_a_file(monkeypatch, error_message):
+    def create(pretrained=False):
+        raise AssertionError("vgg11 model do not have a pretrained model now")
+
+    monkeypatch.setattr(paddle.vision.models, "vgg11", create)  # faster than the real one
+    assert "a pretrained model now; pass --weights FILE" in error_message(metrics_acc.load_classifier, "vgg11")
