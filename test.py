@@ -14,6 +14,7 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 """
 
 import glob
+import math
 import os
 import sys
 from collections import Counter, deque
@@ -45,7 +46,7 @@ from utils import TEMPERATURE
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
 IMAGES_AHEAD = 64  # at most, however small they are
 NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
-METHOD = ("temperature", "saturation", "load_size", "crop_size")  # flags that change the colors, recorded with results
+RECORDED = ("temperature", "saturation", "load_size", "crop_size", "format")  # flags that change a result
 COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
 
 # -------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
 def result_names(named, args):
     """Return the name of each image's result, {path: name}."""
     if not args.output:
-        return {path: f"{Path(name).as_posix()}.{args.format}" for name, path in named.items()}
+        return {path: f"{name}.{args.format}" for name, path in named.items()}
     if len(named) > 1:
         raise UserError(f"--output names one file, but there are {len(named)} images: use --result_path FOLDER")
     return {path: Path(args.output).name for path in named.values()}
@@ -139,21 +140,16 @@ def in_threads(pool, jobs):
         yield future
 
 
-def open_image(path, args):
-    """Open an image; for a crop, a JPEG is decoded in a smaller size."""
-    return images.open_image(path, args.load_size if args.crop_size else None)
-
-
-def count_pixels(path, args):
+def count_pixels(path):
     """Return the number of pixels of an image, from its header; 0 if it cannot be read."""
-    with suppress(InvalidImageError), open_image(path, args) as opened:
-        return opened.width * opened.height
+    with suppress(InvalidImageError):
+        return math.prod(images.image_size(path))
     return 0
 
 
 def load(path, name, args):
     """Decode an image, and make the network's input from it. Raises InvalidImageError."""
-    with open_image(path, args) as opened:
+    with images.open_image(path, args.load_size if args.crop_size else None) as opened:
         if getattr(opened, "is_animated", False) and opened.format != "MPO":  # phones add depth or brightness to it
             note(f"{path}: only the first of its frames or pages is colorized")
         image = images.to_rgb(opened, path)
@@ -171,7 +167,7 @@ def load(path, name, args):
 
 def load_all(pool, todo, skipped, args):
     """Yield the images as items. Report those that cannot be read, and add them to `skipped`."""
-    jobs = ((count_pixels(path, args), partial(load, path, name, args)) for path, name in todo.items())
+    jobs = ((count_pixels(path), partial(load, path, name, args)) for path, name in todo.items())
     for future in in_threads(pool, jobs):
         try:
             yield future.result()
@@ -286,10 +282,8 @@ def main(args):
         raise UserError(f"--temperature: does not apply to {colorizer.path}, whose network predicts ab itself")
     args.temperature = args.temperature or colorizer.temperature
     cli.check_crop(args, multiple=8)
-    method = {name: getattr(args, name) for name in METHOD}
-    settings = {"sha256": colorizer.sha256, **method, "format": args.format}
-    made_by = {"checkpoint": printable(colorizer.path), "sha256": colorizer.sha256, "precision": colorizer.precision}
-    made_by.update(method, **provenance())
+    settings = {"sha256": colorizer.sha256, **{name: getattr(args, name) for name in RECORDED}}
+    made_by = {"checkpoint": printable(colorizer.path), "precision": colorizer.precision, **settings, **provenance()}
 
     make_folder(args.folder)
     with ExitStack() as stack:
