@@ -9,6 +9,15 @@ from support.files import atomic_path, lock_folder, make_folder
 import pytest
 
 
+def refuse(reason):
+    """Return a function that fails with a number of `errno`."""
+
+    def fail(*_, **__):
+        raise OSError(reason, os.strerror(reason))
+
+    return fail
+
+
 def write(path, text):
     with atomic_path(path) as temporary:
         temporary.write_text(text)
@@ -33,22 +42,15 @@ def test_replaced_file_keeps_its_permissions_and_links_to_it(tmp_path):
 @pytest.mark.parametrize("refused", ["chmod", "fsync"])
 def test_file_systems_that_refuse_courtesies_hold_results(tmp_path, monkeypatch, refused):
     """Fail as network file systems do. `shutil.copymode` calls `chmod`."""
-
-    def refuse(*_, **__):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, refused, refuse)
+    monkeypatch.setattr(os, refused, refuse(errno.EPERM))
     for text in ("old", "new"):
         write(tmp_path / "a", text)
     assert (tmp_path / "a").read_text() == "new" and os.listdir(tmp_path) == ["a"]
 
 
 def test_sync_that_reports_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, error_message):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     write(tmp_path / "a", "old")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
     message = error_message(write, tmp_path / "a", "new")
     assert message == f"{tmp_path / 'a'}: cannot be written: no space left on device"
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
@@ -56,11 +58,7 @@ def test_sync_that_reports_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch,
 
 def test_folder_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch, error_message):
     """Even if its permission bits allow it."""
-
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "touch", refuse(errno.EACCES))
     assert error_message(make_folder, tmp_path) == f"{tmp_path}: cannot be written to: permission denied"
 
 
@@ -95,8 +93,5 @@ def test_temporary_file_that_a_kill_left_is_replaced(tmp_path):
 
 
 def test_folder_on_a_file_system_without_locks_stays_unlocked(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("support.files.fcntl.lockf", refuse)
+    monkeypatch.setattr("support.files.fcntl.lockf", refuse(errno.ENOLCK))
     lock_folder(tmp_path).close()
