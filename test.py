@@ -14,7 +14,6 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 """
 
 import glob
-import math
 import os
 import sys
 from collections import Counter, deque
@@ -142,8 +141,8 @@ def in_threads(pool, jobs):
 
 def count_pixels(path):
     """Return the number of pixels of an image, from its header; 0 if it cannot be read."""
-    with suppress(InvalidImageError):
-        return math.prod(images.image_size(path))
+    with suppress(InvalidImageError), images.open_image(path) as opened:
+        return opened.width * opened.height
     return 0
 
 
