@@ -334,7 +334,6 @@ def parse_args(argv=None):
     add("--weight_decay", type=number(0, 1e38), default=1e-3, help="L2 penalty, added to a loss summed over positions")
     add("--seed", type=cli.SEED, default=0, help="random seed for initialization, image order and crops")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: if available")
-    cli.add_bool_flag(group, "--sync_bn", False, "compute batch norm over the images of all GPUs together")
     cli.add_bool_flag(group, "--freeze_bn", False, "use batch norm's stored statistics (fine-tuning on small batches)")
 
     group = parser.add_argument_group("checkpoints and logs")
@@ -360,13 +359,10 @@ def check_args(args, world_size):
     cli.check_crop(args, multiple=8)
     if args.batch_size % world_size:
         raise UserError(f"--batch_size {args.batch_size}: not a multiple of the number of processes, {world_size}")
-    for one, other in (("freeze_bn", "sync_bn"), ("continue_train", "init_from"), ("continue_train", "overwrite")):
-        if getattr(args, one) and getattr(args, other):
-            raise UserError(f"--{one} and --{other} exclude each other")
-    if args.loss == "l2" and (wrong := sorted(args.changed & {*CLASSIFICATION})):
+    if args.continue_train and (args.init_from or args.overwrite):
+        raise UserError("--continue_train: cannot be combined with --init_from or --overwrite")
+    if args.loss == "l2" and (wrong := sorted(args.given & {*CLASSIFICATION})):
         raise UserError(f"--{wrong[0]}: does not apply to --loss l2")
-    if args.sync_bn and not gpu.on_gpu():
-        raise UserError("--sync_bn: Paddle has synchronized batch norm on GPUs only")
     if args.which_epoch != "latest" and not args.continue_train:
         raise UserError(f"--which_epoch {args.which_epoch}: only valid with --continue_train")
 
@@ -421,8 +417,6 @@ def build_network(args, parts):
         path = find_weights(args.model_path, args.init_from)
         if head := initialize(network, path):
             processes.on_first(note, f"{path}: from a network with another last layer; {head} starts at random")
-    if args.sync_bn:
-        network = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if not gpu.on_gpu():
         convolutions.convolve_in_parts(network, parts)
     return network
@@ -575,8 +569,6 @@ def main(args):
                 progress["step"] += 1
                 progress["batch"] += 1
                 bar.update()
-                if args.sync_bn and meter.steps == 1:
-                    processes.check_synchronized(network)
                 if progress["step"] % args.loss_step == 0 or progress["step"] in (first_step, last_step):
                     where = {"epoch": progress["epoch"], "step": progress["step"]}
                     log.write({**where, **meter.read(), "lr": schedule.get_lr()})
@@ -585,7 +577,7 @@ def main(args):
                 if (first or progress["step"] % args.save_latest == 0) and meter.check().loss > 0:
                     run.save("latest")
                     log.open()
-                if stop.after_step() or progress["step"] >= last_step:
+                if stop.after_step(progress["step"]) or progress["step"] >= last_step:
                     break
             totals = meter.end_epoch(progress["epoch"])
             if not stop.agreed():

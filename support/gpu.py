@@ -10,7 +10,7 @@ import paddle
 # In Paddle's O1 lists, the inputs decide the type of these operators. Float32 parameters would turn all that follows
 # into float32: a convolution's bias, the transposed convolution and, in 2.6, batch norm in bf16 (its statistics stay
 # float32).
-HALF = {"conv2d_transpose", "elementwise_add", "batch_norm", "sync_batch_norm"}
+HALF = {"conv2d_transpose", "elementwise_add", "batch_norm"}
 
 
 def on_gpu():

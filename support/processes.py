@@ -2,16 +2,16 @@
 
 import os
 import signal
-import time
 from contextlib import suppress
 
-from support.cli import UserError, handle_signals
+from support.cli import handle_signals
+from support.gpu import on_gpu
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
-AGREE_SECONDS = 1  # between two agreements on whether to stop: after Ctrl-C, a launcher may wait for only 4
+GPU_STEPS = 10  # between two agreements on whether to stop, which wait until the GPU has finished its work
 
 
 def is_first():
@@ -41,28 +41,12 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
     return total.numpy()
 
 
-def _statistics(network):
-    """Return batch norm's running means and variances, the tensors of a state dict that are not trained."""
-    return [tensor for tensor in network.state_dict().values() if tensor.stop_gradient]
-
-
 def share_statistics(network):
     """Set the batch norm statistics of all processes to their mean; each process gathers them from its own images."""
-    for tensor in _statistics(network):
-        mean = all_reduce(tensor.numpy().astype("float64")) / dist.get_world_size()
-        tensor.set_value(mean.astype("float32"))
-
-
-def check_synchronized(network):
-    """Raise UserError unless all processes hold the same batch norm statistics, as they should with `SyncBatchNorm`.
-
-    Where Paddle finds no communicator for it, it silently normalizes the images of each process on their own.
-    """
-    mine = np.concatenate([tensor.numpy() for tensor in _statistics(network)]).astype("float64")
-    most = all_reduce(mine, dist.ReduceOp.MAX)
-    least = -all_reduce(-mine, dist.ReduceOp.MAX)
-    if not np.allclose(most, least, rtol=1e-3, atol=1e-4 * np.abs(most).max()):
-        raise UserError("batch norm is not synchronized: its statistics differ between the processes after a step")
+    for tensor in network.state_dict().values():
+        if tensor.stop_gradient:  # running means and variances, which are not trained
+            mean = all_reduce(tensor.numpy().astype("float64")) / dist.get_world_size()
+            tensor.set_value(mean.astype("float32"))
 
 
 class StopRequest:
@@ -76,7 +60,6 @@ class StopRequest:
         self.launcher = os.getppid() if dist.get_world_size() > 1 else None
         self.noticed = 0  # the signal that this process received
         self.signal = 0  # the signal that all processes agreed to obey
-        self.steps, self.pause, self.asked = 0, 1, time.perf_counter()
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         self.before = handle_signals(self.notice)
 
@@ -89,7 +72,7 @@ class StopRequest:
         if not self.noticed and is_first():
             # Not print, which this signal may have interrupted
             with suppress(OSError):
-                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
+                os.write(2, b"\nstopping and saving; press Ctrl-C again to stop immediately\n")
         self.noticed = self.noticed or number
 
     def agreed(self):
@@ -99,17 +82,9 @@ class StopRequest:
         self.signal = int(all_reduce(np.array([self.noticed], np.float64), dist.ReduceOp.MAX)[0])
         return self.signal
 
-    def after_step(self):
-        """Call `agreed`; with several processes, only about once per second, and return 0 otherwise."""
-        if dist.get_world_size() == 1:
-            return self.agreed()
-        self.steps += 1
-        if self.steps < self.pause:
-            return 0
-        seconds = all_reduce(np.array([time.perf_counter() - self.asked]), dist.ReduceOp.MAX)[0]
-        self.pause = max(1, int(AGREE_SECONDS * self.steps / seconds))  # equal in all processes
-        self.steps, self.asked = 0, time.perf_counter()
-        return self.agreed()
+    def after_step(self, step):
+        """Call `agreed`, on GPUs only after some of the steps; return 0 after the others."""
+        return 0 if on_gpu() and step % GPU_STEPS else self.agreed()
 
     def __enter__(self):
         return self

@@ -287,7 +287,7 @@ def test_changed_objective_is_refused_when_resuming(run_training, error_message,
         (["--gamma", 0], "gamma 0.5 is now 0"),
         (["--NN", 3], "NN 5 is now 3"),
         (["--prior", tmp_path / "prior.npy"], "prior has changed"),
-        (["--init_from", "x"], "exclude"),
+        (["--init_from", "x"], "cannot be combined"),
     ):
         assert message in error_message(run_training, "--continue_train", *flags)
 
