@@ -309,7 +309,8 @@ def parse_args(argv=None):
     add("--val_dir", help="folder of validation images, evaluated after each epoch (default: none)")
     add("--load_size", type=cli.SIDE, default=256, help="resize the shorter side to this many pixels")
     add("--crop_size", type=cli.SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
-    add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help="processes that read, per device")
+    workers = "processes per device that read images; 0: each process reads its own, between its steps"
+    add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help=workers)
     add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of an epoch is unreadable")
 
     group = parser.add_argument_group("method")

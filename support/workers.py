@@ -54,13 +54,16 @@ def _exit_with(parent):
 
 
 def from_workers(loader, stop=None):
-    """Yield a loader's batches. Raise UserError when one of its worker processes is lost.
+    """Yield a loader's batches. Without workers, this process reads each batch when it is asked for.
 
-    With `stop`, a StopRequest, the batches end instead if it has noticed a signal, as that signal may have ended the
-    worker, too: the caller has something to save.
+    Raises UserError when a worker is lost. With `stop`, a StopRequest, the batches end instead if it has noticed a
+    signal, as that signal may have ended the worker, too: the caller has something to save.
     """
     if not loader.num_workers:
-        yield from _from_thread(loader)
+        # Paddle's loader would read in a thread, which ends silently at an error, and then wait for it forever.
+        for indices in loader.batch_sampler:
+            columns = zip(*(loader.dataset[index] for index in indices))
+            yield [paddle.to_tensor(np.stack(column), place=paddle.CPUPlace()) for column in columns]
         return
     iterator = _start_workers(loader)
     try:
@@ -95,20 +98,6 @@ def _start_workers(loader):
         # Paddle's handler would raise an error anywhere in this process, even during a save, once for each worker that
         # ends. Without it, the loader notices within seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _from_thread(loader):
-    """Yield a loader's batches, and load the next one in a thread meanwhile.
-
-    Paddle's own thread ends silently at an error in the dataset, and whoever waits for its batches waits forever.
-    """
-
-    def load(indices):
-        return [np.stack(column) for column in zip(*(loader.dataset[index] for index in indices))]
-
-    with ThreadPoolExecutor(1) as thread:
-        for batch in _submit(thread, load, loader.batch_sampler, ahead=2):
-            yield [paddle.to_tensor(x, place=paddle.CPUPlace()) for x in batch.result()]
 
 
 def make_loader(dataset, num_workers, **batches):
