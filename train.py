@@ -37,7 +37,6 @@ from support.workers import default_workers, from_workers, hide_loader_warnings,
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from paddle.io import DataLoader, Subset
 from tqdm import tqdm
 
 import dataset
@@ -195,28 +194,19 @@ def training_data(args):
     if len(images) < args.batch_size:
         raise UserError(f"{args.image_dir}: {len(images)} images do not fill one --batch_size {args.batch_size}")
     sampler = dataset.EpochSampler(images, args.batch_size // dist.get_world_size())
-    return make_loader(images, args.num_workers, batch_sampler=sampler), sampler
-
-
-class Validation(NamedTuple):
-    """The validation set."""
-
-    images: dataset.ColorizationDataset
-    loader: DataLoader  # of this process's share
-    description: str
+    return make_loader(images, sampler, args.num_workers), sampler
 
 
 def validation_data(args, training):
-    """Return the validation set, center crops; None without --val_dir."""
+    """Return the loader of this process's share of the validation set, center crops; None without --val_dir."""
     if not args.val_dir:
         return None
-    paths, side = processes.first_decides(dataset.list_images, args.val_dir), args.load_size // 8 * 8
-    images = dataset.ColorizationDataset(paths, args.load_size, side)
+    paths = processes.first_decides(dataset.list_images, args.val_dir)
+    images = dataset.ColorizationDataset(paths, args.load_size, args.load_size // 8 * 8)
     processes.on_first(warn_of_overlap, training, images, args)
-    share = Subset(images, range(dist.get_rank(), len(images), dist.get_world_size()))
-    batch_size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
-    loader = make_loader(share, args.num_workers, batch_size=batch_size)
-    return Validation(images, loader, f"{describe(images, args.val_dir)}, {side}x{side} pixels")
+    share = range(dist.get_rank(), len(images), dist.get_world_size())
+    size = max(1, args.batch_size // dist.get_world_size() // 2)  # larger images than in training
+    return make_loader(images, [share[i : i + size] for i in range(0, len(share), size)], args.num_workers)
 
 
 def names_in(folder, images):
@@ -246,7 +236,7 @@ def warn_of_overlap(images, val_images, args):
 
 
 @paddle.no_grad()
-def validate(run, validation, constants, args, stop, log):
+def validate(run, loader, constants, args, stop):
     """Log the values, raw AuC and a picture for the validation images of all processes; save the best weights.
 
     The values are not re-weighted, so variants of the loss can be compared. A stop request ends this without a result.
@@ -255,9 +245,8 @@ def validate(run, validation, constants, args, stop, log):
     run.network.eval()
     objective = OBJECTIVES[args.loss]
     sums, histogram, panel = np.zeros(len(objective.columns)), np.zeros(utils.MAX_THRESHOLD + 2), []
-    batches = from_workers(validation.loader, stop)
-    bar = tqdm(batches, "validating", len(validation.loader), unit="batch", leave=False, disable=None)
-    for rgb, broken in bar:
+    batches = from_workers(loader, stop)
+    for rgb, broken in tqdm(batches, "validating", len(loader), unit="batch", leave=False, disable=None):
         if stop.noticed:
             break
         readable = np.flatnonzero(broken.numpy() == 0)
@@ -276,7 +265,7 @@ def validate(run, validation, constants, args, stop, log):
     if stop.agreed():
         return
     sums, histogram = processes.all_reduce(sums), processes.all_reduce(histogram)
-    images = histogram.sum() / validation.images.crop_size**2
+    images = histogram.sum() / loader.dataset.crop_size**2
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
     if not np.isfinite(sums).all():
@@ -284,11 +273,11 @@ def validate(run, validation, constants, args, stop, log):
     epoch = run.progress["epoch"] - (run.progress["batch"] == 0)  # the one that this step belongs to
     step, values = run.progress["step"], finish(objective.columns, sums / images)
     shown = {f"val_{name}": value for name, value in values.items() if name != "loss"}
-    log.write({"epoch": epoch, "step": step, **shown, "val_auc": float(utils.auc(histogram))})
-    log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
+    run.log.write({"epoch": epoch, "step": step, **shown, "val_auc": float(utils.auc(histogram))})
+    run.log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
     run.progress["validated"] = step
     last = list(objective.columns)[-1]
-    run.save_best(last, values[last], validation.description)
+    run.save_best(last, values[last], run.flags["val_images"])
 
 
 def side_by_side(lab, ab, rgb):
@@ -311,7 +300,7 @@ def parse_args(argv=None):
     add("--crop_size", type=cli.SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
     workers = "processes per device that read images; 0: each process reads its own, between its steps"
     add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help=workers)
-    add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of an epoch is unreadable")
+    add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of the files is unreadable")
 
     group = parser.add_argument_group("method")
     group.add_argument("--loss", choices=OBJECTIVES, default="classification", help="l2: Eq. 1, the paper's baseline")
@@ -350,9 +339,7 @@ def parse_args(argv=None):
     add("--save_freq", type=whole(), default=1, help="epochs between saves of epoch_{N}_model.pdparams")
     add("--keep", type=whole(0), default=0, help="number of numbered checkpoints to keep, the newest; 0 keeps all")
     add("--loss_step", type=whole(), default=50, help="steps between lines of the log")
-    args = parser.parse_args(argv)
-    args.changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    return args
+    return parser.parse_args(argv)
 
 
 def check_args(args, world_size):
@@ -362,8 +349,10 @@ def check_args(args, world_size):
         raise UserError(f"--batch_size {args.batch_size}: not a multiple of the number of processes, {world_size}")
     if args.continue_train and (args.init_from or args.overwrite):
         raise UserError("--continue_train: cannot be combined with --init_from or --overwrite")
-    if args.loss == "l2" and (wrong := sorted(args.given & {*CLASSIFICATION})):
-        raise UserError(f"--{wrong[0]}: does not apply to --loss l2")
+    defaults = parse_args(["--image_dir", args.image_dir])
+    changed = [name for name in CLASSIFICATION if getattr(args, name) != getattr(defaults, name)]
+    if args.loss == "l2" and changed:
+        raise UserError(f"--{changed[0]}: does not apply to --loss l2")
     if args.which_epoch != "latest" and not args.continue_train:
         raise UserError(f"--which_epoch {args.which_epoch}: only valid with --continue_train")
 
@@ -423,14 +412,18 @@ def build_network(args, parts):
     return network
 
 
-def make_run(args, network, optimizer, scaler, images):
+def make_run(args, network, optimizer, scaler, images, val_images):
     """Return the state of a new run."""
     flags = {name: getattr(args, name) for name in (*LOSS, *ORDER, *FREE)}
-    flags.update(images=describe(images, args.image_dir), prior=utils.load_prior(args.prior).numpy())
+    flags["prior"] = utils.load_prior(args.prior).numpy()
+    flags["images"], flags["val_images"] = describe(images, args.image_dir), "none"
+    if val_images is not None:
+        side = val_images.crop_size
+        flags["val_images"] = f"{describe(val_images, args.val_dir)}, {side}x{side} pixels"
     # `epoch` and `batch` come next, `step` steps are done, the weights after step `validated` were validated
     progress = {"epoch": 0, "batch": 0, "step": 0, "validated": 0}
-    folders = (args.model_path, args.log_path)
-    return runs.Run(*folders, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
+    log = Log(args.log_path, FORMATS)
+    return runs.Run(args.model_path, log, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
 
 
 def resume(run, args):
@@ -449,9 +442,9 @@ def last_step_of(progress, args, steps_per_epoch):
     return min(args.max_steps or math.inf, epoch_start + epochs_left * steps_per_epoch)
 
 
-def announce(args, loader, validation, autocast):
+def announce(args, loader, val_loader, autocast):
     """Print the number of images and steps, the device, the output folders, and the meaning of the log's columns."""
-    for_validation = f", {len(validation.images)} for validation" if validation is not None else ""
+    for_validation = "" if val_loader is None else f", {len(val_loader.dataset)} for validation"
     precision = autocast["dtype"] if autocast["enable"] else "float32"
     data = f"{cli.counted(len(loader.dataset), 'image')}{for_validation}; {cli.counted(len(loader), 'step')} per epoch"
     folders = f"{cli.printable(args.model_path)}, {cli.printable(args.log_path)}"
@@ -471,11 +464,24 @@ def advice_for_errors(run):
         raise UserError(f"{error}; {advice}") from error
 
 
-def check_color(totals, progress, args):
-    """Raise UserError if all images so far in this epoch, which this run began, are gray."""
-    if totals.loss == 0 and totals.images == progress["batch"] * args.batch_size:
-        gray = f"all {totals.images} images of the epoch so far are gray"
-        raise UserError(f"{args.image_dir}: {gray}, so there is nothing to learn")
+def check_color(meter, args):
+    """Raise UserError if all images so far are gray."""
+    meter.check()
+    if not meter.learned:
+        raise UserError(f"{args.image_dir}: all {meter.images} images so far are gray, so there is nothing to learn")
+
+
+def due_checkpoints(run, args, last_step, validates):
+    """Return the names of the checkpoints to save after a step."""
+    progress, names = run.progress, []
+    epoch, step, epoch_ends = progress["epoch"], progress["step"], progress["batch"] == 0
+    if epoch_ends and (epoch % args.save_freq == 0 or epoch == args.num_epochs):
+        names.append(epoch - 1)
+    first = step > 1 and not run.saved  # only the second step shows whether the weights have diverged
+    before_validation = validates and (epoch_ends or step == last_step)  # which may fail
+    if names or first or before_validation or step % args.save_latest == 0:
+        names.append("latest")
+    return names
 
 
 def report(run, args, stop):
@@ -502,15 +508,11 @@ def take_step(model, rgb, constants, compute, scaler, optimizer, schedule):
     return values.detach()
 
 
-def end_epoch(run, args, steps_per_epoch, validation):
-    """Count an epoch whose steps are all done, and save it every --save_freq epochs and at the end."""
-    progress, names = run.progress, []
+def count_batch(progress, steps_per_epoch):
+    """Count a batch of an epoch, and the epoch if this was its last batch."""
+    progress["batch"] += 1
     if progress["batch"] == steps_per_epoch:
         progress.update(epoch=progress["epoch"] + 1, batch=0)
-        if progress["epoch"] % args.save_freq == 0 or progress["epoch"] == args.num_epochs:
-            names = [progress["epoch"] - 1]
-    if names or validation is not None:  # before validating, which may fail
-        run.save(*names, "latest")
 
 
 @paddle.utils.unique_name.guard()  # Adam's state is named by counters of Paddle, which this starts at 0 in every run
@@ -521,7 +523,8 @@ def main(args):
 
         # Data
         loader, sampler = training_data(args)
-        validation = validation_data(args, loader.dataset)
+        val_loader = validation_data(args, loader.dataset)
+        validates = val_loader is not None
 
         # Network and optimizer
         network = build_network(args, parts)
@@ -530,7 +533,8 @@ def main(args):
         objective, constants = OBJECTIVES[args.loss], make_constants(args, autocast)
 
         # State
-        run = make_run(args, network, optimizer, scaler, loader.dataset)
+        run = make_run(args, network, optimizer, scaler, loader.dataset, val_loader.dataset if validates else None)
+        opened.callback(run.log.close)
         progress = run.progress
         if resumes:
             resume(run, args)
@@ -538,24 +542,17 @@ def main(args):
         first_step, last_step = progress["step"] + 1, last_step_of(progress, args, len(sampler))
 
         # Loop
-        announce(args, loader, validation, autocast)
+        announce(args, loader, val_loader, autocast)
         model = paddle.DataParallel(network) if dist.get_world_size() > 1 else network
-        last = (progress["step"], progress["validated"] == progress["step"])
-        log = Log(args.log_path, FORMATS, run.id, last)
-        opened.callback(log.close)
-        meter = Meter(objective.columns, args.max_broken)
+        meter = Meter(objective.columns, args.batch_size, args.max_broken)
         bar = opened.enter_context(tqdm(total=last_step, initial=progress["step"], unit="step", disable=None))
         stop = opened.enter_context(processes.StopRequest())
         opened.enter_context(advice_for_errors(run))
         while not stop.signal:
-            if run.saved:
-                log.open()
-
             # Validation, after an epoch and at the end; it comes first because a kill may have prevented it
-            ended = progress["step"] >= last_step and progress["batch"] < len(sampler)  # else the epoch is not counted
-            due = progress["validated"] < progress["step"] and (ended or progress["batch"] == 0)
-            if validation is not None and due:
-                validate(run, validation, constants, args, stop, log)
+            ended = progress["step"] >= last_step
+            if validates and progress["validated"] < progress["step"] and (ended or progress["batch"] == 0):
+                validate(run, val_loader, constants, args, stop)
             if ended:
                 break
 
@@ -563,29 +560,24 @@ def main(args):
             set_training(network, args)
             sampler.begin(args.seed, progress["epoch"], skip=progress["batch"])
             loader.dataset.epoch = progress["epoch"]
-            meter.begin_epoch()
             for rgb, broken in meter.timed(from_workers(loader, stop)):
                 values = take_step(model, rgb, constants, objective.compute, scaler, optimizer, schedule)
                 meter.add(values, broken)
                 progress["step"] += 1
-                progress["batch"] += 1
                 bar.update()
                 if progress["step"] % args.loss_step == 0 or progress["step"] in (first_step, last_step):
                     where = {"epoch": progress["epoch"], "step": progress["step"]}
-                    log.write({**where, **meter.read(), "lr": schedule.get_lr()})
-                # The first save replaces an earlier run. Weights that diverge, or have learned nothing, must not.
-                first = not run.saved and progress["step"] > 1
-                if (first or progress["step"] % args.save_latest == 0) and meter.check().loss > 0:
-                    run.save("latest")
-                    log.open()
-                if stop.after_step(progress["step"]) or progress["step"] >= last_step:
+                    run.log.write({**where, **meter.read(), "lr": schedule.get_lr()})
+                count_batch(progress, len(sampler))
+                if names := due_checkpoints(run, args, last_step, validates):
+                    meter.check()
+                    if run.saved or meter.learned:  # the first save may replace an earlier run
+                        run.save(*names)
+                if stop.after_step(progress["step"]) or progress["step"] == last_step:
                     break
-            totals = meter.end_epoch(progress["epoch"])
-            if not stop.agreed():
-                check_color(totals, progress, args)
-                end_epoch(run, args, len(sampler), validation)
+            if not (stop.agreed() or run.saved):
+                check_color(meter, args)
         run.save("latest")
-        log.open()
         return report(run, args, stop)
 
 

@@ -7,11 +7,11 @@ import tempfile
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from support.cli import UserError, counted, note, report_os_errors
 from support.files import atomic_text
-from support.processes import all_reduce, is_first, on_first
+from support.processes import all_reduce, is_first
+from support.sheets import tile
 
 import numpy as np
 import paddle
@@ -32,49 +32,45 @@ class Log:
         folder (str): Folder of the log.
         formats (dict): Formats of the values on the terminal, by their names; values of validation have the same names
             after "val_".
-        run (str): Identifier of the run, which becomes part of each line of the file.
-        last (tuple[int, bool]): Lines of the log stay up to this step, and to that of its validation if the second is
-            true. Later lines, which exist if the run was killed after its last save or resumes at an earlier epoch, are
-            moved to another file.
     """
 
-    def __init__(self, folder, formats, run, last):
-        self.folder, self.formats, self.run, self.last = Path(folder), formats, run, last
+    def __init__(self, folder, formats):
+        self.folder, self.formats = Path(folder), formats
         self.problem = f"{folder}: the log cannot be written"
-        self.waiting, self.file, self.board = [], None, None
+        self.run, self.waiting, self.file, self.board = None, [], None, None
 
-    def open(self):
-        """Begin to write, if that has not happened yet.
+    def open(self, run, step, validated):
+        """Begin to write the lines of a run, if that has not happened yet.
 
-        VisualDL shows only the file of a folder whose number is the largest, so a new file begins with the values (not
-        the images) of the lines that stay.
+        Earlier lines of the same run stay up to a step, and those of its validations up to the step `validated`. Later
+        ones, which exist if the run was killed after its last save or resumes at an earlier epoch, are moved to another
+        file. VisualDL shows only the file of a folder whose name sorts last, so a new file begins with the values (not
+        the images) of the lines that stay. Raises UserError if the log is another run's.
         """
         if self.file or not is_first():
             return
+        path, stay, later = self.folder / LINES, [], []
+        for values in read_log(path):
+            if values.get("run") != run:
+                raise UserError(f"{self.folder}: the log of another run; choose another --log_path")
+            last = validated if any(name.startswith(VAL) for name in values) else step
+            (stay if values["step"] <= last else later).append(values)
+        lines = stay + [{"run": run, **values} for values in self.waiting]
         with report_os_errors(self.problem):
-            path = self.folder / LINES
-            lines = read_log(path)
-            before = [values for values in lines if _step_and_stage(values) <= self.last]
-            later = [values for values in lines if _step_and_stage(values) > self.last]
             if later:
                 with open(self.folder / REPLACED, "a") as file:
-                    file.writelines(json.dumps(values) + "\n" for values in later)
-                note(f"{path}: {counted(len(later), 'line')} after step {self.last[0]} moved to {REPLACED}")
+                    file.writelines(map(_json_line, later))
+                note(f"{path}: {counted(len(later), 'line')} after step {step} moved to {REPLACED}")
             with atomic_text(path) as file:
-                file.writelines(json.dumps(values) + "\n" for values in before)
-            self.file = open(path, "a", buffering=1)  # noqa: SIM115  by lines
+                file.writelines(map(_json_line, lines))
+            self.run, self.file = run, open(path, "a", buffering=1)  # noqa: SIM115  by lines
+            numbers = [int(path.name.split(".")[1]) for path in self.folder.glob("vdlrecords.[0-9]*.log")]
+            name = f"vdlrecords.{max(numbers, default=10**9) + 1}.log"
             with redirect_stdout(None):
                 LogWriter = _import_visualdl()  # noqa: N806
-                self.board = LogWriter(logdir=str(self.folder), file_name=f"vdlrecords.{self._number()}.log")
-            for values in before:
+                self.board = LogWriter(logdir=str(self.folder), file_name=name)
+            for values in lines:
                 self._show(values)
-        for values in self.waiting:
-            self._record(values)
-
-    def _number(self):
-        """Return a number for VisualDL's new file, larger than those of earlier ones: a clock may run backwards."""
-        numbers = (path.name.split(".")[1] for path in self.folder.glob("vdlrecords.*.log"))
-        return max([time.time_ns(), *(int(number) + 1 for number in numbers if number.isdecimal())])
 
     def write(self, values):
         """Print a dict of values, which includes "step", and write it to train.jsonl and VisualDL."""
@@ -83,14 +79,11 @@ class Log:
         formatted = (f"{name} {value:{self.formats[name.removeprefix(VAL)]}}" for name, value in values.items())
         tqdm.write("  ".join(formatted))
         sys.stdout.flush()  # for a user who follows a file
-        if self.file:
-            self._record(values)
-        else:
+        if not self.file:
             self.waiting.append(values)
-
-    def _record(self, values):
+            return
         with report_os_errors(self.problem):
-            self.file.write(json.dumps({"run": self.run, **values}, allow_nan=False) + "\n")
+            self.file.write(_json_line({"run": self.run, **values}))
             self._show(values)
 
     def _show(self, values):
@@ -109,6 +102,10 @@ class Log:
             with suppress(OSError):  # `write` has reported it
                 self.file.close()
                 self.board.close()
+
+
+def _json_line(values):
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def _import_visualdl():
@@ -130,25 +127,6 @@ def read_log(path):
     return values
 
 
-def log_runs(folder):
-    """Return the identifiers of the runs whose lines are in a log."""
-    return {values.get("run") for values in read_log(Path(folder, LINES))}
-
-
-def _step_and_stage(values):
-    """Return the step of a line, and whether the line is from the validation after that step."""
-    return values["step"], any(name.startswith(VAL) for name in values)
-
-
-class Totals(NamedTuple):
-    """Sums over all processes."""
-
-    interval: np.ndarray  # of the interval's values, float64 [len(columns)]
-    loss: float  # of the epoch
-    broken: int  # unreadable files in the epoch
-    images: int  # images in the epoch
-
-
 class Meter:
     """Sums of each step's values, on the device, because reading them in every step would wait for it.
 
@@ -157,21 +135,20 @@ class Meter:
 
     Args:
         columns (dict): Names of the values, and a function of the mean of each over the images. The first is the loss.
-        max_broken (float): Largest share of an epoch's files that may be unreadable.
+        batch_size (int): Images per step, over all processes.
+        max_broken (float): Largest share of the files read so far that may be unreadable.
     """
 
-    def __init__(self, columns, max_broken):
-        self.columns, self.max_broken, self.last = columns, max_broken, time.perf_counter()
-        self.begin_interval()
-        self.begin_epoch()
+    def __init__(self, columns, batch_size, max_broken):
+        self.columns, self.batch_size, self.max_broken = columns, batch_size, max_broken
+        self.images = self.broken = 0  # so far
+        self.learned = False  # whether the loss of any image was not 0, until the last `check`
+        self.last = time.perf_counter()
+        self._begin_interval()
 
-    def begin_epoch(self):
-        self.loss = paddle.zeros([])
-        self.epoch_broken = self.epoch_images = 0
-
-    def begin_interval(self):
+    def _begin_interval(self):
         self.sums = paddle.zeros([len(self.columns)])
-        self.steps = self.images = self.waited = self.worked = 0
+        self.steps = self.waited = self.worked = 0
 
     def timed(self, batches):
         """Yield the batches of an epoch, and measure the time spent waiting for them and working on them."""
@@ -193,45 +170,34 @@ class Meter:
             values (Tensor): float32 [N, len(columns)]. The values of each image.
             broken (Tensor): int64 [N]. The unreadable files that each image replaces.
         """
-        mean = values.mean(axis=0)
-        self.sums = self.sums + mean
-        self.loss = self.loss + mean[0]
-        self.epoch_broken += int(broken.numpy().sum())  # in the host's memory (pinned), also with a GPU
+        self.sums = self.sums + values.mean(axis=0)
+        self.broken += int(broken.numpy().sum())  # in the host's memory (pinned), also with a GPU
+        self.images += self.batch_size
         self.steps += 1
-        self.images += len(broken)
-        self.epoch_images += len(broken)
 
     def check(self):
-        """Return the Totals. Raise UserError if the loss is not finite or too many files are unreadable."""
-        local = [*self.sums.tolist(), float(self.loss), self.epoch_broken, self.epoch_images]
-        *interval, loss, broken, images = all_reduce(np.array(local, np.float64)).tolist()
-        if not np.isfinite(interval).all():
-            raise UserError(
-                f"the loss is not finite ({interval[0]}, over the last {self.steps} steps): try a lower --lr"
-            )
-        tried = images + broken  # a different image replaces each unreadable one
-        if broken > self.max_broken * max(tried, 20):  # tolerates a few in very small sets
-            share = f"{broken:.0f} of {tried:.0f} images cannot be read"
-            raise UserError(f"{share}: more than --max_broken {self.max_broken:g}")
-        return Totals(np.array(interval), loss, int(broken), int(images))
+        """Return the sums over this interval and all processes, float64 [len(columns)].
 
-    def end_epoch(self, epoch):
-        """Return the Totals, and report unreadable files."""
-        totals = self.check()
-        if totals.broken:
-            text = (
-                f"{totals.broken} of {totals.images + totals.broken} images could not be read; others took their place"
-            )
-            on_first(note, f"epoch {epoch}: {text}")
-        return totals
+        Raises UserError if the loss is not finite or too many files are unreadable.
+        """
+        totals = all_reduce(np.array([*self.sums.tolist(), self.broken], np.float64))
+        sums, broken = totals[:-1], int(totals[-1])
+        if not np.isfinite(sums).all():
+            raise UserError(f"the loss is not finite ({sums[0]}, over the last {self.steps} steps): try a lower --lr")
+        tried = self.images + broken  # a different image replaces each unreadable one
+        if broken > self.max_broken * max(tried, 20):  # tolerates a few in very small sets
+            problem = f"{broken} of {tried} images cannot be read"
+            raise UserError(f"{problem}: more than --max_broken {self.max_broken:g}")
+        self.learned = self.learned or sums[0] > 0
+        return sums
 
     def read(self):
         """Return the means over the interval that ends here, over all processes, and begin the next interval."""
         self.worked += self._lap()
-        world, seconds = dist.get_world_size(), self.worked + self.waited
-        values = finish(self.columns, self.check().interval / (self.steps * world))
-        speed = {"images_per_second": self.images * world / seconds, "waiting": self.waited / seconds}
-        self.begin_interval()
+        seconds = self.worked + self.waited
+        values = finish(self.columns, self.check() / (self.steps * dist.get_world_size()))
+        speed = {"images_per_second": self.steps * self.batch_size / seconds, "waiting": self.waited / seconds}
+        self._begin_interval()
         return {**values, **speed}
 
 

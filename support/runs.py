@@ -4,7 +4,6 @@ A run has a random identifier, which its training states and each line of its lo
 the run that was in its folders before; until then, that one stays as it was.
 """
 
-import math
 import re
 import secrets
 import zlib
@@ -12,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.checkpoints import load_checkpoint, save_checkpoint, set_weights
-from support.cli import UserError, note
+from support.cli import UserError
 from support.files import lock_folder, make_folder, read_json, write_json
-from support.logs import LOG_FILES, log_runs
+from support.logs import LOG_FILES
 from support.processes import all_reduce, is_first, share_statistics
 
 import numpy as np
@@ -22,7 +21,6 @@ import paddle
 
 STATES = r"epoch_(latest|\d+)_state\.pdopt"
 CHECKPOINTS = rf"{STATES}|epoch_(latest|best|\d+)_model\.pdparams|epoch_best\.json"
-PARTS = ("network", "optimizer", "scaler", "progress", "flags")  # entries of a training state that the checksum covers
 
 # -------------------------------------------------------------------------------------------------
 # Folders of a run
@@ -64,18 +62,19 @@ class Run:
 
     Args:
         model_path (str): Folder of the checkpoints.
-        log_path (str): Folder of the log.
+        log (Log): Its log, which is written from the first save on.
         network (Layer): The network.
         optimizer (Optimizer): Its optimizer.
         scaler (GradScaler): The loss scaler.
         flags (dict): Numbers, strings and arrays that must be, or usually are, the same when the run is resumed.
-        progress (dict): Non-negative numbers, updated by the caller.
+        progress (dict): Non-negative numbers, updated by the caller: the number of completed epochs, of steps, and of
+            steps until the last validation ("epoch", "step", "validated"), and others.
         entries (tuple[str]): Names of those flags and numbers that are stored with the weights, too, as int64.
         keep (int): Number of numbered checkpoints to keep; 0 keeps all.
     """
 
-    def __init__(self, model_path, log_path, network, optimizer, scaler, flags, progress, entries, keep):
-        self.folder, self.log_folder = Path(model_path), Path(log_path)
+    def __init__(self, model_path, log, network, optimizer, scaler, flags, progress, entries, keep):
+        self.folder, self.log = Path(model_path), log
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
         self.flags, self.progress, self.entries, self.keep = flags, progress, entries, keep
         self.id = secrets.token_hex(8)
@@ -97,8 +96,12 @@ class Run:
             if not self.saved:
                 self._remove_earlier_run(written={*map(str, names)})
             self._prune()
-        self.saved = True
+        self._open_log()
         all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
+
+    def _open_log(self):
+        self.saved = True
+        self.log.open(self.id, self.progress["step"], self.progress["validated"])
 
     def _state(self):
         """Return everything that is needed to resume, with a checksum. Raises UserError if weights are not finite."""
@@ -122,7 +125,7 @@ class Run:
 
     def _remove_earlier_run(self, written):
         """Remove the log of an earlier run and its checkpoints, except for those that have been replaced."""
-        earlier = _matching(self.log_folder, LOG_FILES)  # first, because `resume` refuses another run's log
+        earlier = _matching(self.log.folder, LOG_FILES)  # first, because `resume` refuses another run's log
         earlier += [path for path in _matching(self.folder, CHECKPOINTS) if path.name.split("_")[1] not in written]
         for path in earlier:
             path.unlink()
@@ -136,10 +139,9 @@ class Run:
         if not is_first():
             return
         path = self.folder / "epoch_best.json"
-        best = read_json(path) or {"measured_on": measured_on}
-        if (before := best.get("measured_on")) != measured_on:
-            note(f"{path}: measured on {before}, now on {measured_on}: `best` begins again")
-        elif best.get("run") == self.id and best.get(name, math.inf) <= value:
+        best = read_json(path) or {}
+        comparable = (best.get("run"), best.get("measured_on")) == (self.id, measured_on)
+        if comparable and best[name] <= value:
             return
         self._write_weights("best")
         where = {"epoch": self.progress["epoch"], "step": self.progress["step"]}
@@ -147,10 +149,10 @@ class Run:
 
     def _prune(self):
         """Remove numbered checkpoints, except for the last ones to keep; never `latest` or `best`."""
-        names = [path.name.split("_")[1] for path in self.folder.glob("epoch_*_model.pdparams")]
+        epochs = [int(path.name.split("_")[1]) for path in _matching(self.folder, r"epoch_\d+_model\.pdparams")]
         # Later epochs remain from before a run was resumed at an earlier one.
-        epochs = sorted(int(name) for name in names if name.isdecimal() and int(name) < self.progress["epoch"])
-        for epoch in epochs[: -self.keep]:  # none if it is 0
+        done = sorted(epoch for epoch in epochs if epoch < self.progress["epoch"])
+        for epoch in done[: -self.keep]:  # none if it is 0
             (self.folder / f"epoch_{epoch}_model.pdparams").unlink(missing_ok=True)
             (self.folder / f"epoch_{epoch}_state.pdopt").unlink(missing_ok=True)
 
@@ -169,13 +171,12 @@ class Run:
         if refused := ", ".join(changes[flag] for flag in fixed if flag in changes):
             raise UserError(f"{path}: the objective differs: {refused}; --init_from FILE starts a new run from weights")
         self.progress.update(state["progress"])
-        self.id, self.saved = state["run"], True
-        if is_first() and log_runs(self.log_folder) - {self.id}:
-            raise UserError(f"{self.log_folder}: the log of another run than {path}; choose another --log_path")
         set_weights(self.network, state["network"], path)
         self.optimizer.set_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.id = state["run"]
+        self._open_log()
         return changes
 
     def _changes(self, earlier_flags):
@@ -201,7 +202,7 @@ def _read_state(path):
     state = load_checkpoint(path)
     if "checksum" not in state:
         raise UserError(f"{path}: not a training state")
-    if _checksum({part: state[part] for part in PARTS}) != state["checksum"]:
+    if _checksum({name: part for name, part in state.items() if name not in ("run", "checksum")}) != state["checksum"]:
         raise UserError(f"{path}: damaged: its checksum does not match")
     return state
 

@@ -100,9 +100,9 @@ def _start_workers(loader):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def make_loader(dataset, num_workers, **batches):
-    """Return a loader, whose workers end with this process; `batches` are Paddle's batch_size or batch_sampler."""
-    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=begin_worker, **batches)
+def make_loader(dataset, batches, num_workers):
+    """Return a loader, whose workers end with this process; `batches` yields the indices of each batch."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=begin_worker)
 
 
 def parallel_map(function, items, num_workers, title):
