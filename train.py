@@ -19,20 +19,20 @@ JSON to <log_path>/train.jsonl):
     images_per_second 12.3  waiting 1%  lr 3.16e-05  (on the same line)
 """
 
+import logging
 import math
 import os
 import sys
 import warnings
 import zlib
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Callable, NamedTuple
 
 from support import cli, convolutions, cpu, gpu, processes, runs
 from support.cli import UserError, note, number, whole
 from support.logs import Log, Meter, finish
 from support.neighbors import Lookup
-from support.workers import default_workers, from_workers, hide_loader_warnings, make_loader
+from support.workers import default_workers, from_workers, make_loader
 
 import numpy as np
 import paddle
@@ -88,61 +88,60 @@ def make_constants(args, autocast):
     return Constants(ab_bins, bin_weights, Lookup(ab_bins, args.NN), args.sigma, autocast)
 
 
-def classification(network, rgb, constants):
+def forward(network, rgb, constants):
+    """Return the network's output for images, uint8 [N, 3, H, W], and the ab that they have at its positions.
+
+    Returns:
+        tuple[Tensor, Tensor]: The output, logits or ab, float32 [N, Q or 2, H/4, W/4]; ab, float32 [N, 2, H/4, W/4].
+    """
+    lightness, ab = dataset.targets(rgb)  #                                    [N, 1, H, W], [N, 2, H/4, W/4]
+    with paddle.amp.auto_cast(**constants.autocast):
+        output = network(lightness - 50)
+    return output.astype("float32"), ab
+
+
+def classification(logits, ab, constants):
     """Compute the loss of each image (Eq. 2): -sum_hw v(Z_hw) sum_q Z_hwq log Z^_hwq.
 
     Args:
-        network (Layer): Returns logits for L - 50.
-        rgb (Tensor): uint8 [N, 3, H, W].
+        logits (Tensor): float32 [N, Q, H/4, W/4].
+        ab (Tensor): float32 [N, 2, H/4, W/4]. The ground truth.
         constants (Constants): Result of `make_constants`.
 
     Returns:
-        tuple[Tensor, Tensor]: The values of each image, float32 [N, 3]: its loss (0 if it is gray) and, without
-            gradients, cross-entropy and KL, both not re-weighted, in nats per position. And the logits, float32
-            [N, Q, H/4, W/4].
+        Tensor: The values of each image, float32 [N, 3]: its loss (0 if it is gray) and, without gradients,
+        cross-entropy and KL, both not re-weighted, in nats per position.
     """
-    with paddle.no_grad():
-        lightness, ab = dataset.targets(rgb)  #                                [N, 1, H, W], [N, 2, H/4, W/4]
-        # Z, given by its few non-zero entries: their bins and probabilities.
-        lookup, sigma = constants.lookup, constants.sigma
-        indices, probabilities = dataset.soft_encode(ab, constants.ab_bins, lookup.k, sigma, lookup)
-        entropy = utils.entropy(probabilities).mean(axis=[1, 2])  #                              [N]
-        v = utils.position_weight(indices, ab, constants.bin_weights)  #                         [N, H/4, W/4]
-    with paddle.amp.auto_cast(**constants.autocast):
-        logits = network(lightness - 50)  #                                                      [N, Q, H/4, W/4]
-    logits = logits.astype("float32")
+    # Z, given by its few non-zero entries: their bins and probabilities.
+    lookup, sigma = constants.lookup, constants.sigma
+    indices, probabilities = dataset.soft_encode(ab, constants.ab_bins, lookup.k, sigma, lookup)
+    entropy = utils.entropy(probabilities).mean(axis=[1, 2])  #                                  [N]
+    v = utils.position_weight(indices, ab, constants.bin_weights)  #                             [N, H/4, W/4]
     losses = utils.soft_cross_entropy(logits, indices, probabilities)  #                         [N, H/4, W/4]
     cross_entropy = losses.detach().mean(axis=[1, 2])  #                                         [N]
-    values = [(v * losses).sum(axis=[1, 2]), cross_entropy, cross_entropy - entropy]
-    return paddle.stack(values, axis=1), logits
+    return paddle.stack([(v * losses).sum(axis=[1, 2]), cross_entropy, cross_entropy - entropy], axis=1)
 
 
-def l2(network, rgb, constants):
+def l2(predicted, ab, constants):
     """Compute the loss of each image of the paper's baseline (Eq. 1): 1/2 sum_hw |Y_hw - Y^_hw|^2.
 
     All images count, gray ones too: Eq. 1 has no weights.
 
     Args:
-        network (Layer): Returns ab for L - 50. The others are those of `classification`.
+        predicted (Tensor): float32 [N, 2, H/4, W/4]. The predicted ab; the others are those of `classification`.
 
     Returns:
-        tuple[Tensor, Tensor]: The values of each image, float32 [N, 2]: its loss and, without gradients, the mean
-            squared distance of ab per position. And the predicted ab, float32 [N, 2, H/4, W/4].
+        Tensor: The values of each image, float32 [N, 2]: its loss and, without gradients, the mean squared distance of
+        ab per position.
     """
-    with paddle.no_grad():
-        lightness, ab = dataset.targets(rgb)  #                                [N, 1, H, W], [N, 2, H/4, W/4]
-    with paddle.amp.auto_cast(**constants.autocast):
-        predicted = network(lightness - 50)  #                                                   [N, 2, H/4, W/4]
-    predicted = predicted.astype("float32")
     squared = (predicted - ab).square().sum(axis=1)  #                                           [N, H/4, W/4]
-    values = [squared.sum(axis=[1, 2]) / 2, squared.detach().mean(axis=[1, 2])]
-    return paddle.stack(values, axis=1), predicted
+    return paddle.stack([squared.sum(axis=[1, 2]) / 2, squared.detach().mean(axis=[1, 2])], axis=1)
 
 
 class Objective(NamedTuple):
     """A loss, and how it is logged."""
 
-    compute: Callable  # (network, rgb, constants) -> values of each image [N, len(columns)], output
+    compute: Callable  # (output, ab, constants) -> values of each image [N, len(columns)]
     columns: dict  # names of the values and functions of their means; the first is the loss, the last selects `best`
     meaning: str  # of the columns
     head: str  # of the network
@@ -210,9 +209,8 @@ def validation_data(args, training):
 
 
 def names_in(folder, images):
-    """Yield the paths of a dataset's images, relative to their folder."""
-    for i in range(len(images)):
-        yield images.path(i)[len(folder) :].strip(os.sep)
+    """Return the paths of a dataset's images, relative to their folder."""
+    return [images.path(i)[len(folder) :].strip(os.sep) for i in range(len(images))]
 
 
 def describe(images, folder):
@@ -253,8 +251,8 @@ def validate(run, loader, constants, args, stop):
         if not len(readable):
             continue
         rgb = paddle.gather(gpu.to_device(rgb), paddle.to_tensor(readable))
-        values, output = objective.compute(run.network, rgb, constants)
-        sums += values.sum(axis=0).numpy()
+        output, ab = forward(run.network, rgb, constants)
+        sums += objective.compute(output, ab, constants).sum(axis=0).numpy()
         lab = dataset.rgb_to_lab(rgb)
         colored = utils.upsample_ab(objective.predict(output, constants), *rgb.shape[2:])
         distance = np.hypot(*(colored - lab[:, 1:]).numpy().swapaxes(0, 1))
@@ -265,7 +263,8 @@ def validate(run, loader, constants, args, stop):
     if stop.agreed():
         return
     sums, histogram = processes.all_reduce(sums), processes.all_reduce(histogram)
-    images = histogram.sum() / loader.dataset.crop_size**2
+    side = loader.dataset.crop_size
+    images = histogram.sum() / side**2
     if not images:
         raise UserError(f"{args.val_dir}: none of the images can be read")
     if not np.isfinite(sums).all():
@@ -277,7 +276,7 @@ def validate(run, loader, constants, args, stop):
     run.log.pictures(PICTURE, panel[:PANEL_IMAGES], step)
     run.progress["validated"] = step
     last = list(objective.columns)[-1]
-    run.save_best(last, values[last], run.flags["val_images"])
+    run.save_best(last, values[last], f"{run.flags['val_images']}, {side}x{side} pixels")
 
 
 def side_by_side(lab, ab, rgb):
@@ -298,16 +297,21 @@ def parse_args(argv=None):
     add("--val_dir", help="folder of validation images, evaluated after each epoch (default: none)")
     add("--load_size", type=cli.SIDE, default=256, help="resize the shorter side to this many pixels")
     add("--crop_size", type=cli.SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
-    workers = "processes per device that read images; 0: each process reads its own, between its steps"
-    add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help=workers)
+    add(
+        "--num_workers",
+        type=cli.WORKERS,
+        default=min(8, default_workers()),
+        help="processes per device that read; 0: none",
+    )
     add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of the files is unreadable")
 
     group = parser.add_argument_group("method")
     group.add_argument("--loss", choices=OBJECTIVES, default="classification", help="l2: Eq. 1, the paper's baseline")
     cli.add_bool_flag(group, "--rebalance", True, "give rare colors more weight in the loss")
     add = group.add_argument
-    share = "lambda of Eq. 4: share of the uniform distribution mixed into the prior; 1: no rebalancing"
-    add("--gamma", type=number(0, 1), default=0.5, help=share)
+    add(
+        "--gamma", type=number(0, 1), default=0.5, help="lambda of Eq. 4: uniform share of the prior; 1: no rebalancing"
+    )
     add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the bundled prior)")
     add("--NN", type=whole(1, 313), default=5, help="number of nearest bins in a color's soft-encoding")
     add("--sigma", type=number(1e-3, 1e3), default=5.0, help="sigma of the soft-encoding's Gaussian, in ab units")
@@ -330,8 +334,7 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--model_path", default="./model", help="folder of the checkpoints epoch_{N}_model.pdparams")
     add("--log_path", default="./log", help="folder of train.jsonl and VisualDL's records")
-    weights = "weights to fine-tune: a file, small or official, as --load_model of test.py (default: random weights)"
-    add("--init_from", metavar="FILE", help=weights)
+    add("--init_from", metavar="FILE", help="weights to fine-tune: FILE, small or official (default: random weights)")
     cli.add_bool_flag(group, "--continue_train", False, "resume the run in --model_path")
     cli.add_bool_flag(group, "--overwrite", False, "remove an earlier run in both folders and start a new one")
     add("--which_epoch", default="latest", help="checkpoint to resume: latest, or an epoch's number")
@@ -370,7 +373,7 @@ def set_up(args, opened):
         tuple[bool, int]: Whether an earlier run is resumed, and the number of chunks for convolutions.
     """
     warnings.filterwarnings("ignore", message="When training, we now always track")  # users cannot act on this warning
-    hide_loader_warnings()
+    logging.getLogger().setLevel(logging.CRITICAL)  # messages of Paddle's loader would follow this program's own
     if dist.ParallelEnv().world_size > 1:
         dist.init_parallel_env()
     gpu.check_gpu()
@@ -384,7 +387,7 @@ def set_up(args, opened):
         return resumes, 1
     cpu.keep_freed_memory()
     parts = convolutions.parts_of_a_batch(args.batch_size // dist.get_world_size(), args.crop_size**2)
-    cpu.use_all_cores(cpu.cores_each() // parts)
+    cpu.use_all_cores(cpu.available_cores() // parts)
     return resumes, parts
 
 
@@ -412,14 +415,12 @@ def build_network(args, parts):
     return network
 
 
-def make_run(args, network, optimizer, scaler, images, val_images):
+def make_run(args, network, optimizer, scaler, loader, val_loader):
     """Return the state of a new run."""
     flags = {name: getattr(args, name) for name in (*LOSS, *ORDER, *FREE)}
     flags["prior"] = utils.load_prior(args.prior).numpy()
-    flags["images"], flags["val_images"] = describe(images, args.image_dir), "none"
-    if val_images is not None:
-        side = val_images.crop_size
-        flags["val_images"] = f"{describe(val_images, args.val_dir)}, {side}x{side} pixels"
+    flags["images"] = describe(loader.dataset, args.image_dir)
+    flags["val_images"] = "none" if val_loader is None else describe(val_loader.dataset, args.val_dir)
     # `epoch` and `batch` come next, `step` steps are done, the weights after step `validated` were validated
     progress = {"epoch": 0, "batch": 0, "step": 0, "validated": 0}
     log = Log(args.log_path, FORMATS)
@@ -451,7 +452,7 @@ def announce(args, loader, val_loader, autocast):
     others = "lr: learning rate; waiting: share of time spent waiting for images"
     columns = f"columns: {OBJECTIVES[args.loss].meaning};\n  {others}"
     lines = f"data: {data}\ndevice: {paddle.get_device()}, {precision}\noutput: {folders}\n{columns}"
-    processes.on_first(partial(print, flush=True), lines)
+    processes.on_first(print, lines)
 
 
 @contextmanager
@@ -499,7 +500,7 @@ def report(run, args, stop):
 
 def take_step(model, rgb, constants, compute, scaler, optimizer, schedule):
     """Change the weights by one step of Adam. Return the values of each image, without gradients."""
-    values, _ = compute(model, gpu.to_device(rgb), constants)
+    values = compute(*forward(model, gpu.to_device(rgb), constants), constants)
     scaler.scale(values[:, 0].mean()).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -533,7 +534,7 @@ def main(args):
         objective, constants = OBJECTIVES[args.loss], make_constants(args, autocast)
 
         # State
-        run = make_run(args, network, optimizer, scaler, loader.dataset, val_loader.dataset if validates else None)
+        run = make_run(args, network, optimizer, scaler, loader, val_loader)
         opened.callback(run.log.close)
         progress = run.progress
         if resumes:

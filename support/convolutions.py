@@ -7,8 +7,9 @@ one chunk of the batch per core, all cores always work, and a training step take
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from support.cpu import cores_each
+from support.cpu import available_cores
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -22,7 +23,7 @@ def parts_of_a_batch(images, pixels):
 
     A chunk of fewer than PART_PIXELS takes most of its time to read the weights, which all cores can share.
     """
-    return max(1, min(cores_each(), images, images * pixels // PART_PIXELS))
+    return max(1, min(available_cores(), images, images * pixels // PART_PIXELS))
 
 
 def convolve_in_parts(network, count):
@@ -40,7 +41,8 @@ def convolve_in_parts(network, count):
 
 
 def _run_in_parts(layers, count, pool, x):
-    parts = x.split(part_sizes(len(x), count))
+    sizes = [len(part) for part in np.array_split(range(len(x)), min(count, len(x)))]  # as equal as possible
+    parts = x.split(sizes)
     for i, layer in enumerate(layers):
         if isinstance(layer, CONVOLUTIONS):
             relu = isinstance(layers[i + 1], nn.ReLU) if i + 1 < len(layers) else False
@@ -48,12 +50,6 @@ def _run_in_parts(layers, count, pool, x):
         elif isinstance(layer, nn.BatchNorm2D):
             return layer(paddle.concat(parts))
     return paddle.concat(parts)
-
-
-def part_sizes(images, parts):
-    """Return the sizes of at most `parts` chunks, as equal as possible."""
-    parts = min(parts, images)
-    return [images // parts + (i < images % parts) for i in range(parts)]
 
 
 class _Convolution(paddle.autograd.PyLayer):

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import platform
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ core = paddle.base.core
 
 
 def use_all_cores(threads=None):
-    """Let Paddle's CPU operators use all cores, or `threads` of them. Return their number.
+    """Let Paddle's CPU operators use all cores, or `threads` of them.
 
     Call it before the first operator. Paddle starts with one thread unless OMP_NUM_THREADS is set. The MKL that it
     bundles takes its slow, generic path on AMD processors unless MKL_DEBUG_CPU_TYPE is set: to 7 for AVX-512, to 5 for
@@ -24,9 +23,7 @@ def use_all_cores(threads=None):
     processor = _read("/proc/cpuinfo") or os.environ.get("PROCESSOR_IDENTIFIER", "")  # on Linux; on Windows
     if "AuthenticAMD" in processor and core.supports_int8():  # oneDNN's int8 needs AVX2, its bfloat16 AVX-512
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if core.supports_bfloat16() else "5")
-    threads = threads or available_cores()
-    core.set_num_threads(threads)
-    return threads
+    core.set_num_threads(threads or available_cores())
 
 
 def computes_bf16():
@@ -34,11 +31,12 @@ def computes_bf16():
     return core.supports_bfloat16_fast_performance() and paddle.__version__ >= "3"
 
 
-def available_cores(processes=1):
-    """Return the number of cores for each of a number of processes.
+def available_cores():
+    """Return the number of cores for this process: an equal share for each of those that a launcher started here.
 
     The operating system, a container's quota and the variable OMP_NUM_THREADS (per process) may limit it.
     """
+    processes = int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, min(cores, _quota()) // processes)
     threads = (OMP_NUM_THREADS or "").split(",")[0].strip()
@@ -56,11 +54,6 @@ def _read(path):
     with suppress(OSError):
         return Path(path).read_text(errors="replace")
     return ""
-
-
-def cores_each():
-    """Return the number of this machine's cores for each of the processes that train on it."""
-    return available_cores(int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
 
 def lower_priority():
@@ -91,8 +84,7 @@ def return_freed_memory():
 
 
 def _set_malloc(parameters):
-    with suppress(OSError):  # of an interpreter or a library that cannot be read
-        if platform.libc_ver()[0] == "glibc":
-            libc = ctypes.CDLL(None)
-            for parameter, value in parameters.items():
-                libc.mallopt(parameter, value)
+    libc = ctypes.CDLL(None) if hasattr(os, "sched_setaffinity") else None  # Linux
+    if hasattr(libc, "mallopt"):  # glibc
+        for parameter, value in parameters.items():
+            libc.mallopt(parameter, value)

@@ -1,6 +1,5 @@
 """Worker processes that read images."""
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from support.cli import SIGNALS, UserError, note, progress
-from support.cpu import cores_each
+from support.cpu import available_cores
 from support.images import InvalidImageError
 
 import numpy as np
@@ -29,18 +28,18 @@ def forks():
 
 def default_workers():
     """Return the default --num_workers of Paddle's loaders: a worker per core, 0 where Paddle has no workers."""
-    return cores_each() if forks() else 0
+    return available_cores() if forks() else 0
 
 
-def begin_worker(_):
-    """Prepare a loader's worker process (`worker_init_fn`) so that it ends when its parent ends, and not before.
+def begin_worker(_=None):
+    """Prepare a worker process so that it ends when its parent ends, and not before.
 
     Ctrl-C and a launcher's SIGTERM reach a whole group of processes, so a worker leaves the group. Paddle's own watch
-    over the parent first waits for work, so a worker would outlive a killed parent.
+    over the parent first waits for work, and `concurrent.futures` has none, so a worker would outlive a killed parent.
     """
     os.setpgrp()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # drops a signal that came before; see `_start_workers`
+        signal.signal(number, signal.SIG_IGN)  # drops a signal that came before; see `from_workers`
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
@@ -65,7 +64,15 @@ def from_workers(loader, stop=None):
             columns = zip(*(loader.dataset[index] for index in indices))
             yield [paddle.to_tensor(np.stack(column), place=paddle.CPUPlace()) for column in columns]
         return
-    iterator = _start_workers(loader)
+    # A signal would end a worker that has not left the group yet, so it is held back until then.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Paddle's handler would raise an error anywhere in this process, even during a save, once for each worker that
+        # ends. Without it, the loader notices within seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from iterator
     except SystemError as error:
@@ -76,28 +83,6 @@ def from_workers(loader, stop=None):
         raise UserError(LOST) from error
     finally:
         iterator._try_shutdown_all()  # Paddle's own shutdown of a partly read loader may block at exit
-
-
-def hide_loader_warnings():
-    """Hide the log of Paddle's loader, which would follow the last line of a script. Scripts call this."""
-    logging.getLogger().addFilter(_is_not_of_the_loader)  # adding it twice has no effect
-
-
-def _is_not_of_the_loader(record):
-    return record.module != "dataloader_iter"
-
-
-def _start_workers(loader):
-    """Start a loader's workers, which Paddle has only where processes fork."""
-    # A signal would end a worker that has not left the group yet, so it is held back until then.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # Paddle's handler would raise an error anywhere in this process, even during a save, once for each worker that
-        # ends. Without it, the loader notices within seconds.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def make_loader(dataset, batches, num_workers):
@@ -114,7 +99,7 @@ def parallel_map(function, items, num_workers, title):
     num_workers = min(num_workers, len(items))
     if num_workers and forks():
         # multiprocessing.Pool would wait forever for a worker that was killed.
-        pool = ProcessPoolExecutor(num_workers, initializer=_set_signals)
+        pool = ProcessPoolExecutor(num_workers, initializer=begin_worker)
     else:
         pool = ThreadPoolExecutor(max(1, num_workers))
     tasks = _submit(pool, function, items, ahead=8 * max(1, num_workers))
@@ -127,7 +112,6 @@ def parallel_map(function, items, num_workers, title):
             else:
                 yield i, result
     except BrokenProcessPool as error:
-        time.sleep(0.5)  # a signal sent to all processes reaches this one, too, and explains more
         raise UserError(LOST) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -141,9 +125,3 @@ def _submit(pool, function, items, ahead):
             yield tasks.popleft()
         tasks.append(pool.submit(function, item))
     yield from tasks
-
-
-def _set_signals():
-    """Prepare a process of `parallel_map`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,7 +2,7 @@
 
 import copy
 
-from support.convolutions import convolve_in_parts, part_sizes
+from support.convolutions import convolve_in_parts
 
 import numpy as np
 import paddle
@@ -53,7 +53,3 @@ def test_convolutions_in_chunks_train_like_plain_layers(network, parts, images):
         scale = float(expected.abs().max())
         difference = float((in_parts[name] - expected).abs().max())
         assert difference <= 2e-4 * scale, f"{name}: {difference} of {scale}"
-
-
-def test_chunks_contain_all_images():
-    assert [part_sizes(images, 3) for images in (1, 2, 3, 8)] == [[1], [1, 1], [1, 1, 1], [3, 3, 2]]

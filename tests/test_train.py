@@ -11,7 +11,7 @@ from support.gpu import autocast
 import numpy as np
 import paddle
 import pytest
-from conftest import SmallNetwork, change_loss, same_values, upsample_by_scipy
+from conftest import SmallNetwork, same_values, upsample_by_scipy
 from PIL import Image
 from processes import (
     read_log,
@@ -115,7 +115,9 @@ def test_l2_loss_and_its_gradients_equal_those_of_pytorch(square_crops):
     rgb, lab = paddle.to_tensor(images.transpose(0, 3, 1, 2)), torch.tensor(color.rgb2lab(images)).permute(0, 3, 1, 2)
     lightness, ab = lab[:, :1] - 50, lab[:, 1:, ::4, ::4]
     layer = paddle.nn.Conv2D(1, 2, 4, stride=4)
-    values, output = train.l2(layer, rgb, train.make_constants(args, autocast("off")))
+    constants = train.make_constants(args, autocast("off"))
+    output, true_ab = train.forward(layer, rgb, constants)
+    values = train.l2(output, true_ab, constants)
     weight, bias = (torch.tensor(x.numpy().astype(np.float64), requires_grad=True) for x in (layer.weight, layer.bias))
     predicted = torch.nn.functional.conv2d(lightness, weight, bias, stride=4)
     np.testing.assert_allclose(output.numpy(), predicted.detach().numpy(), atol=0.02)
@@ -255,13 +257,13 @@ def test_start_prints_data_device_folders_and_columns(run_training, square_crops
 
 def test_nan_in_validation_ends_the_run_after_a_save(run_training, error_message, tmp_path, square_crops, monkeypatch):
     """No NaN reaches train.jsonl, as that would not be JSON."""
-    original = train.classification
+    original = train.forward
 
     def diverged(network, *x):
-        values, logits = original(network, *x)
-        return (values, logits) if network.training else (values * math.nan, logits * math.nan)
+        logits, ab = original(network, *x)
+        return (logits if network.training else logits * math.nan), ab
 
-    change_loss(monkeypatch, diverged)
+    monkeypatch.setattr(train, "forward", diverged)
     message = error_message(run_training, "--val_dir", square_crops, "--num_epochs", 3, "--max_steps", 9)
     assert "the network's output for the validation images is not finite" in message
     assert message.endswith("--continue_train resumes from the last save")
@@ -366,12 +368,12 @@ def test_float32_step_reads_no_value_from_the_device(run_training, monkeypatch):
     monkeypatch.setattr(train, "from_workers", lambda *x: (batches.append(y) or y for y in read_batches(*x)))
     monkeypatch.setattr(train.gpu, "to_device", lambda x: copies.append(x.clone()) or copies[-1])
 
-    def objective(model, rgb, *more, original=train.classification):
+    def forward(model, rgb, constants, original=train.forward):
         assert rgb is copies[-1]
         counts.append(len(reads))  # before each step
-        return original(model, rgb, *more)
+        return original(model, rgb, constants)
 
-    change_loss(monkeypatch, objective)
+    monkeypatch.setattr(train, "forward", forward)
     for name in READERS:
         original = getattr(paddle.Tensor, name, None)
         if original is None:
@@ -396,7 +398,7 @@ def test_loss_of_a_float16_output_is_computed_in_float32():
     logits = paddle.randn([2, 313, 8, 8]).astype("float16")
     args = train.parse_args(["--image_dir", "x"])
     constants = train.make_constants(args, autocast("off"))
-    half, single = (
-        train.classification(lambda _, x=x: x, rgb, constants)[0] for x in (logits, logits.astype("float32"))
-    )
-    assert half.dtype == paddle.float32 and half.tolist() == single.tolist()
+    output, ab = train.forward(lambda _: logits, rgb, constants)
+    values = train.classification(output, ab, constants)
+    assert values.dtype == paddle.float32
+    assert values.tolist() == train.classification(logits.astype("float32"), ab, constants).tolist()

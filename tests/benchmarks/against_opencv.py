@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.cpu import use_all_cores
+from support.cpu import available_cores, use_all_cores
 from support.inference import make_predictor
 
 import numpy as np
@@ -50,7 +50,8 @@ def main():
     parser.add_argument("precisions", nargs="*", default=["float32", "bf16"], help="float32, bf16")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    threads = use_all_cores()
+    use_all_cores()
+    threads = available_cores()
     cv2.setNumThreads(threads)
     folder = Path(tempfile.mkdtemp())
     x = photograph(224)
