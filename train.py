@@ -297,21 +297,14 @@ def parse_args(argv=None):
     add("--val_dir", help="folder of validation images, evaluated after each epoch (default: none)")
     add("--load_size", type=cli.SIDE, default=256, help="resize the shorter side to this many pixels")
     add("--crop_size", type=cli.SIDE, default=176, help="side of the random crops in pixels, a multiple of 8")
-    add(
-        "--num_workers",
-        type=cli.WORKERS,
-        default=min(8, default_workers()),
-        help="processes per device that read; 0: none",
-    )
+    add("--num_workers", type=cli.WORKERS, default=min(8, default_workers()), help="processes that read, per device")
     add("--max_broken", type=number(0, 1), default=0.1, help="stop if a larger share of the files is unreadable")
 
     group = parser.add_argument_group("method")
     group.add_argument("--loss", choices=OBJECTIVES, default="classification", help="l2: Eq. 1, the paper's baseline")
     cli.add_bool_flag(group, "--rebalance", True, "give rare colors more weight in the loss")
     add = group.add_argument
-    add(
-        "--gamma", type=number(0, 1), default=0.5, help="lambda of Eq. 4: uniform share of the prior; 1: no rebalancing"
-    )
+    add("--gamma", type=number(0, 1), default=0.5, help="lambda of Eq. 4, the prior's uniform share; 1: no rebalancing")
     add("--prior", help="file of 313 probabilities (resources/estimate_prior.py) (default: the bundled prior)")
     add("--NN", type=whole(1, 313), default=5, help="number of nearest bins in a color's soft-encoding")
     add("--sigma", type=number(1e-3, 1e3), default=5.0, help="sigma of the soft-encoding's Gaussian, in ab units")
@@ -472,15 +465,15 @@ def check_color(meter, args):
         raise UserError(f"{args.image_dir}: all {meter.images} images so far are gray, so there is nothing to learn")
 
 
-def due_checkpoints(run, args, last_step, validates):
+def due_checkpoints(progress, args, last_step, validates):
     """Return the names of the checkpoints to save after a step."""
-    progress, names = run.progress, []
     epoch, step, epoch_ends = progress["epoch"], progress["step"], progress["batch"] == 0
+    names = []
     if epoch_ends and (epoch % args.save_freq == 0 or epoch == args.num_epochs):
         names.append(epoch - 1)
-    first = step > 1 and not run.saved  # only the second step shows whether the weights have diverged
     before_validation = validates and (epoch_ends or step == last_step)  # which may fail
-    if names or first or before_validation or step % args.save_latest == 0:
+    # The first step does not show yet whether the weights diverge.
+    if names or before_validation or step == 2 or step % args.save_latest == 0:
         names.append("latest")
     return names
 
@@ -507,13 +500,6 @@ def take_step(model, rgb, constants, compute, scaler, optimizer, schedule):
     optimizer.clear_grad(set_to_zero=isinstance(model, paddle.DataParallel))  # it keeps its gradients
     schedule.step()
     return values.detach()
-
-
-def count_batch(progress, steps_per_epoch):
-    """Count a batch of an epoch, and the epoch if this was its last batch."""
-    progress["batch"] += 1
-    if progress["batch"] == steps_per_epoch:
-        progress.update(epoch=progress["epoch"] + 1, batch=0)
 
 
 @paddle.utils.unique_name.guard()  # Adam's state is named by counters of Paddle, which this starts at 0 in every run
@@ -569,8 +555,10 @@ def main(args):
                 if progress["step"] % args.loss_step == 0 or progress["step"] in (first_step, last_step):
                     where = {"epoch": progress["epoch"], "step": progress["step"]}
                     run.log.write({**where, **meter.read(), "lr": schedule.get_lr()})
-                count_batch(progress, len(sampler))
-                if names := due_checkpoints(run, args, last_step, validates):
+                progress["batch"] += 1
+                if progress["batch"] == len(sampler):
+                    progress.update(epoch=progress["epoch"] + 1, batch=0)
+                if names := due_checkpoints(progress, args, last_step, validates):
                     meter.check()
                     if run.saved or meter.learned:  # the first save may replace an earlier run
                         run.save(*names)
