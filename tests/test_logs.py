@@ -38,17 +38,15 @@ def test_visualdl_shows_all_logged_values_and_a_picture(run_training, square_cro
 
 
 def test_lines_of_the_log_average_over_loss_step_steps(run_training):
-    each = steps(run_training("--max_steps", 4, "--batch_size", 1, "--lr", 1e-3, "--lr_steps", 1, 3, folder="a"))
-    pairs = steps(run_training("--max_steps", 4, "--batch_size", 1, "--loss_step", 2, "--lr", 1e-3, "--lr_steps", 1, 3))
-    assert [x["step"] for x in pairs] == [1, 2, 4]  # the first, too
-    assert pairs[2]["cross_entropy"] == pytest.approx(
-        (each[2]["cross_entropy"] + each[3]["cross_entropy"]) / 2, rel=1e-5
-    )
+    flags = ["--max_steps", 4, "--batch_size", 1, "--lr", 1e-3, "--lr_steps", 1, 3]
+    each, pairs = (steps(run_training(*flags, "--loss_step", n, folder=str(n))) for n in (1, 2))
+    assert [line["step"] for line in pairs] == [1, 2, 4]  # the first, too
+    mean = (each[2]["cross_entropy"] + each[3]["cross_entropy"]) / 2
+    assert pairs[2]["cross_entropy"] == pytest.approx(mean, rel=1e-5)
     rates = [1e-3 / math.sqrt(10), 1e-3 / math.sqrt(10), 1e-4, 1e-4]  # of the step after each line
     assert [line["lr"] for line in each] == pytest.approx(rates)
     values = {"loss", "cross_entropy", "kl", "images_per_second", "waiting", "lr"}
     assert pairs[0].keys() == {"run", "epoch", "step", *values}
-    assert 0 <= pairs[0]["waiting"] <= 1 and pairs[0]["images_per_second"] > 0
 
 
 def test_first_and_last_step_of_each_start_are_logged(run_training):
@@ -79,24 +77,22 @@ def test_damaged_lines_of_the_log_are_removed_on_resuming(run_training, tmp_path
     assert [line["step"] for line in lines] == [1, 2, 3] and "cross_entropy" in lines[2]
 
 
-def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_path, square_crops, capsys):
-    """Pictures are shown since the last start only."""
-    shown = (("scalar", "training/loss"), ("scalar", "validation/kl"), ("image", train.PICTURE))
-    model, logs = tmp_path / "run" / "model", tmp_path / "run" / "log"
+def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_path, square_crops):
+    """It shows only the file whose name sorts last."""
+    model, kept = tmp_path / "run" / "model", tmp_path / "kept"
 
     def steps_shown(to, *more):
         run_training("--batch_size", 2, "--val_dir", square_crops, "--num_epochs", 9, "--max_steps", to, *more)
-        board = visualdl_reader(logs)
-        return [[x.id for x in board.get_data(*kind)] if kind[1] in board.get_tags()[kind[0]] else [] for kind in shown]
+        board = visualdl_reader(tmp_path / "run" / "log")
+        return [[x.id for x in board.get_data("scalar", tag)] for tag in ("training/loss", "validation/kl")]
 
-    assert steps_shown(2) == [[1, 2], [2], [2]]
-    shutil.copytree(model, tmp_path / "saved")
-    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4], [4]]
+    assert steps_shown(2) == [[1, 2], [2]]
+    shutil.copytree(model, kept)
+    assert steps_shown(4, "--continue_train") == [[1, 2, 3, 4], [2, 4]]
     shutil.rmtree(model)  # as if killed after step 4, of which 2 were saved
-    shutil.copytree(tmp_path / "saved", model)
-    assert steps_shown(3, "--continue_train")[:2] == [[1, 2, 3], [2, 3]]
-    assert steps_shown(2) == [[1, 2], [2], [2]]  # a new run
-    assert "exists" not in capsys.readouterr().out
+    shutil.copytree(kept, model)
+    assert steps_shown(3, "--continue_train") == [[1, 2, 3], [2, 3]]
+    assert steps_shown(2) == [[1, 2], [2]]  # a new run
 
 
 # Unreadable files
@@ -113,17 +109,6 @@ def test_unreadable_images_are_skipped_and_replaced(run_training, damaged, capfd
 def test_too_many_unreadable_images_stop_the_run(run_training, error_message, damaged):
     message = error_message(run_training, "--batch_size", 17, image_dir=damaged)
     assert "cannot be read: more than --max_broken 0.1" in message
-
-
-def test_new_visualdl_file_is_the_latest_though_the_clock_ran_backwards(run_training, tmp_path):
-    """VisualDL shows only the file whose name sorts last. Earlier ones, with their pictures, stay."""
-    run_training("--batch_size", 1, "--max_steps", 2)
-    logs, future = tmp_path / "run" / "log", time.time_ns() + 10**18
-    (path,) = logs.glob("vdlrecords*")
-    path.rename(logs / f"vdlrecords.{future}.log")
-    run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")
-    assert sorted(x.name for x in logs.glob("vdlrecords*")) == [f"vdlrecords.{future + i}.log" for i in (0, 1)]
-    assert len(visualdl_reader(logs).get_data("scalar", "training/loss")) == 3
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device of a full disk")

@@ -92,14 +92,10 @@ def test_neighbors_and_sigma_change_the_targets(run_training):
     assert first["sigma"]["cross_entropy"] != pytest.approx(first["default"]["cross_entropy"])
 
 
-def test_gray_images_add_no_loss_but_count_in_the_average(run_training, tmp_path, square_crops):
-    mixed = with_gray(tmp_path / "mixed", square_crops, colored=2)
-    line = steps(run_training("--batch_size", 4, "--no-rebalance", image_dir=mixed))[0]
-    assert 0 < line["loss"] < line["cross_entropy"] * POSITIONS * 0.75
-
-
-def test_one_gray_step_does_not_stop_the_run(run_training, tmp_path, square_crops):
+def test_gray_images_add_no_loss_but_count_in_the_average_and_do_not_stop_the_run(run_training, tmp_path, square_crops):
     mixed = with_gray(tmp_path / "mixed", square_crops, colored=1)
+    line = steps(run_training("--batch_size", 4, "--no-rebalance", image_dir=mixed))[0]
+    assert 0 < line["loss"] < line["cross_entropy"] * POSITIONS * 0.4
     lines = run_training("--batch_size", 1, "--max_steps", 8, "--num_epochs", 2, image_dir=mixed)
     assert sum(line["loss"] == 0 for line in lines) == 6
 
@@ -134,38 +130,26 @@ def test_l2_loss_and_its_gradients_equal_those_of_pytorch(square_crops):
 def test_l2_run_logs_loss_and_rmse_and_selects_best_by_rmse(run_training, square_crops, tmp_path):
     flags = ["--loss", "l2", "--val_dir", square_crops, "--num_epochs", 3, "--max_steps", 9, "--lr", 1e-3]
     lines = run_training(*flags)
-    trained, validated = steps(lines), [line for line in lines if "val_rmse" in line]
-    assert trained[0].keys() == {"run", "epoch", "step", "loss", "rmse", "images_per_second", "waiting", "lr"}
+    validated = [line for line in lines if "val_rmse" in line]
     assert validated[0].keys() == {"run", "epoch", "step", "val_rmse", "val_auc"}
-    for line in trained:
+    for line in steps(lines):
         assert line["loss"] == pytest.approx(POSITIONS / 2 * line["rmse"] ** 2, rel=1e-5)
     best = json.loads((tmp_path / "run" / "model" / "epoch_best.json").read_text())
     assert best["rmse"] == min(line["val_rmse"] for line in validated)
 
 
-def test_l2_run_learns_from_gray_images(run_training, tmp_path, square_crops):
-    """Eq. 1 has no weights."""
-    gray = with_gray(tmp_path / "gray", square_crops, colored=0)
-    assert steps(run_training("--loss", "l2", image_dir=gray))[0]["loss"] > 0
-
-
 def test_l2_run_starts_from_all_layers_of_a_classification_network_but_the_head(run_training, tmp_path, capsys):
     run_training(folder="a")
     path = tmp_path / "a" / "model" / "epoch_latest_model.pdparams"
-    still = ["--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0, "--freeze_bn"]
-    run_training("--loss", "l2", "--init_from", path, *still)
+    run_training(
+        "--loss", "l2", "--init_from", path, "--max_steps", 1, "--lr", 1e-30, "--weight_decay", 0, "--freeze_bn"
+    )
     assert f"{path}: from a network with another last layer; conv8_ab starts at random" in capsys.readouterr().err
     before, after = load_checkpoint(path), weights(tmp_path / "run")
     assert after["conv8_ab.weight"].shape == (2, 32, 1, 1) and after["conv8_ab.weight"].std() > 0.01
-    same = {name for name in before if name in after and name not in train.ENTRIES}
-    assert len(same) == len(before) - 2 - len(train.ENTRIES)
-    assert all(np.array_equal(before[name], after[name]) for name in same)
-    run_training("--init_from", tmp_path / "run" / "model" / "epoch_latest_model.pdparams", *still, folder="b")
-    assert "conv8_313 starts at random" in capsys.readouterr().err
-
-
-def test_flags_of_another_loss_are_refused(run_training, error_message):
-    assert error_message(run_training, "--loss", "l2", "--gamma", 0) == "--gamma: does not apply to --loss l2"
+    shared = {*before} - {"conv8_313.weight", "conv8_313.bias", *train.ENTRIES}
+    assert {*after} - {"conv8_ab.weight", "conv8_ab.bias", *train.ENTRIES} == shared
+    assert all(np.array_equal(before[name], after[name]) for name in shared)
 
 
 # Data and optimization
@@ -208,9 +192,8 @@ def test_run_ends_after_its_epochs_or_steps_and_is_not_repeated(run_training):
         assert len(steps(run_training(*flags, "--continue_train"))) == count
 
 
-def test_freeze_bn_flag_keeps_stored_statistics(run_training, tmp_path, capsys):
+def test_freeze_bn_flag_keeps_stored_statistics(run_training, tmp_path):
     run_training("--max_steps", 1, folder="start")
-    assert "model.pdparams: 1 step; log in" in capsys.readouterr().out
     start = tmp_path / "start" / "model" / "epoch_latest_model.pdparams"
     run_training("--init_from", start, "--freeze_bn", folder="frozen")
     run_training("--init_from", start, folder="free")
@@ -245,11 +228,10 @@ def test_validation_equals_that_of_the_checkpoint(run_training, square_crops, tm
 
 def test_start_prints_data_device_folders_and_columns(run_training, square_crops, tmp_path, capsys):
     run_training("--val_dir", square_crops, "--batch_size", 2)
-    out = capsys.readouterr().out
-    assert "data: 4 images, 4 for validation; 2 steps per epoch\ndevice: cpu, float32\n" in out
-    assert f"output: {tmp_path / 'run' / 'model'}, {tmp_path / 'run' / 'log'}\n" in out
-    explained = out[out.index("columns:") : out.index("epoch ")]
-    assert all(name in explained for name in ("loss", "cross_entropy", "kl", "lr", "waiting"))
+    out, folder = capsys.readouterr().out, tmp_path / "run"
+    lines = ["data: 4 images, 4 for validation; 2 steps per epoch", "device: cpu, float32"]
+    assert out.startswith("\n".join([*lines, f"output: {folder / 'model'}, {folder / 'log'}", "columns: loss, "]))
+    assert out.splitlines()[-1].startswith(f"{folder / 'model' / 'epoch_latest_model.pdparams'}: 2 steps; log in")
 
 
 # Checkpoints
@@ -284,10 +266,8 @@ def test_validation_images_among_the_training_images_print_a_warning(run_trainin
     (val := tmp_path / "val").mkdir()
     (val / "other.png").symlink_to(square_crops / "coffee.png")
     shutil.copy(square_crops / "rocket.png", val / "copy.png")
-    run_training("--val_dir", val, image_dir=f"{square_crops}{os.sep}")
+    run_training("--val_dir", val, image_dir=f"{os.path.relpath(square_crops)}{os.sep}")
     assert "1 of 2 images for validation are also used for training" in capsys.readouterr().err
-    run_training("--val_dir", square_crops / ".." / square_crops.name, image_dir=os.path.relpath(square_crops))
-    assert "4 of 4 images for validation" in capsys.readouterr().err
     (val / "other.png").unlink()
     run_training("--val_dir", val)
     assert "also used" not in capsys.readouterr().err
@@ -297,27 +277,23 @@ def test_gray_images_stop_a_run_that_is_shorter_than_an_epoch(run_training, erro
     gray = with_gray(tmp_path / "gray", square_crops, colored=0)
     message = error_message(run_training, "--batch_size", 1, "--max_steps", 2, image_dir=gray)
     assert "all 2 images so far are gray" in message and "nothing was saved" in message
+    assert steps(run_training("--loss", "l2", image_dir=gray))[0]["loss"] > 0  # Eq. 1 has no weights
 
 
 # Errors
 
 
 def test_usage_errors_print_one_line(run_training, error_message, tmp_path):
-    (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
 
     def check(line, *flags, **settings):
         assert line in error_message(run_training, *flags, **settings)
 
-    check("missing: no such", image_dir=tmp_path / "missing")
-    check("empty: no images", image_dir=tmp_path / "empty")
-    check("larger than --load_size", "--crop_size", 48)
     check("multiple of 8", "--crop_size", 30)
     check("do not fill", "--batch_size", 5)
-    check("as a prior: no such file", "--prior", tmp_path / "none.npy")
-    check("no such checkpoint", "--init_from", tmp_path / "none")
     check("cannot be combined", "--continue_train", "--overwrite")
     check("only valid with --continue_train", "--which_epoch", 0)
+    check("--gamma: does not apply to --loss l2", "--loss", "l2", "--gamma", 0)
     for flag in ("--model_path", "--log_path"):  # reported before images are listed
         check("cannot be written", flag, tmp_path / "file" / "x", image_dir=tmp_path / "missing")
     args = train.parse_args(["--image_dir", "x"])
