@@ -1,6 +1,6 @@
 """GPU settings, checked on a CPU that pretends to be a GPU."""
 
-from support.gpu import HALF, autocast, check_gpu, mixed_precision, to_device
+from support.gpu import HALF, check_gpu, mixed_precision, to_device
 
 import numpy as np
 import paddle
@@ -13,7 +13,6 @@ import pytest
         ("auto", (8, 0), (True, "bfloat16", False)),
         ("auto", (7, 5), (True, "float16", True)),
         ("auto", (6, 1), (False, "float16", False)),
-        ("fp16", (9, 0), (True, "float16", True)),
         ("off", (8, 9), (False, "float16", False)),
     ],
 )
@@ -27,9 +26,8 @@ def test_mixed_precision_follows_the_gpus_capability(monkeypatch, pretend_device
 
 
 def test_unsupported_mixed_precision_is_refused(pretend_device, error_message):
-    assert error_message(mixed_precision, "bf16") == "--amp bf16: not supported by Paddle on this device, cpu"
     pretend_device("gpu:0", 7, 0)
-    assert "this device, gpu:0" in error_message(mixed_precision, "bf16")
+    assert error_message(mixed_precision, "bf16") == "--amp bf16: not supported by Paddle on this device, gpu:0"
 
 
 def test_autocast_list_does_not_contradict_those_of_paddle():
@@ -38,8 +36,6 @@ def test_autocast_list_does_not_contradict_those_of_paddle():
 
     for dtype in ("float16", "bfloat16"):
         assert not HALF & black_list()[dtype]["O1"] and "conv2d" in white_list()[dtype]["O1"]
-    with paddle.amp.auto_cast(**autocast("float32")):
-        assert paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2])).dtype == paddle.float32
 
 
 def test_unused_gpu_prints_one_line(monkeypatch, tmp_path, capsys):

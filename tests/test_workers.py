@@ -69,19 +69,21 @@ def test_batches_without_workers_are_read_one_by_one_and_errors_are_raised():
 
 
 def thread_and_process(_):
-    return threading.current_thread().name, os.getpid()
+    return threading.current_thread().name, os.getpid(), os.getpgrp()
 
 
 def test_parallel_map_uses_threads_where_processes_do_not_fork(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
     results = list(parallel_map(thread_and_process, [1, 2, 3], 2, None))
     assert [i for i, _ in results] == [0, 1, 2]
-    assert all("Thread" in name and pid == os.getpid() for _, (name, pid) in results)
+    assert all("Thread" in name and pid == os.getpid() for _, (name, pid, _) in results)
     assert default_workers() == 0
 
 
 def test_parallel_map_uses_processes_where_they_fork():
-    assert os.getpid() not in {pid for _, (_, pid) in parallel_map(thread_and_process, [1, 2, 3], 2, None)}
+    """They have left the group of this one, so that Ctrl-C does not reach them."""
+    results = [result for _, result in parallel_map(thread_and_process, [1, 2, 3], 2, None)]
+    assert all(pid != os.getpid() and group == pid for _, pid, group in results)
 
 
 def read_even(number):
