@@ -335,7 +335,9 @@ def parse_args(argv=None):
     add("--save_freq", type=whole(), default=1, help="epochs between saves of epoch_{N}_model.pdparams")
     add("--keep", type=whole(0), default=0, help="number of numbered checkpoints to keep, the newest; 0 keeps all")
     add("--loss_step", type=whole(), default=50, help="steps between lines of the log")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    return args
 
 
 def check_args(args, world_size):
@@ -345,10 +347,8 @@ def check_args(args, world_size):
         raise UserError(f"--batch_size {args.batch_size}: not a multiple of the number of processes, {world_size}")
     if args.continue_train and (args.init_from or args.overwrite):
         raise UserError("--continue_train: cannot be combined with --init_from or --overwrite")
-    defaults = parse_args(["--image_dir", args.image_dir])
-    changed = [name for name in CLASSIFICATION if getattr(args, name) != getattr(defaults, name)]
-    if args.loss == "l2" and changed:
-        raise UserError(f"--{changed[0]}: does not apply to --loss l2")
+    if args.loss == "l2" and (wrong := sorted(args.changed & {*CLASSIFICATION})):
+        raise UserError(f"--{wrong[0]}: does not apply to --loss l2")
     if args.which_epoch != "latest" and not args.continue_train:
         raise UserError(f"--which_epoch {args.which_epoch}: only valid with --continue_train")
 

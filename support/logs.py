@@ -11,7 +11,6 @@ from pathlib import Path
 from support.cli import UserError, counted, note, report_os_errors
 from support.files import atomic_text
 from support.processes import all_reduce, is_first
-from support.sheets import tile
 
 import numpy as np
 import paddle
