@@ -302,6 +302,8 @@ def test_photos_that_cannot_be_read_or_written_give_only_their_users_a_message(p
     with pytest.raises(RuntimeError, match="^text.jpg: not an image"):
         client.take("text.jpg", b"not a photo")
     client.take("wide.png", png(Image.new("L", (70_000, 40))))
+    with pytest.raises(KeyError):
+        client.download()  # nothing happens until the network has run
     client.color()
     with pytest.raises(RuntimeError, match="^wide_colorized.jpg: "):
         client.download("JPEG")
