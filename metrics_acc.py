@@ -323,10 +323,7 @@ def main(args):
     if args.random:
         pairs = pair_at_random(pairs, args.seed)
     all_labels = find_labels([name for name, _, _ in pairs], args.image_dir or args.result_path, args.labels)
-    subject = {
-        "true_images": full_path(args.image_dir),
-        "colored_images": full_path(colored_dir),
-    }
+    subject = {"true_images": full_path(args.image_dir), "colored_images": full_path(colored_dir)}
     base = os.path.join(args.save_path, "random_accuracy" if args.random else "accuracy")
     prepare_results(f"{base}.json", subject)
 

@@ -325,10 +325,7 @@ def main(args):
         pairs = pair_at_random(pairs, args.seed)
     sizes = square_size(vars(args) if args.crop_size else coloring)
     title = {"gray": GRAY, "random": "random ab"}.get(args.baseline, "colored")
-    subject = {
-        "true_images": full_path(args.image_dir),
-        "colored_images": full_path(colored_dir) or title,
-    }
+    subject = {"true_images": full_path(args.image_dir), "colored_images": full_path(colored_dir) or title}
     base = os.path.join(args.save_path, f"{args.baseline}_auc" if args.baseline else "auc")
     prepare_results(f"{base}.json", subject)
 

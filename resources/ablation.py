@@ -284,10 +284,7 @@ def main(args):
     if args.arch != "none":
         classifier = metrics_acc.load_classifier(args.arch, args.weights)
         labels = metrics_acc.find_labels(originals, args.val_dir, args.labels)
-    subject = {
-        "true_images": full_path(args.val_dir),
-        "colored_images": ", ".join(map(full_path, folders.values())),
-    }
+    subject = {"true_images": full_path(args.val_dir), "colored_images": ", ".join(map(full_path, folders.values()))}
     prepare_results(output / "ablation.json", subject)
 
     # Measure

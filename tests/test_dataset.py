@@ -58,46 +58,36 @@ def test_crop_is_gray_if_no_image_can_be_read(tmp_path):
 # Lab
 
 
-def channels_first(image):
-    return np.ascontiguousarray(image.reshape(-1, 1, 1, 3).transpose(0, 3, 1, 2))
-
-
-def channels_last(tensor):
-    return tensor.numpy().transpose(0, 2, 3, 1).reshape(-1, 3)
-
-
 @pytest.fixture(scope="module")
 def grid():
-    """Return all combinations of 52 levels per channel, including 0 and 255: uint8 [140608, 3]."""
-    levels = np.arange(0, 256, 5)
-    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3).astype(np.uint8)
+    """Return all combinations of 52 levels per channel, including 0 and 255: uint8 [1, 3, 140608, 1]."""
+    levels = np.arange(0, 256, 5, dtype=np.uint8)
+    return np.stack(np.meshgrid(levels, levels, levels)).reshape(1, 3, -1, 1)
+
+
+def reference_lab(rgb):
+    return color.rgb2lab(rgb, channel_axis=1)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_rgb_to_lab_agrees_with_scikit_image(grid, dtype):
-    colors = grid if dtype == "uint8" else grid / 255.0
-    lab = channels_last(rgb_to_lab(paddle.to_tensor(channels_first(colors).astype(dtype))))
-    assert np.abs(lab - color.rgb2lab(colors[None])[0]).max() < 0.01
+    colors = grid if dtype == "uint8" else (grid / 255).astype(dtype)
+    assert np.abs(rgb_to_lab(paddle.to_tensor(colors)).numpy() - reference_lab(grid)).max() < 0.01
 
 
-@pytest.fixture(scope="module")
-def outside():
-    """Return Lab colors outside the gamut, a grid of 5 in L and 11 in a and b: float32 [1, 3, K, 1]."""
-    grid = np.stack(np.meshgrid(np.arange(5, 100, 5), np.arange(-110, 111, 11), np.arange(-110, 111, 11)))
-    grid = grid.reshape(1, 3, -1, 1).astype(np.float32)
-    back = color.rgb2lab(lab_to_rgb(paddle.to_tensor(grid)).numpy(), channel_axis=1)
-    return grid[:, :, np.abs(back - grid).max(axis=(0, 1, 3)) > 0.5]
-
-
-def test_lightness_and_hue_of_out_of_gamut_colors_are_kept(outside):
+def test_lightness_and_hue_of_out_of_gamut_colors_are_kept():
     """At the largest chroma but 1/64: the smallest step is 1/128. Clipping moves L by up to 30."""
-    found = color.rgb2lab(lab_to_rgb(paddle.to_tensor(outside), keep_lightness=True).numpy(), channel_axis=1)
+    lab = np.stack(np.meshgrid(np.arange(5, 100, 5), np.arange(-110, 111, 11), np.arange(-110, 111, 11)))
+    lab = lab.reshape(1, 3, -1, 1).astype(np.float32)
+    clipped = reference_lab(lab_to_rgb(paddle.to_tensor(lab)).numpy())
+    outside = lab[:, :, np.abs(clipped - lab).max(axis=(0, 1, 3)) > 0.5]
+    found = reference_lab(lab_to_rgb(paddle.to_tensor(outside), keep_lightness=True).numpy())
     chroma = np.hypot(found[:, 1], found[:, 2])
     turned = np.angle((found[:, 1] + 1j * found[:, 2]) / (outside[:, 1] + 1j * outside[:, 2]), deg=True)
     assert np.abs(found[:, 0] - outside[:, 0]).max() < 0.2 and np.abs(turned)[chroma > 5].max() < 1
     more = outside.copy()
     more[:, 1:] *= (chroma / np.hypot(outside[:, 1], outside[:, 2]) + 1 / 64)[:, None]
-    clipped = color.rgb2lab(lab_to_rgb(paddle.to_tensor(more)).numpy(), channel_axis=1)
+    clipped = reference_lab(lab_to_rgb(paddle.to_tensor(more)).numpy())
     assert (np.abs(clipped - more).max(axis=1) > 0.1).mean() > 0.99
 
 
