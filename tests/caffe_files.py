@@ -68,7 +68,7 @@ def caffe_layers(network):
             layers[name] = [FACTOR * mean, FACTOR * variance, np.array([FACTOR], np.float32)]
         elif not isinstance(layer, nn.ReLU):
             layers[name] = [layer.weight.numpy(), layer.bias.numpy()]
-    layers["class8_ab"] = [np.zeros((2, 313, 1, 1))]  # as released; programs fill it in
+    layers["class8_ab"] = [load_ab_bins().numpy().T.reshape(2, 313, 1, 1)]  # which programs fill in
     return layers
 
 
@@ -79,11 +79,6 @@ def _named(network):
         names += [f"conv{number}_{i}" for i in range(1, convs + 1)] + [f"conv{number}_{convs}norm"]
     names = iter(["bw_conv1_1", *names[1:], "conv8_1", "conv8_2", "conv8_3", "conv8_313"])
     return [(f"relu{i}" if isinstance(layer, nn.ReLU) else next(names), layer) for i, layer in enumerate(network)]
-
-
-def class8_ab():
-    """Return the last layer, the bins as a 1x1 convolution, which the release leaves to the programs that use it."""
-    return {"class8_ab": [load_ab_bins().numpy().T.reshape(2, 313, 1, 1)]}
 
 
 def prototxt(network, height, width):

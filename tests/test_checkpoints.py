@@ -8,8 +8,9 @@ from support.cli import UserError
 import numpy as np
 import paddle
 import pytest
+from conftest import same_values
 from paddle import nn
-from weights import assert_same_state, refusal
+from weights import refusal
 
 
 def make_network():
@@ -28,7 +29,7 @@ def test_saved_weights_are_read_with_their_checksum_and_truncated_ones_refused(p
     whole = path.read_bytes()
     assert sha256 == hashlib.sha256(whole).hexdigest()
     set_weights(network, loaded, path)
-    assert all(np.array_equal(network.state_dict()[name], tensor) for name, tensor in state.items())
+    assert same_values(network.state_dict(), state)
     for length in (0, 1, 2, 9, 40, len(whole) // 3, len(whole) // 2, len(whole) - 1):
         assert "not a readable checkpoint" in refusal(path, whole[:length])
 
@@ -55,7 +56,7 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(path, kind):
     save_checkpoint(state, path)
     with pytest.raises(UserError, match=message):
         set_weights(network, load_checkpoint(path), path)
-    assert_same_state(before, network.state_dict())
+    assert same_values(before, network.state_dict())
 
 
 def test_missing_file_and_folder_are_refused_in_one_line(tmp_path):

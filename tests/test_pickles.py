@@ -4,13 +4,14 @@ import os
 import pickle
 import time
 
-from support.checkpoints import load_checkpoint, save_checkpoint
+from support.checkpoints import load_checkpoint
 
 import numpy as np
 import paddle
 import pytest
+from conftest import same_values
 from paddle import nn
-from weights import Call, assert_same_state, peak_memory, refusal
+from weights import Call, peak_memory, refusal
 
 
 @pytest.fixture
@@ -26,9 +27,11 @@ def test_state_that_paddle_saves_is_loaded(path, protocol):
         "progress": {"epoch": 3, "best": np.float64(1.5), "count": np.int64(7), "done": False, "rest": None},
         "list": [paddle.arange(3), ("a", 1.5), "text"],
         "scalar": paddle.to_tensor(2.5),
+        "bfloat16": paddle.to_tensor([1.5, -2.0]).astype("bfloat16"),
     }
     paddle.save(state, str(path), protocol=protocol)
-    assert_same_state(load_checkpoint(path), state)
+    state["bfloat16"] = state["bfloat16"].astype("float32")
+    assert same_values(load_checkpoint(path), state)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -39,15 +42,9 @@ def test_arrays_of_every_type_and_layout_are_loaded(path, protocol):
     state["columns"] = np.asfortranarray(np.eye(2, 3))
     path.write_bytes(pickle.dumps(state, protocol))
     loaded = load_checkpoint(path)
-    assert_same_state(loaded, state)
+    assert same_values(loaded, state)
     assert all(loaded[kind].dtype == kind for kind in kinds)
     assert "big-endian" in refusal(path, pickle.dumps({"a": np.ones(3, ">f4")}, protocol))
-
-
-def test_bfloat16_is_loaded_as_float32(path):
-    save_checkpoint({"nested": [paddle.to_tensor([1.5, -2.0, 3e38]).astype("bfloat16")]}, path)
-    (array,) = load_checkpoint(path)["nested"]
-    np.testing.assert_allclose(array, [1.5, -2.0, 3e38], rtol=1 / 128)
 
 
 # Files that would run code

@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 import pytest
 import skimage.color
-from caffe_files import caffe_layers, class8_ab, flat_network, run_by_opencv, write_caffe
+from caffe_files import caffe_layers, flat_network, run_by_opencv, write_caffe
 from conftest import bundled_image
 from paddle import nn
 from safetensors.numpy import save_file
@@ -172,7 +172,7 @@ def test_port_checkpoint_colorizes_in_place(port, tmp_path, monkeypatch, image_f
 def test_caffe_release_gives_the_colors_of_the_authors(lightness, tmp_path, refused):
     network = flat_network(lightness)
     layers = caffe_layers(network)
-    path = write_caffe(tmp_path / "release.caffemodel", {**layers, **class8_ab()})
+    path = write_caffe(tmp_path / "release.caffemodel", layers)
     ours = run(path, lightness)
     assert_agree(ours, run(network, lightness))
     if importlib.util.find_spec("cv2"):  # OpenCV has its own reader of Caffe's files

@@ -1,12 +1,10 @@
-"""Helpers of the tests that read weight files: forged pickles, comparison of states, refusals."""
+"""Helpers of the tests that read weight files: forged pickles, refusals, use of memory."""
 
 import tracemalloc
 
 from support.checkpoints import load_checkpoint
 from support.cli import UserError
 
-import numpy as np
-import paddle
 import pytest
 
 
@@ -29,23 +27,6 @@ def refusal(path, content=None):
     message = str(error.value)
     assert message.startswith(f"{path}: ") and message.isprintable()
     return message[len(str(path)) + 2 :]
-
-
-def assert_same_state(loaded, saved):
-    """Compare nested containers: NumPy arrays must take the place of tensors."""
-    if isinstance(saved, dict):
-        assert list(loaded) == list(saved)
-        for name in saved:
-            assert_same_state(loaded[name], saved[name])
-    elif isinstance(saved, (list, tuple)):
-        assert len(loaded) == len(saved) and type(loaded) is type(saved)
-        for one, other in zip(loaded, saved):
-            assert_same_state(one, other)
-    elif isinstance(saved, paddle.Tensor):
-        assert type(loaded) is np.ndarray
-        np.testing.assert_array_equal(loaded, saved.numpy())
-    else:
-        np.testing.assert_array_equal(loaded, saved)
 
 
 def peak_memory(function):

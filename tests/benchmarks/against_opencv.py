@@ -22,7 +22,7 @@ from support.inference import make_predictor
 import numpy as np
 import paddle
 import skimage.data
-from caffe_files import caffe_layers, class8_ab, flat_network, run_by_opencv, write_caffe
+from caffe_files import caffe_layers, flat_network, run_by_opencv, write_caffe
 from PIL import Image
 
 from colorizer import SMALLEST_INPUT
@@ -56,8 +56,7 @@ def main():
     folder = Path(tempfile.mkdtemp())
     x = photograph(224)
     network = flat_network(x + 50)
-    layers = caffe_layers(network)
-    caffemodel = write_caffe(folder / "network.caffemodel", {**layers, **class8_ab()})
+    caffemodel = write_caffe(folder / "network.caffemodel", caffe_layers(network))
     theirs = run_by_opencv(caffemodel, network, 224, 224)
     expected = theirs(x.numpy())
     for precision in args.precisions:
