@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from support import cli
-from support.cli import EXIT_SKIPPED, UserError, explain, note, printable, report_os_errors, run_script
+from support.cli import EXIT_SKIPPED, UserError, explain, note, printable, run_script
 from support.cpu import available_cores
 from support.files import atomic_path, atomic_text, make_folder, open_text, write_csv
 from support.folders import relative_path
@@ -66,8 +66,8 @@ def why_invalid(path, tolerance):
 
 
 def read_list(path):
-    """Return the paths in a list that this script wrote. Raises UserError if it cannot be read or is another file."""
-    with report_os_errors(f"{path}: cannot be read"), open_text(path) as file:
+    """Return the paths in a list that this script wrote. Raises OSError, and UserError if it is another file."""
+    with open_text(path) as file:
         if not file.readline().startswith("path,reason"):
             raise UserError(f"{path}: not a list of this script, which begins with path,reason")
         return [row[0] for row in csv.reader(file) if row]  # an editor may have added an empty line
