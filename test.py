@@ -16,7 +16,7 @@ Without a checkpoint, the bundled `small` weights are used. The last line names 
 import glob
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -33,6 +33,7 @@ from support.folders import append_record, make_record, read_records, same_sourc
 from support.gpu import check_gpu
 from support.images import InvalidImageError
 from support.sheets import CELL, fit, write_sheets
+from support.workers import submit
 
 import numpy as np
 from PIL import Image
@@ -43,7 +44,7 @@ from pretrained import LOAD_SIZE
 from utils import TEMPERATURE
 
 PIXELS_AHEAD = 32_000_000  # decoded before the network needs them, and again waiting to be written
-IMAGES_AHEAD = 64  # at most, however small they are
+IMAGES_AHEAD = 64
 NEARLY_BLACK = 17  # of 255: above the maximum of 12 bits stored in 16 without scaling
 RECORDED = ("temperature", "saturation", "load_size", "crop_size", "format")  # flags that change a result
 COLUMNS = ("gray", "colorized", "original")  # of a contact sheet
@@ -116,38 +117,21 @@ class Item(NamedTuple):
     image: Image.Image  # in RGB: the image or its crop; after `colorize`, the result
     inputs: np.ndarray  # of the network, uint8 [h, w, 3]
 
-    @property
-    def pixels(self):
-        return self.image.width * self.image.height
+
+def share(image):
+    """Return which part of PIXELS_AHEAD an image has, opened or decoded."""
+    return image.width * image.height / PIXELS_AHEAD
 
 
-def in_threads(pool, jobs):
-    """Call functions in a pool's threads. Yield their futures in order, which may not be done yet.
-
-    Args:
-        pool (ThreadPoolExecutor): The threads.
-        jobs (Iterable): Pairs of a number of pixels and a function. Functions are submitted as long as those whose
-            futures have not been yielded have at most PIXELS_AHEAD pixels.
-    """
-    pending = deque()
-    for pixels, function in jobs:
-        pixels = max(pixels, PIXELS_AHEAD // IMAGES_AHEAD)
-        while pending and pixels + sum(count for count, _ in pending) > PIXELS_AHEAD:
-            yield pending.popleft()[1]
-        pending.append((pixels, pool.submit(function)))
-    for _, future in pending:
-        yield future
-
-
-def count_pixels(path):
-    """Return the number of pixels of an image, from its header; 0 if it cannot be read."""
+def share_of_file(path):
+    """Return the share of an image from its header; 0 if it cannot be read."""
     with suppress(InvalidImageError), images.open_image(path) as opened:
-        return opened.width * opened.height
+        return share(opened)
     return 0
 
 
-def load(path, name, args):
-    """Decode an image, and make the network's input from it. Raises InvalidImageError."""
+def load(path, name_of, args):
+    """Decode an image, and make the network's input from it. Return an Item. Raises InvalidImageError."""
     with images.open_image(path, args.load_size if args.crop_size else None) as opened:
         if getattr(opened, "is_animated", False) and opened.format != "MPO":  # phones add depth or brightness to it
             note(f"{path}: only the first of its frames or pages is colorized")
@@ -161,13 +145,12 @@ def load(path, name, args):
     inputs = network_input(image, args.crop_size or args.load_size)
     if inputs.max() < NEARLY_BLACK:
         note(f"{path}: nearly black; possibly 8- or 12-bit samples stored in 16 bits without scaling")
-    return Item(path, name, image, inputs)
+    return Item(path, name_of[path], image, inputs)
 
 
 def load_all(pool, todo, skipped, args):
     """Yield the images as items. Report those that cannot be read, and add them to `skipped`."""
-    jobs = ((count_pixels(path), partial(load, path, name, args)) for path, name in todo.items())
-    for future in in_threads(pool, jobs):
+    for future in submit(pool, partial(load, name_of=todo, args=args), todo, IMAGES_AHEAD, share_of_file):
         try:
             yield future.result()
         except InvalidImageError as error:
@@ -182,7 +165,7 @@ def batches(items, batch_size):
     """
     for _, group in groupby(items, key=lambda item: item.inputs.shape):
         for first in group:
-            others = min(batch_size - 1, PIXELS_AHEAD // first.pixels)
+            others = min(batch_size - 1, int(1 / share(first.image)))
             yield [first, *islice(group, others)]  # noqa: B031  advances the loop, too
 
 
@@ -204,8 +187,9 @@ def write(item, settings, lock, args):
                 append_record(record, args.folder / RECORDS)
 
 
-def thumbnails(path, name, args):
+def thumbnails(path, name_of, args):
     """Return an image's row of a contact sheet, its name and thumbnails."""
+    name = name_of[path]
     original = images.open_rgb(path, args.load_size if args.crop_size else max(CELL))
     result = images.open_rgb(args.folder / name)
     if args.crop_size:
@@ -296,17 +280,15 @@ def main(args):
         # thread would delay all.
         pool = stack.enter_context(ThreadPoolExecutor(args.num_workers, initializer=lower_priority))
         colorized = cli.progress(colorize(load_all(pool, todo, skipped, args), colorizer, args), len(todo))
-        lock = Lock()  # of the records
-        jobs = ((item.pixels, partial(write, item, settings, lock, args)) for item in colorized)
-        for future in in_threads(pool, jobs):
+        write_item = partial(write, settings=settings, lock=Lock(), args=args)
+        for future in submit(pool, write_item, colorized, IMAGES_AHEAD, lambda item: share(item.image)):
             future.result()  # raises the error if writing failed
 
         # Draw contact sheets of all images, whenever they were colorized
         if args.compare:
-            drawn = {path: name for path, name in results.items() if path not in skipped}
-            jobs = ((0, partial(thumbnails, path, name, args)) for path, name in drawn.items())
-            rows = (future.result() for future in in_threads(pool, jobs))
-            rows = cli.progress(rows, len(drawn), "contact sheets")
+            drawn = [path for path in results if path not in skipped]
+            futures = submit(pool, partial(thumbnails, name_of=results, args=args), drawn, IMAGES_AHEAD)
+            rows = cli.progress((future.result() for future in futures), len(drawn), "contact sheets")
             write_json(made_by, args.compare_folder / COLORING)
             count = write_sheets(rows, COLUMNS, args.compare_folder)
             print(f"{printable(args.compare_folder)}: {counted(count, 'contact sheet')} ({', '.join(COLUMNS)})")

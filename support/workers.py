@@ -102,7 +102,7 @@ def parallel_map(function, items, num_workers, title):
         pool = ProcessPoolExecutor(num_workers, initializer=begin_worker)
     else:
         pool = ThreadPoolExecutor(max(1, num_workers))
-    tasks = _submit(pool, function, items, ahead=8 * max(1, num_workers))
+    tasks = submit(pool, function, items, ahead=8 * max(1, num_workers))
     try:
         for i, task in enumerate(progress(tasks, len(items), title)):
             try:
@@ -117,11 +117,17 @@ def parallel_map(function, items, num_workers, title):
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool, function, items, ahead):
-    """Yield a task for each item. At most `ahead` of them run or wait to be used, because results take memory."""
-    tasks = deque()
+def submit(pool, function, items, ahead, share=lambda item: 0):
+    """Yield the future of the function of each item, in order, which may not be done yet.
+
+    Results take memory, so at most `ahead` of them are computed or wait to be used. Of large ones, these are fewer:
+    the sum of `share(item)` is at most 1, unless there is only one.
+    """
+    waiting = deque()
     for item in items:
-        if len(tasks) == ahead:
-            yield tasks.popleft()
-        tasks.append(pool.submit(function, item))
-    yield from tasks
+        part = share(item)
+        while waiting and (len(waiting) == ahead or part + sum(other for other, _ in waiting) > 1):
+            yield waiting.popleft()[1]
+        waiting.append((part, pool.submit(function, item)))
+    for _, future in waiting:
+        yield future

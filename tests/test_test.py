@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from threading import Lock
 from types import SimpleNamespace
 
@@ -96,19 +94,11 @@ def test_batch_of_large_images_ends_early():
     assert [len(batch) for batch in test.batches(items, 8)] == [2, 2, 1]
 
 
-@pytest.mark.parametrize(("share", "most"), [(4, 5), (10**6, test.IMAGES_AHEAD + 1)])
-def test_threads_work_ahead_by_a_limited_number_of_pixels(share, most):
-    """The next job waits until there is room for it."""
-    started = []
-
-    def jobs():
-        for i in range(99):
-            started.append(i)
-            yield test.PIXELS_AHEAD // share, partial(int, i)
-
-    with ThreadPoolExecutor(1) as pool:
-        for i, future in enumerate(test.in_threads(pool, jobs())):
-            assert future.result() == i and len(started) - i <= most
+def test_share_of_an_image_is_known_from_its_header(write_image):
+    path = write_image("a.png")
+    assert test.share_of_file(path) == 16 * 24 / test.PIXELS_AHEAD
+    path.write_bytes(b"")
+    assert test.share_of_file(path) == 0
 
 
 @pytest.mark.parametrize(("flags", "size"), [((), (50, 75)), (("--load_size", 40, "--crop_size", 32), (32, 32))])

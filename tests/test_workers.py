@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 from support.images import InvalidImageError
-from support.workers import default_workers, from_workers, parallel_map
+from support.workers import default_workers, from_workers, parallel_map, submit
 
 import numpy as np
 import paddle
@@ -98,11 +98,16 @@ def test_parallel_map_reports_unreadable_images_and_leaves_them_out(capsys, num_
     assert capsys.readouterr().err.splitlines() == ["skipped 1.png: odd", "skipped 3.png: odd"]
 
 
-def test_parallel_map_reads_few_images_ahead():
+@pytest.mark.parametrize(("share", "most"), [(0, 8), (0.25, 4), (3, 1)])
+def test_limited_number_and_share_of_results_wait_to_be_used(share, most):
     """The results of all images might not fit into memory."""
-    started = []
-    results = parallel_map(started.append, range(1000), 0, None)
-    next(results)
-    time.sleep(0.2)
-    assert len(started) < 20
-    assert [i for i, _ in results] == list(range(1, 1000)) and started == list(range(1000))
+    drawn = []
+
+    def items():
+        for i in range(20):
+            drawn.append(i)
+            yield i
+
+    with ThreadPoolExecutor(1) as pool:
+        for i, future in enumerate(submit(pool, int, items(), ahead=8, share=lambda _: share)):
+            assert future.result() == i and len(drawn) - i <= most + 1
