@@ -323,18 +323,17 @@ def fits(image, format):
     return max(image.size) <= LARGEST_SIDE.get(format, math.inf)
 
 
-def save(image, path, format=None):
+def save(image, path):
     """Write an image with the metadata in its `info`.
 
     Args:
         image (Image): The image.
-        path (str | Path): The file to write.
-        format (str, optional): "png", "jpg", "jpeg" or "webp"; by default the suffix of `path`.
+        path (str | Path): The file to write: .png, .jpg, .jpeg or .webp.
 
     Raises:
-        UserError: If the format is not supported, the image too large for it, or the file cannot be written.
+        UserError: If the suffix is a different one, the image too large for it, or the file cannot be written.
     """
-    format = format or Path(path).suffix.lower().lstrip(".")
+    format = Path(path).suffix.lower().lstrip(".")
     if format not in WRITE_FORMATS:
         raise UserError(f"{path}: its suffix must be one of {', '.join(WRITE_FORMATS)}")
     if not fits(image, format):
