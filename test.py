@@ -93,7 +93,8 @@ def plan(results, settings, args):
     for path, name in results.items():
         target, record = args.folder / name, records.get(name)
         if os.path.lexists(target) and not args.output and not (record and same_source(record, path)):
-            note(f"skipped {path}: {target} is not its result ({RECORDS}); move it, or choose another --result_path")
+            reason = f"{target} is not its result, according to {RECORDS}"
+            note(f"skipped {path}: {reason}; move that file, or choose another --result_path")
             skipped.add(path)
         elif not (args.skip_existing and record):
             todo[path] = name

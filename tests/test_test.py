@@ -264,7 +264,7 @@ def test_files_that_are_not_results_of_the_same_images_are_kept(colorize_files, 
     assert lowest_lightness(result / "x.png") < 20 and (result / "y.png").read_bytes() == own
     assert (result / "z.png").is_symlink() and (result / "folder.png").is_dir()
     printed = capsys.readouterr()
-    assert f"skipped b/x.png: {result}/x.png is not its result (coloring.jsonl); move it, or " in printed.err
+    assert f"skipped b/x.png: {result}/x.png is not its result, according to coloring.jsonl; move" in printed.err
     assert ": 1 image colorized with" in printed.out and printed.out.endswith(", 4 skipped\n")
 
 
