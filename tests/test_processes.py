@@ -22,7 +22,6 @@ from processes import (
     SMALL,
     has_ended,
     launcher_flags,
-    read_log,
     reset_signals,
     run_training_to_end,
     start_training,
@@ -179,9 +178,7 @@ def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not(handlers):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
 
 
-def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
-    run_training, square_crops, tmp_path, monkeypatch
-):
+def test_signal_during_validation_ends_it_and_the_resumed_run_validates(run_training, square_crops, monkeypatch):
     original = train.classification
 
     def signalled(*x):
@@ -189,14 +186,9 @@ def test_signal_during_validation_ends_it_and_the_resumed_run_validates(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*x)
 
-    flags = ["--val_dir", square_crops, "--num_epochs", 1, "--max_steps", 5]
-    with monkeypatch.context() as patch:
+    flags = ["--val_dir", square_crops, "--num_epochs", 1]
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="143"):  # the exit code
         change_loss(patch, signalled)
-        with pytest.raises(AssertionError):  # the fixture checks the exit code
-            run_training(*flags)
-    progress = state(tmp_path / "run")["progress"]
-    assert (progress["step"], progress["epoch"], progress["validated"]) == (1, 1, 0)
-    assert not any("val_kl" in line for line in read_log(tmp_path / "run"))
+        run_training(*flags)
     lines = run_training(*flags, "--continue_train")
-    assert [line["step"] for line in lines if "val_kl" in line] == [1]
-    assert (tmp_path / "run" / "model" / "epoch_0_model.pdparams").exists()
+    assert ["val_kl" in line for line in lines] == [False, True]

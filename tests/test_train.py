@@ -21,6 +21,7 @@ from processes import (
     steps,
     weights,
 )
+from scipy import special
 from skimage import color
 
 import train
@@ -52,31 +53,26 @@ def test_gamma_1_or_a_uniform_prior_equals_no_rebalancing(run_training, tmp_path
     assert len({round(loss, 3) for loss in (plain, half, inverse)}) == 3
 
 
-def test_first_loss_equals_a_computation_in_float64(run_training, square_crops, tmp_path):
-    """The computation uses the network before the step; each position has the weight of its nearest bin."""
-    line = steps(run_training("--lr", 1e-12, "--max_steps", 1, "--weight_decay", 0))[0]
-    sizes = ["--load_size", "40", "--crop_size", "32", "--batch_size", "4", "--num_workers", "0"]
-    args = train.parse_args(["--image_dir", str(square_crops), *sizes])
-    loader, sampler = train.training_data(args)
-    sampler.begin(0, 0, 0)
-    rgb, _ = next(iter(loader))
-    lightness, ab = train.dataset.targets(rgb)
+def test_classification_loss_equals_a_computation_in_float64(square_crops):
+    """Each position has the weight of its nearest bin. The network's output is float16, but the loss is float32."""
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(square_crops.iterdir())])
+    constants = train.make_constants(train.parse_args(["--image_dir", "x"]), autocast("off"))
     network = SmallNetwork()
-    network.set_state_dict(weights(tmp_path / "run"))
-    logits = network(lightness - 50).numpy().astype(np.float64)
-    colors = ab.numpy().transpose(0, 2, 3, 1).reshape(-1, 2)
+    rgb = paddle.to_tensor(images.transpose(0, 3, 1, 2))
+    output, ab = train.forward(lambda lightness: network(lightness).astype("float16"), rgb, constants)
+    values = train.classification(output, ab, constants)
+    colors, logits = (x.numpy().transpose(0, 2, 3, 1).reshape(-1, x.shape[1]).astype(np.float64) for x in (ab, output))
     squared = ((colors[:, None] - load_ab_bins().numpy()) ** 2).sum(axis=2)
     nearest = squared.argsort(axis=1)[:, :5]
-    soft = np.exp(-np.take_along_axis(squared, nearest, axis=1) / 50)
-    soft /= soft.sum(axis=1, keepdims=True)
+    soft = special.softmax(-np.take_along_axis(squared, nearest, axis=1) / 50, axis=1)
     prior = load_prior().numpy().astype(np.float64)
     importance = 1 / (0.5 * prior + 0.5 / 313)
     importance /= (prior * importance).sum()
-    flat = logits.transpose(0, 2, 3, 1).reshape(-1, 313)
-    log_p = flat - np.log(np.exp(flat - flat.max(1, keepdims=True)).sum(1, keepdims=True)) - flat.max(1, keepdims=True)
-    nats = -(soft * np.take_along_axis(log_p, nearest, axis=1)).sum(axis=1)
-    assert line["cross_entropy"] == pytest.approx(nats.mean(), rel=1e-4)
-    assert line["loss"] == pytest.approx((importance[nearest[:, 0]] * nats).sum() / 4, rel=1e-4)
+    log_p = special.log_softmax(logits, axis=1)
+    cross_entropy = -(soft * np.take_along_axis(log_p, nearest, axis=1)).sum(axis=1)
+    assert values.dtype == paddle.float32
+    loss = (importance[nearest[:, 0]] * cross_entropy).sum() / len(images)
+    assert values.mean(axis=0).tolist()[:2] == pytest.approx([loss, cross_entropy.mean()], rel=1e-4)
 
 
 def test_neighbors_and_sigma_change_the_targets(run_training):
@@ -315,10 +311,11 @@ def test_network_overfits_four_images(square_crops, tmp_path):
 
 
 def test_validation_skips_unreadable_images(run_training, damaged, square_crops):
-    whole = run_training("--val_dir", square_crops, folder="a")
-    part = run_training("--val_dir", damaged, folder="b")  # the same four images, three times
-    names = ("val_kl", "val_auc")
-    assert [whole[-1][x] for x in names] == pytest.approx([part[-1][x] for x in names], rel=1e-5)
+    """The readable ones are the same four images, three times."""
+    whole, part = (run_training("--val_dir", folder)[-1] for folder in (square_crops, damaged))
+    assert [whole[x] for x in ("val_kl", "val_auc")] == pytest.approx(
+        [part[x] for x in ("val_kl", "val_auc")], rel=1e-5
+    )
 
 
 READERS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__", "cpu")
@@ -358,14 +355,3 @@ def test_float32_step_reads_no_value_from_the_device(run_training, monkeypatch):
     within = [b - a for i, (a, b) in enumerate(zip(counts, counts[1:]), 1) if i % 4 and i > 2]
     assert len(within) == 16 and set(within) == {0}
     assert counts[-1] > counts[0]  # the count works: values are read at the end of each epoch
-
-
-def test_loss_of_a_float16_output_is_computed_in_float32():
-    rgb = paddle.randint(0, 256, [2, 3, 32, 32]).astype("uint8")
-    logits = paddle.randn([2, 313, 8, 8]).astype("float16")
-    args = train.parse_args(["--image_dir", "x"])
-    constants = train.make_constants(args, autocast("off"))
-    output, ab = train.forward(lambda _: logits, rgb, constants)
-    values = train.classification(output, ab, constants)
-    assert values.dtype == paddle.float32
-    assert values.tolist() == train.classification(logits.astype("float32"), ab, constants).tolist()
