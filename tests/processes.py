@@ -1,7 +1,6 @@
 """Run `train.py` in processes that tests kill, stop by signals, and count."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from support import logs
 from support.checkpoints import load_checkpoint
 
 TESTS = Path(__file__).resolve().parent
@@ -25,9 +25,8 @@ def train_flags(folder, images, *more, size=32):
 
 def launcher_flags(count, folder):
     """Return the arguments in front of the script's name that run it in `count` processes."""
-    return ["-m", "paddle.distributed.launch", "--nproc_per_node", str(count), "--backend", "gloo"] + [
-        *("--log_dir", str(folder / "launch"))
-    ]
+    flags = ["--nproc_per_node", str(count), "--backend", "gloo", "--log_dir", str(folder / "launch")]
+    return ["-m", "paddle.distributed.launch", *flags]
 
 
 @contextlib.contextmanager
@@ -92,16 +91,13 @@ def wait_for(condition, process=None):
 
 def read_log(folder):
     """Return the complete lines of train.jsonl."""
-    path = folder / "log" / "train.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return logs.read_log(folder / "log" / "train.jsonl")
 
 
 def values(folder):
     """Return the log without its times and the run's identifier; a step that was repeated appears twice."""
-    return [
-        {k: v for k, v in line.items() if k not in ("run", "images_per_second", "waiting")} for line in read_log(folder)
-    ]
+    varying = {"run", "images_per_second", "waiting"}
+    return [{k: v for k, v in line.items() if k not in varying} for line in read_log(folder)]
 
 
 def steps(lines):

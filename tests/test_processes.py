@@ -4,7 +4,6 @@ import contextlib
 import os
 import pty
 import random
-import re
 import shutil
 import signal
 import sys
@@ -104,9 +103,6 @@ def test_lost_process_ends_the_others(tmp_path, square_crops):
         os.kill(lost, signal.SIGKILL)
         assert process.wait(LIMIT) != 0
         wait_for(lambda: all(has_ended(pid) for pid in family))
-    # Rank 0 may be named as well, if it ended before the launcher looked.
-    message = (tmp_path / "out").read_text() + (tmp_path / "err").read_text()
-    assert re.search(r"rank=\[(0, )?1\] was aborted", message)
 
 
 def test_processes_agree_after_the_same_steps(monkeypatch, pretend_device):

@@ -211,8 +211,6 @@ def test_continue_train_without_a_run_starts_a_new_one(run_training, error_messa
     lines = run_training("--batch_size", 1, "--max_steps", 2, "--continue_train")
     assert [line["step"] for line in lines] == [1, 2]
     assert "model: nothing to resume yet; starting a new run" in capsys.readouterr().err
-    assert len(run_training("--batch_size", 1, "--max_steps", 3, "--continue_train")) == 3
-    assert "nothing to resume" not in capsys.readouterr().err
     assert "no such checkpoint" in error_message(run_training, "--continue_train", "--which_epoch", 7)
 
 
@@ -330,8 +328,7 @@ def test_failed_save_keeps_the_last_checkpoint(run_training, error_message, tmp_
 def test_weights_that_are_not_finite_are_not_saved(run_training, error_message, tmp_path):
     """The first step at a very high learning rate has a finite loss, but leaves weights that overflow."""
     run_training("--batch_size", 1, "--max_steps", 2)
-    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
-    before = path.read_bytes()
-    overflow = ["--max_steps", 3, "--lr", 1e38, "--beta2", 0]
-    assert "the weights are not finite" in error_message(run_training, "--batch_size", 1, "--continue_train", *overflow)
-    assert path.read_bytes() == before
+    before = state(tmp_path / "run")
+    flags = ["--batch_size", 1, "--continue_train", "--max_steps", 3, "--lr", 1e38, "--beta2", 0]
+    assert "the weights are not finite" in error_message(run_training, *flags)
+    assert same_values(state(tmp_path / "run"), before)

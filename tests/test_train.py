@@ -95,39 +95,26 @@ def test_gray_images_add_no_loss_but_count_in_the_average_and_do_not_stop_the_ru
 # L2, the paper's baseline
 
 
-def test_l2_loss_and_its_gradients_equal_those_of_pytorch(square_crops):
-    """A network of one convolution, computed in float64 by scikit-image and PyTorch; one image is gray."""
-    torch = pytest.importorskip("torch")
-    args = train.parse_args(["--image_dir", "x", "--loss", "l2"])
-    images = np.stack([np.asarray(Image.open(path)) for path in sorted(square_crops.iterdir())])
-    rgb, lab = paddle.to_tensor(images.transpose(0, 3, 1, 2)), torch.tensor(color.rgb2lab(images)).permute(0, 3, 1, 2)
-    lightness, ab = lab[:, :1] - 50, lab[:, 1:, ::4, ::4]
-    layer = paddle.nn.Conv2D(1, 2, 4, stride=4)
-    constants = train.make_constants(args, autocast("off"))
-    output, true_ab = train.forward(layer, rgb, constants)
-    values = train.l2(output, true_ab, constants)
-    weight, bias = (torch.tensor(x.numpy().astype(np.float64), requires_grad=True) for x in (layer.weight, layer.bias))
-    predicted = torch.nn.functional.conv2d(lightness, weight, bias, stride=4)
-    np.testing.assert_allclose(output.numpy(), predicted.detach().numpy(), atol=0.02)
-    squared = (predicted - ab).pow(2).sum(dim=1)
-    losses = squared.sum(dim=(1, 2)) / 2
-    np.testing.assert_allclose(values.numpy()[:, 0], losses.detach().numpy(), rtol=1e-3)
-    np.testing.assert_allclose(values.numpy()[:, 1], squared.mean(dim=(1, 2)).detach().numpy(), rtol=1e-3)
-    values[:, 0].mean().backward()
-    losses.mean().backward()
-    for ours, theirs in ((layer.weight.grad, weight.grad), (layer.bias.grad, bias.grad)):
-        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+def test_l2_loss_and_its_gradient_equal_those_in_numpy():
+    """The gradient of 1/2 |Y - Y^|^2 is Y^ - Y."""
+    predicted, ab = paddle.randn([3, 2, 4, 5]), paddle.randn([3, 2, 4, 5])
+    predicted.stop_gradient = False
+    values = train.l2(predicted, ab, None)
+    difference = predicted.numpy() - ab.numpy()
+    squared = (difference**2).sum(axis=1)
+    expected = np.stack([squared.sum(axis=(1, 2)) / 2, squared.mean(axis=(1, 2))], axis=1)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)
+    values[:, 0].sum().backward()
+    np.testing.assert_allclose(predicted.grad.numpy(), difference, rtol=1e-5)
 
 
 def test_l2_run_logs_loss_and_rmse_and_selects_best_by_rmse(run_training, square_crops, tmp_path):
     flags = ["--loss", "l2", "--val_dir", square_crops, "--num_epochs", 3, "--max_steps", 9, "--lr", 1e-3]
     lines = run_training(*flags)
-    validated = [line for line in lines if "val_rmse" in line]
-    assert validated[0].keys() == {"run", "epoch", "step", "val_rmse", "val_auc"}
     for line in steps(lines):
         assert line["loss"] == pytest.approx(POSITIONS / 2 * line["rmse"] ** 2, rel=1e-5)
     best = json.loads((tmp_path / "run" / "model" / "epoch_best.json").read_text())
-    assert best["rmse"] == min(line["val_rmse"] for line in validated)
+    assert best["rmse"] == min(line["val_rmse"] for line in lines if "val_rmse" in line)
 
 
 def test_l2_run_starts_from_all_layers_of_a_classification_network_but_the_head(run_training, tmp_path, capsys):
@@ -156,19 +143,16 @@ def test_runs_are_equal_only_with_equal_seeds_whatever_the_number_of_workers(run
 
 def test_adam_steps_equal_those_in_numpy():
     """Weight decay is an L2 penalty, which is part of the gradient, and the learning rate follows the schedule."""
-    lr, beta1, beta2, decay = 0.01, 0.8, 0.9, 0.5
-    adam = f"--image_dir x --lr {lr} --beta1 {beta1} --beta2 {beta2} --weight_decay {decay} --lr_steps 1"
+    args = "--image_dir x --lr 0.01 --beta1 0.8 --beta2 0.9 --weight_decay 0.5 --lr_steps 1"
     layer = paddle.nn.Linear(4, 2)
-    optimizer, schedule = train.make_optimizer(layer, train.parse_args(adam.split()))
-    expected = layer.weight.numpy().astype(np.float64)
-    mean, variance = np.zeros_like(expected), np.zeros_like(expected)
-    for step, inputs in enumerate(np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32), 1):
-        (layer(paddle.to_tensor(inputs)) ** 2).sum().backward()
-        gradient = layer.weight.grad.numpy() + decay * expected
-        mean = beta1 * mean + (1 - beta1) * gradient
-        variance = beta2 * variance + (1 - beta2) * gradient**2
-        rate = lr / math.sqrt(10) ** (step - 1)
-        expected = expected - rate * mean / (1 - beta1**step) / (np.sqrt(variance / (1 - beta2**step)) + 1e-8)
+    optimizer, schedule = train.make_optimizer(layer, train.parse_args(args.split()))
+    expected, mean, variance = layer.weight.numpy().astype(np.float64), 0, 0
+    for step, rate in ((1, 0.01), (2, 0.01 / math.sqrt(10))):
+        (layer(paddle.randn([3, 4])) ** 2).sum().backward()
+        gradient = layer.weight.grad.numpy() + 0.5 * expected
+        mean = 0.8 * mean + 0.2 * gradient
+        variance = 0.9 * variance + 0.1 * gradient**2
+        expected = expected - rate * mean / (1 - 0.8**step) / (np.sqrt(variance / (1 - 0.9**step)) + 1e-8)
         optimizer.step()
         schedule.step()
         optimizer.clear_grad()
@@ -313,9 +297,8 @@ def test_network_overfits_four_images(square_crops, tmp_path):
 def test_validation_skips_unreadable_images(run_training, damaged, square_crops):
     """The readable ones are the same four images, three times."""
     whole, part = (run_training("--val_dir", folder)[-1] for folder in (square_crops, damaged))
-    assert [whole[x] for x in ("val_kl", "val_auc")] == pytest.approx(
-        [part[x] for x in ("val_kl", "val_auc")], rel=1e-5
-    )
+    for name in ("val_kl", "val_auc"):
+        assert whole[name] == pytest.approx(part[name], rel=1e-5)
 
 
 READERS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__", "cpu")
