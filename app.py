@@ -59,7 +59,7 @@ LOADED = 2  # networks in memory
 MAX_CORRECTIONS = 20  # per photo; each takes 0.03 s whenever the photo is drawn
 LIKELY = 3  # most likely colors, as buttons
 DIFFERENT = 20  # ab units between them
-NO_PHOTO = "The server no longer has your photo. Please choose it again."
+NO_PHOTO = "There is no photo to work on. Please choose one."
 SUFFIXES = {"PNG": "png", "JPEG": "jpg"}  # of downloads
 EXAMPLES = {"Astronaut": "astronaut.png", "Coffee": "coffee.png", "Cat": "chelsea.png", "Rocket": "rocket.jpg"}
 EXAMPLE_FOLDER = Path(skimage.__file__).parent / "data"
@@ -498,9 +498,13 @@ def main(args):
         thread.start()
         name = "localhost" if address.is_unspecified else f"[{address}]" if address.version == 6 else address
         print(f"http://{name}:{args.port}: open it in a browser; Ctrl-C ends it", flush=True)  # which may wait a moment
-        while thread.is_alive():
-            time.sleep(5)  # which Ctrl-C interrupts on Windows, too
-            delete_old_files(folder)
+        try:
+            while thread.is_alive():
+                time.sleep(5)  # which Ctrl-C interrupts on Windows, too
+                delete_old_files(folder)
+        finally:  # otherwise a request that is being processed would print a traceback
+            server.should_exit = True
+            thread.join(5)
     raise UserError("the server has stopped unexpectedly")
 
 
