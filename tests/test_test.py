@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 import signal
 import time
@@ -147,8 +146,7 @@ def test_results_of_files_folders_and_patterns_keep_their_places(colorize_files,
     """Patterns are those that the shell did not expand."""
     write_image("one.png", "beach/a.png", "hills/a.png", *(f"in/{name}.png" for name in ("a1", "a2", "b", "[x]", "x")))
     paths = ("one.png", "one.png", "beach", "in/a*.png", "in/[x].png")
-    code, result = colorize_files(paths, "--image_dir", "hills")
-    assert code == 0
+    _, result = colorize_files(paths, "--image_dir", "hills")
     assert found(result) == ["beach/a.png", "hills/a.png", "in/[x].png", "in/a1.png", "in/a2.png", "one.png"]
 
 
@@ -290,7 +288,7 @@ def test_stopped_colorization_leaves_only_complete_results_and_is_resumed(tmp_pa
         assert process.wait(60) == code
     error = (tmp_path / "run" / "err").read_text()
     if number == signal.SIGTERM:
-        assert re.fullmatch(r"stopped by SIGTERM; to resume: .* --skip_existing", error.splitlines()[-1])
+        assert error.endswith("stopped by SIGTERM; to resume: the same command with --skip_existing\n")
     assert "Traceback" not in error and 0 < len(done := list(result.glob("*.png"))) < 300
     for path in done:
         Image.open(path).load()
