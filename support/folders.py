@@ -209,7 +209,7 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
     records = read_records(folder / records_file)
     records = {places[place]: record for place, record in records.items() if place in places}
 
-    result_of, problems, settings = _match(true, true_dir, colored, colored_dir, records)
+    result_of, problems, settings = _match(true, true_dir, colored, records)
     if result_of and true_dir and not records:
         note(f"{colored_dir}: {counted(len(result_of), 'image')} paired by name, without a record of the original")
     problems.update({name: "no result" for name in true if name not in result_of and name not in problems})
@@ -227,13 +227,13 @@ def pair_images(true_dir, colored_dir, results_file, records_file):
     return pairs, left_out, (description if agrees else settings) or None
 
 
-def _match(true, true_dir, colored, colored_dir, records):
+def _match(true, true_dir, colored, records):
     """Return the result of each original, {name: name}, the problems of other results, and the recorded settings."""
     originals = {os.path.abspath(path): name for name, path in true.items()}
     result_of, problems, settings = {}, {}, {}
     for name, record in reversed(records.items()):  # the newest first
-        same_name = one_form(os.path.splitext(relative_path(colored[name], colored_dir))[0])  # if it has been moved
-        source = originals.get(record["source"]["path"], same_name) if true_dir else name
+        same_name = name if name in true else os.path.splitext(name)[0]
+        source = originals.get(record["source"]["path"], same_name)  # the folder may have been moved
         if not same_file(record["result"], colored[name]):
             problems[name] = "changed since it was recorded"
         elif settings not in ({}, record["settings"]):
