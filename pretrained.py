@@ -235,8 +235,7 @@ def _from_caffe(state):
             converted[f"{layer}.{'weight' if conv[3] == '0' else 'bias'}"] = array
         elif norm := re.fullmatch(r"conv(\d)_(\d)norm\.2", name):
             mean, variance = (state.get(f"{name[:-1]}{i}", np.nan) for i in (0, 1))
-            layer, factor = f"conv{norm[1]}.{2 * int(norm[2])}", array.sum()  # of one number
-            with np.errstate(all="ignore"):  # the factor is 0 if never trained, which gives NaN
-                converted[f"{layer}._mean"], converted[f"{layer}._variance"] = mean / factor, variance / factor
+            layer, factor = f"conv{norm[1]}.{2 * int(norm[2])}", array.sum() or np.nan  # one number, 0 if untrained
+            converted[f"{layer}._mean"], converted[f"{layer}._variance"] = mean / factor, variance / factor
             converted[f"{layer}.weight"], converted[f"{layer}.bias"] = np.ones_like(mean), np.zeros_like(mean)
     return converted

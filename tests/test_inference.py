@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -148,7 +149,16 @@ def test_thread_that_first_uses_paddle_during_an_export_is_in_dynamic_mode():
     assert results == [7] and paddle.in_dynamic_mode()
 
 
-def test_predictors_made_by_several_threads_all_use_the_engine(capsys):
+def test_threads_make_and_run_predictors_without_mixing_up_images(capsys):
+    interval = sys.getswitchinterval()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT, "float32"), range(8)))
-    assert not capsys.readouterr().err
+        predict, _ = [*pool.map(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT, "float32"), range(8))][0]
+        assert not capsys.readouterr().err
+        inputs = [25 * paddle.randn([1, 1, 8 * (i % 3 + 1), 8]) for i in range(64)]
+        expected = [predict(x).numpy() for x in inputs]
+        sys.setswitchinterval(1e-6)  # seconds
+        try:
+            results = [x.numpy() for x in pool.map(predict, inputs)]
+        finally:
+            sys.setswitchinterval(interval)
+    assert all(map(np.array_equal, results, expected))

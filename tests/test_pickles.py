@@ -90,9 +90,9 @@ RECONSTRUCT, SCALAR = np.ones(1).__reduce__()[0], np.float64(1).__reduce__()[0]
 
 
 def forged_array(shape, code, data):
-    """Return what pickles as an array whose type and content may contradict its shape."""
-    dtype = Call(np.dtype, code, False, True, state=(3, "<", None, None, None, -1, -1, 0))
-    return Call(RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, data))
+    """Return what pickles as an array whose type and content may contradict its shape. No two share a tuple."""
+    dtype = Call(np.dtype, code, False, True, state=(3, "<", *[None] * 3, -1, -1, 0))
+    return Call(RECONSTRUCT, np.ndarray, (), b"b", state=(1, (*shape,), dtype, False, data))
 
 
 def test_forged_arrays_are_refused(path):

@@ -112,6 +112,8 @@ def test_hostile_or_truncated_pytorch_files_are_refused(path, tmp_path, zipped):
     whole = save(torch.ones(100))
     for length in (20, len(whole) // 2, len(whole) - 1):
         assert "not a readable checkpoint" in refusal(path, whole[:length])
+    longer = whole.replace(b"Kd", b"J\xff\xff\xff\x7f")  # 2^31 - 1 instead of 100
+    assert zipped or "not within its storage" in refusal(path, longer)
     for offset, shape, strides in (
         (1, [4], [1]),
         (-1, [1], [1]),
