@@ -123,7 +123,6 @@ def run_script(main, parse_args, after_stop=""):
     except MemoryError:
         note("not enough memory: try a smaller --batch_size or --load_size, or fewer --num_workers")
     except BrokenPipeError:  # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
     except (UserError, OSError) as error:
         note(str(error))

@@ -100,14 +100,16 @@ def test_stopped_script_reports_the_signal(end_of):
 def test_stop_whose_exception_was_lost_stops_at_the_next_image(end_of):
     """Paddle's C++ makes another exception of it; Python ignores those of `__del__`."""
 
+    done = []
+
     def main():
         for i in progress(range(9), 9):
-            assert i == 0
             with suppress(cli.Stopped):
                 os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # as service managers repeat it
+            done.append(i)
 
-    assert end_of(main)[0] == 128 + signal.SIGTERM
+    assert end_of(main)[0] == 128 + signal.SIGTERM and done == [0]
 
 
 def test_ignored_signals_stay_ignored(handlers):
@@ -131,10 +133,10 @@ def test_lack_of_memory_or_a_file_error_ends_the_script_with_one_line(end_of, er
 
 def test_closed_pipe_ends_the_script_silently():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from support.cli import run_script\n"
-    code += "sys.exit(run_script(lambda _: print('x' * 10**6), lambda: None))"
+    code += "sys.exit(run_script(lambda _: [print('x' * 100) for _ in range(10**5)], lambda: None))"
     done = subprocess.run(f"{sys.executable} -W ignore -c \"$CODE\" | head -c 1", shell=True, capture_output=True,
                           env={**os.environ, "CODE": code})  # fmt: skip
-    assert done.stdout == b"x" and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    assert done.stdout == b"x" and done.stderr == b""
 
 
 def test_script_runs_without_standard_streams(tmp_path):

@@ -56,7 +56,7 @@ TIFFS = {  # samples and options of tifffile
 REFUSED_TIFFS = {
     "raw planes": (np.uint16(COFFEE.transpose(2, 0, 1)) * 257, {"photometric": "rgb", "planarconfig": "separate"}),
     "int16": (np.int16(COFFEE[..., 1]) * 128, {}),
-    "uint32": (np.uint32(COFFEE[..., 1]) << 24, {}),
+    "uint32": (np.uint32(COFFEE[..., 1]), {}),
     "float min-is-white": (np.float32(COFFEE[..., 1] / 255), {"photometric": "miniswhite"}),
     "float to 255": (np.float32(COFFEE[..., 1]), {}),
     "thumbnail": (COFFEE, {"subfiletype": 1}),
