@@ -54,10 +54,10 @@ def mixed_precision(choice):
 
     Raises UserError if the device does not support the choice.
     """
-    available = half_types()
+    available = [*half_types(), "off"]
     if choice == "auto":
-        choice = (available or ["off"])[0]
-    if choice != "off" and choice not in available:
+        choice = available[0]
+    if choice not in available:
         raise UserError(f"--amp {choice}: not supported by Paddle on this device, {paddle.get_device()}")
     # The loss is a sum over positions: at a larger scale, its gradients overflow in fp16 from the first step.
     return autocast(choice), paddle.amp.GradScaler(enable=choice == "fp16", init_loss_scaling=16.0)

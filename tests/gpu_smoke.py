@@ -1,12 +1,11 @@
 """Comparisons for gpu_smoke.sh: print the compared values, and exit with 1 if they differ too much."""
 
-import json
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import support  # noqa: F401  before Paddle
+from support.logs import read_log  # `support` before Paddle
 
 import numpy as np
 import paddle
@@ -16,10 +15,6 @@ from PIL import Image
 
 def report(text):
     print(f"   {text}", file=sys.stderr, flush=True)
-
-
-def lines(run):
-    return [json.loads(line) for line in (Path(run) / "train.jsonl").read_text().splitlines()]
 
 
 def machine(work):
@@ -38,14 +33,18 @@ def machine(work):
     return True
 
 
+def losses(run):
+    return [line["loss"] for line in read_log(Path(run) / "train.jsonl")]
+
+
 def falls(run):
-    losses = [line["loss"] for line in lines(run)]
-    report(f"loss {losses[0]:.0f} in the first step, {np.mean(losses[-4:]):.0f} over the last 4 of {len(losses)}")
-    return len(losses) == 20 and np.mean(losses[-4:]) < 0.9 * losses[0]
+    values = losses(run)
+    report(f"loss {values[0]:.0f} in the first step, {np.mean(values[-4:]):.0f} over the last 4 of {len(values)}")
+    return len(values) == 20 and np.mean(values[-4:]) < 0.9 * values[0]
 
 
 def same(first, second, tolerance):
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(lines(first), lines(second))][:4]
+    pairs = list(zip(losses(first), losses(second)))[:4]
     worst = max(abs(a - b) / a for a, b in pairs)
     report(f"losses of {len(pairs)} steps differ by {worst:.2%} at most; {float(tolerance):.0%} would pass")
     return len(pairs) == 4 and worst < float(tolerance)

@@ -50,10 +50,10 @@ def compare(one, two):
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_same_batch(tmp_path, image_folder, square_crops):
     """Losses, weights, and a validation of three images, then of one. Batch norm's statistics are per process."""
-    for i, path in enumerate(sorted(image_folder.iterdir())[:3]):
-        for folder in ("three", "one_image")[: 2 if i == 0 else 1]:
-            (tmp_path / folder).mkdir(exist_ok=True)
-            shutil.copy(path, tmp_path / folder)
+    for name, count in (("three", 3), ("single", 1)):
+        (tmp_path / name).mkdir()
+        for path in sorted(image_folder.iterdir())[:count]:
+            shutil.copy(path, tmp_path / name)
     more = ["--freeze_bn", "--lr", 1e-3, "--save_freq", 2]
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, launcher in ((one, ()), (two, launcher_flags(2, two))):
@@ -66,7 +66,7 @@ def test_two_processes_equal_one_with_the_same_batch(tmp_path, image_folder, squ
     assert (two / "out").read_text().count("val_kl") == 5
     # A run can be resumed with another number of processes, and the images stay the same.
     for folder, launcher in ((one, launcher_flags(2, one)), (two, ())):
-        flags = [*more, "--val_dir", tmp_path / "one_image", "--num_epochs", 7, "--continue_train"]
+        flags = [*more, "--val_dir", tmp_path / "single", "--num_epochs", 7, "--continue_train"]
         assert run_training_to_end(folder, square_crops, *flags, launcher=launcher)[0] == 0
     compare(one, two)
 
