@@ -43,6 +43,7 @@ from PIL import Image
 from dataset import list_images
 
 SINGLE_CHANNEL, GRAY, UNREADABLE = REASONS = ("single channel", "gray in color", "unreadable")
+CUT_SHORT = "Truncated File Read"  # Pillow's words for a file that ends in the description of the image
 
 
 def why_invalid(path, tolerance):
@@ -54,8 +55,8 @@ def why_invalid(path, tolerance):
             single_channel = Image.getmodebase(image.mode) == "L"
             rgb = np.asarray(to_rgb(image, path))
     except InvalidImageError as error:
-        # Of Pillow's errors only this one proves damage; of others, the cause may be too little memory.
-        ends_too_early = format in ("JPEG", "PNG") and "truncated" in error.reason
+        # Of Pillow's errors only these prove damage; of others, the cause may be too little memory.
+        ends_too_early = error.reason == CUT_SHORT or (format in ("JPEG", "PNG") and "truncated" in error.reason)
         if ends_too_early or error.reason in (EMPTY, HTML):
             return f"{UNREADABLE}: {error.reason}"
         raise

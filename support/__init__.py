@@ -30,6 +30,7 @@ if "paddle" not in sys.modules:
     os.environ.setdefault("GLOG_minloglevel", "2")
     os.environ["OMP_NUM_THREADS"] = "1"  # about other values, Paddle prints two lines
     _level = logging.getLogger().level  # Paddle raises it, and every library becomes verbose
+    _collects = gc.isenabled()
     gc.disable()  # the import makes a million objects; to look for garbage among them takes 0.15 s
     try:
         with warnings.catch_warnings():  # of Paddle's import only (no ccache, …)
@@ -40,8 +41,10 @@ if "paddle" not in sys.modules:
             raise
         remedy = "activate the environment in which it is installed (README.md); Debian and Ubuntu need libgomp1, too"
         raise SystemExit(f"Paddle cannot be imported: {error}; {remedy}") from error
-    gc.enable()
-    logging.getLogger().setLevel(_level)
-    del os.environ["OMP_NUM_THREADS"]  # otherwise the processes that a script starts would get it
-    if _threads is not None:
-        os.environ["OMP_NUM_THREADS"] = _threads
+    finally:
+        if _collects:
+            gc.enable()
+        logging.getLogger().setLevel(_level)
+        del os.environ["OMP_NUM_THREADS"]  # otherwise the processes that a script starts would get it
+        if _threads is not None:
+            os.environ["OMP_NUM_THREADS"] = _threads

@@ -183,7 +183,8 @@ def number(least, most=math.inf, kind=float):
     def convert(text):
         value = kind(text)  # argparse reports a ValueError: "invalid int value: 'x'"
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be from {least:g} to {most:g}")
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value
 
     convert.__name__ = kind.__name__

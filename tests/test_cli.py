@@ -36,7 +36,7 @@ def test_boolean_flag_accepts_true_false_and_no():
     [
         ("--share 2", "argument --share: 2 must be from 0 to 1"),
         ("--share nan", "argument --share: nan must be from 0 to 1"),
-        ("--count 0", "argument --count: 0 must be from 1 to inf"),
+        ("--count 0", "argument --count: 0 must be at least 1"),
         ("--count 1.5", "argument --count: invalid int value: '1.5'"),
         ("--file=", "--file '': is empty (an unset variable?)"),
         ("--draw maybe", "argument --draw: neither true nor false: 'maybe'"),

@@ -69,6 +69,8 @@ def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     damaged = images / "damaged"
     whole = save_image(damaged / "truncated.jpg", COLOR).read_bytes()
     (damaged / "truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    whole = save_image(damaged / "cut_short.png", COLOR).read_bytes()
+    (damaged / "cut_short.png").write_bytes(whole[:60])
     (damaged / "page.jpg").write_text("<html><body>Not found</body></html>")
     (damaged / "empty.jpg").touch()
     before = sorted(images.rglob("*"))
@@ -83,10 +85,10 @@ def test_images_are_listed_with_the_right_reason(tmp_path, capsys):
     assert code == 0
     printed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert printed[:4] == [
-        ["9", "of 12 images are unsuitable, 0 skipped"],
+        ["10", "of 13 images are unsuitable, 0 skipped"],
         ["3", "single channel"],
         ["3", "gray in color"],
-        ["3", "unreadable"],
+        ["4", "unreadable"],
     ]
     assert sorted(images.rglob("*")) == before  # nothing was touched
 
