@@ -427,7 +427,7 @@ def resume(run, args):
         note(f"resuming with a changed setting: {text}")
     if progress["batch"] and changes.keys() & {"images", *ORDER}:
         note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
-        progress["batch"] = 0
+        progress.update(batch=0, validated=progress["step"])  # no epoch ends here, so there is nothing to validate
 
 
 def last_step_of(progress, args, steps_per_epoch):

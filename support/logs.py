@@ -38,13 +38,13 @@ class Log:
         self.problem = f"{folder}: the log cannot be written"
         self.run, self.waiting, self.file, self.board = None, [], None, None
 
-    def open(self, run, step, validated):
+    def open(self, run, progress):
         """Begin to write the lines of a run, if that has not happened yet.
 
-        Earlier lines of the same run stay up to a step, and those of its validations up to the step `validated`. Later
-        ones, which exist if the run was killed after its last save or resumes at an earlier epoch, are moved to another
-        file. VisualDL shows only the file of a folder whose name sorts last, so a new file begins with the values (not
-        the images) of the lines that stay. Raises UserError if the log is another run's.
+        Earlier lines of the same run stay up to the step of its progress, and those of validations up to the step that
+        was validated last. Later ones, which exist if the run was killed after its last save or resumes at an earlier
+        epoch, are moved to another file. VisualDL shows only the file of a folder whose name sorts last, so a new file
+        begins with the values (not the images) of the lines that stay. Raises UserError if the log is another run's.
         """
         if self.file or not is_first():
             return
@@ -52,14 +52,14 @@ class Log:
         for values in read_log(path):
             if values.get("run") != run:
                 raise UserError(f"{self.folder}: the log of another run; choose another --log_path")
-            last = validated if any(name.startswith(VAL) for name in values) else step
-            (stay if values["step"] <= last else later).append(values)
+            last = "validated" if any(name.startswith(VAL) for name in values) else "step"
+            (stay if values["step"] <= progress[last] else later).append(values)
         lines = stay + [{"run": run, **values} for values in self.waiting]
         with report_os_errors(self.problem):
             if later:
                 with open(self.folder / REPLACED, "a") as file:
                     file.writelines(map(_json_line, later))
-                note(f"{path}: {counted(len(later), 'line')} after step {step} moved to {REPLACED}")
+                note(f"{path}: {counted(len(later), 'line')} after step {progress['step']} moved to {REPLACED}")
             with atomic_text(path) as file:
                 file.writelines(map(_json_line, lines))
             self.run, self.file = run, open(path, "a", buffering=1)  # noqa: SIM115  by lines

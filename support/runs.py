@@ -96,12 +96,9 @@ class Run:
             if not self.saved:
                 self._remove_earlier_run(written={*map(str, names)})
             self._prune()
-        self._open_log()
-        all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
-
-    def _open_log(self):
         self.saved = True
-        self.log.open(self.id, self.progress["step"], self.progress["validated"])
+        self.log.open(self.id, self.progress)
+        all_reduce(np.zeros(1))  # wait: when other processes end, a launcher gives rank 0 only 3 seconds
 
     def _state(self):
         """Return everything that is needed to resume, with a checksum. Raises UserError if weights are not finite."""
@@ -175,8 +172,8 @@ class Run:
         self.optimizer.set_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.id = state["run"]
-        self._open_log()
+        self.id, self.saved = state["run"], True
+        self.log.open(self.id, self.progress)
         return changes
 
     def _changes(self, earlier_flags):

@@ -107,7 +107,7 @@ def test_too_many_unreadable_images_stop_the_run(run_training, error_message, da
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device of a full disk")
 def test_full_disk_of_the_log_is_reported_on_one_line(tmp_path, error_message):
     log = logs.Log(tmp_path, train.FORMATS)
-    log.open("run", 0, 0)
+    log.open("run", {"step": 0, "validated": 0})
     with open("/dev/full", "w", buffering=1) as log.file:
         assert error_message(log.write, {"step": 1}).endswith("the log cannot be written: no space left on device")
         log.close()
