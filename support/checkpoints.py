@@ -36,8 +36,6 @@ def read_checkpoint(path):
     Raises:
         UserError: If the file is missing or damaged, or needs anything else.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such checkpoint")
     with report_os_errors(f"{path}: cannot be read"):
         content = Path(path).read_bytes()
     try:
@@ -68,7 +66,7 @@ def set_weights(network, state, path):
             found = f"{array.dtype.name} {list(array.shape)} instead of float {list(tensor.shape)}"
             raise UserError(f"{path}: another network's checkpoint: {name} is {found}")
         arrays[name] = array.astype(np.float32, copy=False)
-        if not np.isfinite(arrays[name]).all() or (name.endswith("_variance") and array.min() < 0):
+        if not np.isfinite(arrays[name].sum()) or (name.endswith("_variance") and array.min() < 0):
             raise UserError(f"{path}: not finite (NaN or infinity), or a negative variance: {name}")
     for name, tensor in tensors.items():  # only now, so that the network never gets some of the weights
         tensor.set_value(arrays[name])

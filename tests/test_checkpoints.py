@@ -60,5 +60,5 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(path, kind):
 
 
 def test_missing_file_and_folder_are_refused_in_one_line(tmp_path):
-    assert "no such checkpoint" in refusal(tmp_path / "nothing.pdparams")
+    assert "cannot be read: no such file" in refusal(tmp_path / "nothing.pdparams")
     assert "cannot be read: is a directory" in refusal(tmp_path)
