@@ -4,9 +4,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from model import CIC
 from utils import TEMPERATURE, load_ab_bins
-
-STAGES = ((2, 64, 2, 1), (2, 128, 2, 1), (3, 256, 2, 1), (3, 512, 1, 1), (3, 512, 1, 2), (3, 512, 1, 2), (3, 512, 1, 1))
 
 
 def varint(number):
@@ -30,30 +29,27 @@ def write_caffe(path, layers):
     return path
 
 
+@paddle.no_grad()
 def flat_network(lightness, extra_relu=False, affine=False):
     """Return this network as a list of layers, with random weights and its batch norm statistics on these images.
 
     The earlier Paddle port has this form, with another ReLU before conv6.
     """
     paddle.seed(0)
-    layers, width = [], 1
-    for number, (convs, channels, stride, dilation) in enumerate(STAGES, start=1):
+    network, layers = CIC(), []
+    for number in range(1, 9):
         layers += [nn.ReLU()] * (number == 6 and extra_relu)
-        for i in range(convs):
-            layers.append(nn.Conv2D(width, channels, 3, stride if i == convs - 1 else 1, dilation, dilation))
-            layers.append(nn.ReLU())
-            width = channels
-        layers.append(nn.BatchNorm2D(channels, momentum=0.0))  # the statistics are those of the last batch
-        if affine:
-            layers[-1].weight.set_value(paddle.rand([channels]) + 0.5)
-            layers[-1].bias.set_value(0.3 * paddle.randn([channels]))
-    layers += [nn.Conv2DTranspose(512, 256, 4, 2, 1), nn.ReLU(), nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU()]
-    layers += [nn.Conv2D(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2D(256, 313, 1)]
-    network = nn.Sequential(*layers)
-    with paddle.no_grad():
-        network(paddle.to_tensor(lightness - 50))
-    network.eval()
-    return network
+        layers += getattr(network, f"conv{number}")
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2D):
+            layer._momentum = 0.0  # the statistics are those of the last batch
+            if affine:
+                layer.weight.set_value(paddle.rand(layer.weight.shape) + 0.5)
+                layer.bias.set_value(0.3 * paddle.randn(layer.bias.shape))
+    flat = nn.Sequential(*layers, network.conv8_313)
+    flat(paddle.to_tensor(lightness - 50))
+    flat.eval()
+    return flat
 
 
 FACTOR = 999.98
@@ -75,7 +71,7 @@ def caffe_layers(network):
 def _named(network):
     """Return the layers of a `flat_network` with their names in the authors' release."""
     names = []
-    for number, (convs, *_) in enumerate(STAGES, start=1):
+    for number, convs in enumerate((2, 2, 3, 3, 3, 3, 3), start=1):
         names += [f"conv{number}_{i}" for i in range(1, convs + 1)] + [f"conv{number}_{convs}norm"]
     names = iter(["bw_conv1_1", *names[1:], "conv8_1", "conv8_2", "conv8_3", "conv8_313"])
     return [(f"relu{i}" if isinstance(layer, nn.ReLU) else next(names), layer) for i, layer in enumerate(network)]
