@@ -9,7 +9,6 @@ from support.cli import check_stop, note
 from support.cpu import available_cores, computes_bf16
 from support.gpu import autocast, half_types
 
-import numpy as np
 import paddle
 from paddle import inference, nn
 from paddle.base import framework
@@ -67,12 +66,34 @@ def eager_predictor(layer, precision):
 
 
 def engine_predictor(layer, example, precision):
-    """Return a layer as a function that runs it in Paddle Inference. The layer must not be used afterwards."""
+    """Return a layer as a function that runs it in Paddle Inference on the CPU. The layer must not be used afterwards.
+
+    The function may be called from several threads. "bf16" computes in bfloat16 where the processor and Paddle (3.x)
+    support it. Raises any error of the engine on this platform or in this version of Paddle.
+    """
     with temporary_folder() as folder:
         export(layer, [paddle.static.InputSpec([None, example[1], None, None])], folder)
-        run = engine(folder, precision)
-    run(np.zeros(example, np.float32))  # raises here whatever the engine does not support
-    return lambda x: paddle.to_tensor(run(x.numpy()))
+        program = "json" if os.path.exists(os.path.join(folder, "program.json")) else "pdmodel"  # Paddle 3, Paddle 2
+        config = inference.Config(*(os.path.join(folder, f"program.{suffix}") for suffix in (program, "pdiparams")))
+        config.disable_glog_info()
+        config.set_cpu_math_library_num_threads(available_cores())
+        config.enable_mkldnn()
+        config.set_mkldnn_cache_capacity(1)  # otherwise each new size keeps about 120 MB
+        if precision == "bf16":
+            config.enable_mkldnn_bfloat16()
+        predictor = inference.create_predictor(config)
+    source = predictor.get_input_handle(predictor.get_input_names()[0])
+    result = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def run(x):
+        with LOCK:
+            source.reshape(x.shape)
+            source.copy_from_cpu(x.numpy())
+            predictor.run()
+            return paddle.to_tensor(result.copy_to_cpu())
+
+    run(paddle.zeros(example))  # raises here whatever the engine does not support
+    return run
 
 
 def temporary_folder():
@@ -157,32 +178,3 @@ def fold_batch_norm(layer):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2D):
                 setattr(parent, name, Affine(child))
-
-
-def engine(folder, precision="float32"):
-    """Load the program that `export` wrote, and return the function that runs it on the CPU.
-
-    The function takes a contiguous float32 array of any shape that the program accepts, returns the output as an array
-    and may be called from several threads. "bf16" computes in bfloat16 where the processor and Paddle (3.x) support it.
-    Raises any error of the engine on this platform or in this version of Paddle.
-    """
-    suffix = "json" if os.path.exists(os.path.join(folder, "program.json")) else "pdmodel"  # Paddle 3, Paddle 2
-    config = inference.Config(*(os.path.join(folder, f"program.{name}") for name in (suffix, "pdiparams")))
-    config.disable_glog_info()
-    config.set_cpu_math_library_num_threads(available_cores())
-    config.enable_mkldnn()
-    config.set_mkldnn_cache_capacity(1)  # otherwise each new size keeps about 120 MB
-    if precision == "bf16":
-        config.enable_mkldnn_bfloat16()
-    predictor = inference.create_predictor(config)
-    source = predictor.get_input_handle(predictor.get_input_names()[0])
-    result = predictor.get_output_handle(predictor.get_output_names()[0])
-
-    def run(array):
-        with LOCK:
-            source.reshape(array.shape)
-            source.copy_from_cpu(array)
-            predictor.run()
-            return result.copy_to_cpu()
-
-    return run

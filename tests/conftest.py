@@ -79,18 +79,18 @@ def cic_checkpoint(tmp_path_factory):
 @pytest.fixture
 def small_checkpoint(small_network, tmp_path):
     """Write a checkpoint of the small network, the default one of its folder, for inputs of 64 pixels."""
-    paddle.seed(0)
-    path = tmp_path / "model" / "epoch_19_model.pdparams"
-    save_checkpoint({**small_network().state_dict(), "load_size": np.array(64)}, path)
-    return path
+    return _write_small(tmp_path / "model" / "epoch_19_model.pdparams", "conv8_313")
 
 
 @pytest.fixture
 def ab_checkpoint(small_network, tmp_path):
     """Write a checkpoint of the small network with the head that predicts ab itself."""
+    return _write_small(tmp_path / "model" / "epoch_ab_model.pdparams", "conv8_ab")
+
+
+def _write_small(path, head):
     paddle.seed(0)
-    path = tmp_path / "model" / "epoch_ab_model.pdparams"
-    save_checkpoint({**small_network("conv8_ab").state_dict(), "load_size": np.array(64)}, path)
+    save_checkpoint({**SmallNetwork(head).state_dict(), "load_size": np.array(64)}, path)
     return path
 
 

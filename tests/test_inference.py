@@ -61,7 +61,7 @@ def test_predictions_are_the_same_without_the_engine(small_network, small_checkp
     """The engine fails, after it changed the layer, or Paddle was built without oneDNN."""
     load, x = partial(load_network, small_checkpoint), 25 * paddle.randn([1, 1, 24, 40])
     expected = make_predictor(load, SMALLEST_INPUT, "float32")[0](x)
-    monkeypatch.setattr("support.inference.engine", lambda *_: 1 / 0)
+    monkeypatch.setattr("paddle.inference.create_predictor", lambda _: 1 / 0)
     monkeypatch.setattr(paddle.base.core, "is_compiled_with_mkldnn", lambda: has_engine)
     predict, precision = make_predictor(load, SMALLEST_INPUT, "bf16")
     assert precision == "float32" and float((predict(x) - expected).abs().max()) < 1e-4
