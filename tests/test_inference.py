@@ -32,8 +32,8 @@ def test_engine_equals_eager_mode_at_any_size_and_bf16_nearly_does(cic_checkpoin
     for size in ((1, 64, 64), (3, 72, 120), (1, 8, 8), (1, 64, 64)):
         x = 25 * paddle.randn([size[0], 1, *size[1:]])
         expected = eager(x)
-        assert (engine(x) - expected).abs().max() < 1e-3 * expected.abs().max()
-        assert (bf16(x) - expected).abs().mean() < 0.05 * expected.std()
+        assert (engine(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (bf16(x) - expected).abs().mean() < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize(
