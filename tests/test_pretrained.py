@@ -138,29 +138,19 @@ def test_changed_official_release_is_refused(official, refused):
 # The earlier Paddle port
 
 
-@pytest.fixture(scope="module")
-def port(lightness, tmp_path_factory):
-    """Return the port's checkpoint, as saved within paddle.DataParallel, and its logits."""
+def test_port_keeps_its_colors_in_place_and_cannot_be_trained_further(
+    lightness, tmp_path, monkeypatch, image_folder, capsys, error_message
+):
     network = flat_network(lightness, extra_relu=True, affine=True)
-    path = tmp_path_factory.mktemp("port") / "epoch_19_model.pdparams"
+    path = tmp_path / "model" / "epoch_19_model.pdparams"  # the default name there and here
+    # as saved within paddle.DataParallel
     save_checkpoint({f"_layers.features.{name}": tensor for name, tensor in network.state_dict().items()}, path)
-    return path, run(network, lightness)
-
-
-def test_port_keeps_its_colors_and_cannot_be_trained_further(port, lightness, error_message):
-    path, logits = port
-    assert_agree(run(path, lightness), logits)
+    assert_agree(run(path, lightness), run(network, lightness))
     assert "additional ReLU before conv6" in error_message(initialize, None, path)
-
-
-def test_port_checkpoint_colorizes_in_place(port, tmp_path, monkeypatch, image_folder, capsys):
-    """Its default name is also the default here."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / port[0].name).symlink_to(port[0])
     monkeypatch.chdir(tmp_path)
     assert test.main(test.parse_args([str(image_folder / "coffee.png"), "--load_size", "32"])) == 0
     assert "with model/epoch_19_model.pdparams" in capsys.readouterr().out
-    assert os.listdir("model") == [port[0].name]
+    assert os.listdir("model") == [path.name]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -263,20 +253,14 @@ def test_weights_are_found_by_name_or_path(tmp_path, error_message):
     assert find_weights(tmp_path, "3") == find_weights("nowhere", path) == path
 
 
-@pytest.mark.parametrize(
-    ("existing", "used"),
-    [
-        (("19", "latest", "20"), "19"),
-        (("3", "latest", "best"), "latest"),
-        (("1", "2", "10", "best"), "10"),
-        (("best", "wide"), "best"),
-    ],
-)
-def test_without_a_name_the_preferred_checkpoint_of_the_folder_is_used(tmp_path, capsys, existing, used):
-    for name in existing:
+@pytest.mark.parametrize("existing", ["19 latest 20", "latest 3 best", "10 1 2 best", "best wide"])
+def test_without_a_name_the_preferred_checkpoint_of_the_folder_is_used(tmp_path, capsys, existing):
+    """The preferred one is the first of each list."""
+    names = existing.split()
+    for name in names:
         (tmp_path / f"epoch_{name}_model.pdparams").touch()
-    assert find_weights(tmp_path) == tmp_path / f"epoch_{used}_model.pdparams"
-    assert (f"no --load_model: using {used}" in capsys.readouterr().err) == (used != "19")
+    assert find_weights(tmp_path) == tmp_path / f"epoch_{names[0]}_model.pdparams"
+    assert (f"no --load_model: using {names[0]}" in capsys.readouterr().err) == (names[0] != "19")
 
 
 # -------------------------------------------------------------------------------------------------
