@@ -27,7 +27,7 @@ from dataset import lab_to_rgb, rgb_to_lightness, to_uint8
 from pretrained import check_entry, find_weights, read_weights
 from utils import STRIDE, annealed_mean, load_ab_bins, upsample_ab
 
-SMALLEST_INPUT = [1, 1, 8, 8]  # of the network
+INPUT_SHAPE = [None, 1, None, None]  # of the network
 MAX_ASPECT = 8  # longer images are squeezed for the network, so that its memory stays bounded
 REGION_SIDE = 320  # longer side in pixels of the image in which the regions of corrections are computed
 STRIP_PIXELS = 2**17  # converted at a time by each core, so that a large image needs little more memory than itself
@@ -51,7 +51,7 @@ class Colorizer:
         read = read_weights(find_weights(model_path, weights))
         self.path, self.sha256, self.epoch, self.step = read.path, read.sha256, read.epoch, read.step
         self.load_size, self.temperature = read.load_size, read.temperature
-        self.network, self.precision = make_predictor(read.network, SMALLEST_INPUT, precision)
+        self.network, self.precision = make_predictor(read.network, INPUT_SHAPE, precision)
 
     def __call__(self, image, temperature=None, load_size=None, corrections=(), saturation=1):
         """Colorize one image.

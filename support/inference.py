@@ -14,12 +14,12 @@ from paddle import inference, nn
 from paddle.base import framework
 
 
-def make_predictor(load_layer, example, precision="auto"):
+def make_predictor(load_layer, shape, precision="auto"):
     """Return a function that runs a layer without gradients, and its precision.
 
     Args:
         load_layer (Callable): Returns the layer.
-        example (list[int]): A shape [N, C, H, W] that the layer accepts; it must accept any other N, H and W, too.
+        shape (list[int]): Shape of its input, with None for sizes that vary.
         precision (str): "float32"; "bf16"; or "auto", which is bf16 on CPUs that compute it in hardware.
 
     Returns:
@@ -42,7 +42,7 @@ def make_predictor(load_layer, example, precision="auto"):
         return eager_predictor(layer, precision), precision
     if paddle.base.core.is_compiled_with_mkldnn():  # otherwise the engine is no faster than eager mode
         try:
-            predict = engine_predictor(layer, example, precision)
+            predict = engine_predictor(layer, shape, precision)
             check_stop()
             return predict, precision
         except Exception as error:  # the engine raises many kinds
@@ -65,14 +65,15 @@ def eager_predictor(layer, precision):
     return predict
 
 
-def engine_predictor(layer, example, precision):
+def engine_predictor(layer, shape, precision):
     """Return a layer as a function that runs it in Paddle Inference on the CPU. The layer must not be used afterwards.
 
     The function may be called from several threads. "bf16" computes in bfloat16 where the processor and Paddle (3.x)
-    support it. Raises any error of the engine on this platform or in this version of Paddle.
+    support it. Raises any error of the engine on this platform or in this version of Paddle. It is not run here, as
+    a run prepares the engine for inputs of one size only.
     """
     with temporary_folder() as folder:
-        export(layer, [paddle.static.InputSpec([None, example[1], None, None])], folder)
+        export(layer, [paddle.static.InputSpec(shape)], folder)
         program = "json" if os.path.exists(os.path.join(folder, "program.json")) else "pdmodel"  # Paddle 3, Paddle 2
         config = inference.Config(*(os.path.join(folder, f"program.{suffix}") for suffix in (program, "pdiparams")))
         config.disable_glog_info()
@@ -92,7 +93,6 @@ def engine_predictor(layer, example, precision):
             predictor.run()
             return paddle.to_tensor(result.copy_to_cpu())
 
-    run(paddle.zeros(example))  # raises here whatever the engine does not support
     return run
 
 

@@ -17,18 +17,18 @@ import paddle
 import pytest
 from small_network import SmallNetwork
 
-from colorizer import SMALLEST_INPUT
+from colorizer import INPUT_SHAPE
 from pretrained import load_network
 
 
 @pytest.fixture(scope="module")
 def engine(cic_checkpoint):
-    return make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "float32")[0]
+    return make_predictor(partial(load_network, cic_checkpoint), INPUT_SHAPE, "float32")[0]
 
 
 def test_engine_equals_eager_mode_at_any_size_and_bf16_nearly_does(cic_checkpoint, engine):
     eager = eager_predictor(load_network(cic_checkpoint), "float32")
-    bf16, _ = make_predictor(partial(load_network, cic_checkpoint), SMALLEST_INPUT, "bf16")
+    bf16, _ = make_predictor(partial(load_network, cic_checkpoint), INPUT_SHAPE, "bf16")
     for size in ((1, 64, 64), (3, 72, 120), (1, 8, 8), (1, 64, 64)):
         x = 25 * paddle.randn([size[0], 1, *size[1:]])
         expected = eager(x)
@@ -43,8 +43,8 @@ def test_engine_equals_eager_mode_at_any_size_and_bf16_nearly_does(cic_checkpoin
 def test_auto_precision_is_bf16_where_the_cpu_supports_it(supported, paddles, precision, monkeypatch):
     monkeypatch.setattr(paddle.base.core, "supports_bfloat16_fast_performance", lambda: supported)
     monkeypatch.setattr(paddle, "__version__", paddles)
-    monkeypatch.setattr("support.inference.engine_predictor", lambda layer, example, precision: precision)
-    assert make_predictor(SmallNetwork, SMALLEST_INPUT, "auto") == (precision, precision)
+    monkeypatch.setattr("support.inference.engine_predictor", lambda layer, shape, precision: precision)
+    assert make_predictor(SmallNetwork, INPUT_SHAPE, "auto") == (precision, precision)
 
 
 @pytest.mark.parametrize(("generation", "precision"), [(7, "float32"), (8, "bf16")])
@@ -52,7 +52,7 @@ def test_bf16_on_a_gpu_without_it_prints_one_line_and_computes_in_float32(
     generation, precision, pretend_device, capsys
 ):
     pretend_device("gpu:0", generation, 0)
-    assert make_predictor(SmallNetwork, SMALLEST_INPUT, "bf16")[1] == precision
+    assert make_predictor(SmallNetwork, INPUT_SHAPE, "bf16")[1] == precision
     assert capsys.readouterr().err.count("bf16: not supported") == (precision == "float32")
 
 
@@ -60,10 +60,10 @@ def test_bf16_on_a_gpu_without_it_prints_one_line_and_computes_in_float32(
 def test_predictions_are_the_same_without_the_engine(small_network, small_checkpoint, monkeypatch, capsys, has_engine):
     """The engine fails, after it changed the layer, or Paddle was built without oneDNN."""
     load, x = partial(load_network, small_checkpoint), 25 * paddle.randn([1, 1, 24, 40])
-    expected = make_predictor(load, SMALLEST_INPUT, "float32")[0](x)
+    expected = make_predictor(load, INPUT_SHAPE, "float32")[0](x)
     monkeypatch.setattr("paddle.inference.create_predictor", lambda _: 1 / 0)
     monkeypatch.setattr(paddle.base.core, "is_compiled_with_mkldnn", lambda: has_engine)
-    predict, precision = make_predictor(load, SMALLEST_INPUT, "bf16")
+    predict, precision = make_predictor(load, INPUT_SHAPE, "bf16")
     assert precision == "float32" and float((predict(x) - expected).abs().max()) < 1e-4
     assert capsys.readouterr().err.count("computing in a slower way, in float32") == has_engine
 
@@ -108,7 +108,7 @@ def test_stop_that_is_lost_while_the_engine_is_built_stops_the_script(handlers, 
             raise error("In transformed code:")
 
     monkeypatch.setattr("support.inference.engine_predictor", build)
-    assert run_script(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT), lambda: None) == 143
+    assert run_script(lambda _: make_predictor(SmallNetwork, INPUT_SHAPE), lambda: None) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
 
 
@@ -120,7 +120,7 @@ def test_full_disk_is_the_reason_that_is_printed(monkeypatch, capsys):
         os.truncate(f"{path}.pdiparams", os.path.getsize(f"{path}.pdiparams") // 2)
 
     monkeypatch.setattr(paddle.jit, "save", save_half)
-    assert make_predictor(SmallNetwork, SMALLEST_INPUT, "float32")[1] == "float32"
+    assert make_predictor(SmallNetwork, INPUT_SHAPE, "float32")[1] == "float32"
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be used in float32 (the disk of " in line and "is full); computing in a slower way" in line
 
@@ -136,14 +136,14 @@ def test_thread_that_first_uses_paddle_during_an_export_is_in_dynamic_mode():
             thread.join()
             return super().forward(x)
 
-    assert make_predictor(Watched, SMALLEST_INPUT, "float32")[1] == "float32"
+    assert make_predictor(Watched, INPUT_SHAPE, "float32")[1] == "float32"
     assert results == [7] and paddle.in_dynamic_mode()
 
 
 def test_threads_make_and_run_predictors_without_mixing_up_images(capsys):
     interval = sys.getswitchinterval()
     with ThreadPoolExecutor(4) as pool:
-        predict, _ = [*pool.map(lambda _: make_predictor(SmallNetwork, SMALLEST_INPUT, "float32"), range(8))][0]
+        predict, _ = [*pool.map(lambda _: make_predictor(SmallNetwork, INPUT_SHAPE, "float32"), range(8))][0]
         assert not capsys.readouterr().err
         inputs = [25 * paddle.randn([1, 1, 8 * (i % 3 + 1), 8]) for i in range(64)]
         expected = [predict(x).numpy() for x in inputs]

@@ -25,7 +25,7 @@ import skimage.data
 from caffe_files import caffe_layers, flat_network, run_by_opencv, write_caffe
 from PIL import Image
 
-from colorizer import SMALLEST_INPUT
+from colorizer import INPUT_SHAPE
 from dataset import rgb_to_lightness
 from pretrained import load_network
 from utils import annealed_mean, load_ab_bins
@@ -60,7 +60,7 @@ def main():
     theirs = run_by_opencv(caffemodel, network, 224, 224)
     expected = theirs(x.numpy())
     for precision in args.precisions:
-        predictor, _ = make_predictor(partial(load_network, caffemodel), SMALLEST_INPUT, precision)
+        predictor, _ = make_predictor(partial(load_network, caffemodel), INPUT_SHAPE, precision)
         ab_bins = load_ab_bins()
 
         def predict(lightness, predictor=predictor, ab_bins=ab_bins):

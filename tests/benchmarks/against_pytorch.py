@@ -75,7 +75,7 @@ def paddle_side(job, threads, batch, size):
 
     import paddle
 
-    from colorizer import SMALLEST_INPUT
+    from colorizer import INPUT_SHAPE
     from model import CIC
     from utils import soft_cross_entropy
 
@@ -83,7 +83,7 @@ def paddle_side(job, threads, batch, size):
     network = CIC()
     x = 25 * paddle.randn([batch, 1, *size])
     if job != "step":
-        predict, _ = make_predictor(lambda: network, SMALLEST_INPUT, job)
+        predict, _ = make_predictor(lambda: network, INPUT_SHAPE, job)
         return lambda: predict(x)
     convolve_in_parts(network, threads)  # as train.py does
     keep_freed_memory()
