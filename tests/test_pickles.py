@@ -65,8 +65,6 @@ CALLS = {  # other ways in which a pickle calls a function with the argument %s,
     "NEWOBJ": b"cnumpy\ndtype\n%s\x85\x81.",
     "BUILD of a function": b"c_codecs\nencode\n}%s%ssb.",
     "BUILD of a text": b"%s}b.",
-    "REDUCE of a text": b"%s)R.",
-    "EXT1": b"\x82\x01.",
 }
 
 

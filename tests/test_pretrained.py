@@ -277,13 +277,12 @@ def test_folder_without_checkpoints_defaults_to_the_bundled_weights(tmp_path, mo
         find_weights(tmp_path / "nowhere")
 
 
-def test_bundled_weights_are_the_complete_network_and_need_no_random_numbers():
+def test_reading_the_bundled_weights_draws_no_random_numbers():
     paddle.seed(0)
     expected = paddle.randn([3]).numpy()
     paddle.seed(0)
-    network = load_network(pretrained.SMALL)
+    load_network(pretrained.SMALL)
     assert np.array_equal(paddle.randn([3]).numpy(), expected)
-    assert sum(tensor.size for tensor in network.state_dict().values()) == 32_240_377
     assert (nn.Linear(2, 2).weight.numpy() != 0).all()  # layers that are made later are random as ever
 
 
