@@ -65,8 +65,10 @@ def set_weights(network, state, path):
         if array.dtype.kind != "f" or list(array.shape) != list(tensor.shape):
             found = f"{array.dtype.name} {list(array.shape)} instead of float {list(tensor.shape)}"
             raise UserError(f"{path}: another network's checkpoint: {name} is {found}")
-        arrays[name] = array.astype(np.float32, copy=False)
-        if not np.isfinite(arrays[name].sum()) or (name.endswith("_variance") and array.min() < 0):
+        with np.errstate(over="ignore", invalid="ignore"):
+            arrays[name] = array.astype(np.float32, copy=False)
+            finite = np.isfinite(arrays[name].sum())
+        if not finite or (name.endswith("_variance") and array.min() < 0):
             raise UserError(f"{path}: not finite (NaN or infinity), or a negative variance: {name}")
     for name, tensor in tensors.items():  # only now, so that the network never gets some of the weights
         tensor.set_value(arrays[name])
