@@ -216,8 +216,7 @@ def names_in(folder, images):
 def describe(images, folder):
     """Return the number of a dataset's images and a checksum of their names, e.g. "4 (names 1f0c2d3a)"."""
     names = "\n".join(names_in(folder, images)).replace(os.sep, "/")
-    checksum = zlib.crc32(os.fsencode(names))
-    return f"{len(images)} (names {checksum:08x})"
+    return f"{len(images)} (names {zlib.crc32(os.fsencode(names)):08x})"
 
 
 def warn_of_overlap(images, val_images, args):

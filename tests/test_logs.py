@@ -98,10 +98,13 @@ def test_visualdl_shows_one_curve_for_a_stopped_or_killed_run(run_training, tmp_
 # Unreadable files
 
 
-def test_too_many_unreadable_images_stop_the_run(run_training, error_message, damaged):
-    message = error_message(run_training, "--batch_size", 17, image_dir=damaged)
-    assert "cannot be read: more than --max_broken 0.1" in message
-    run_training("--batch_size", 17, "--max_broken", 0.9, image_dir=damaged)
+def test_too_many_unreadable_images_stop_the_run(error_message):
+    """Two are tolerated in very small sets."""
+    meter = logs.Meter({"loss": float}, 4, max_broken=0.1)
+    for broken in (2, 1):
+        meter.check()
+        meter.add(paddle.ones([4, 1]), paddle.to_tensor([broken, 0, 0, 0]))
+    assert error_message(meter.check) == "3 of 11 images cannot be read: more than --max_broken 0.1"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device of a full disk")

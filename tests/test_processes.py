@@ -175,10 +175,11 @@ def test_second_ctrl_c_ends_the_process_but_second_sigterm_does_not(handlers):
 
 
 def test_signal_during_validation_ends_it_and_the_resumed_run_validates(run_training, square_crops, monkeypatch):
-    original = train.classification
+    original, batches = train.classification, []
 
     def signalled(*x):
         if not paddle.is_grad_enabled():
+            batches.append(x)
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*x)
 
@@ -186,5 +187,6 @@ def test_signal_during_validation_ends_it_and_the_resumed_run_validates(run_trai
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="143"):  # the exit code
         change_loss(patch, signalled)
         run_training(*flags)
+    assert len(batches) == 1  # of two
     lines = run_training(*flags, "--continue_train")
     assert ["val_kl" in line for line in lines] == [False, True]

@@ -252,6 +252,10 @@ def test_resumed_run_reports_changed_flags_and_trains_the_epochs_left(run_traini
     assert (progress["epoch"], progress["batch"], progress["step"]) == (5, 0, 16)
 
 
+def test_flags_of_an_older_version_may_be_fewer():
+    assert runs.Run(".", None, None, None, None, {"new": 1}, {}, (), 0)._changes({}) == {}
+
+
 def test_unusable_training_states_print_one_line(run_training, error_message, tmp_path):
     run_training("--num_epochs", 2)
     model = tmp_path / "run" / "model"
@@ -285,12 +289,14 @@ def test_resuming_an_earlier_epoch_keeps_later_lines_and_a_better_best(run_train
     assert json.loads(path.read_text()) == best and same_values(weights(tmp_path / "run", "best"), before)
 
 
-def test_best_begins_again_on_other_validation_images(run_training, tmp_path, square_crops, capsys):
-    (other := tmp_path / "other").mkdir()
-    shutil.copy(square_crops / "rocket.png", other)
-    flags, path = ["--max_steps", 9, "--lr", 1e-12], tmp_path / "run" / "model" / "epoch_best.json"
-    for epochs, folder, start in ((1, square_crops, []), (2, other, ["--continue_train"])):
-        run_training("--num_epochs", epochs, *flags, "--val_dir", folder, *start)
+def test_best_begins_again_on_other_validation_images_and_in_another_run(run_training, tmp_path, square_crops, capsys):
+    """However low the value was before."""
+    flags, path = ["--max_steps", 9, "--num_epochs"], tmp_path / "run" / "model" / "epoch_best.json"
+    run_training(*flags, 1, "--val_dir", square_crops)
+    changes = {"run": "another", "kl": 0}, {"kl": 0}
+    for epochs, change, val_dir in zip((2, 3), changes, (square_crops, square_crops / "rocket.png")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        run_training(*flags, epochs, "--val_dir", val_dir, "--continue_train")
         best = json.loads(path.read_text())
         assert best["step"] == best["epoch"] == int(weights(tmp_path / "run", "best")["epoch"]) == epochs
     assert "val_images 4 (names 715f338b) is now 1 (names " in capsys.readouterr().err
