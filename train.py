@@ -419,7 +419,7 @@ def make_run(args, network, optimizer, scaler, loader, val_loader):
     return runs.Run(args.model_path, log, network, optimizer, scaler, flags, progress, ENTRIES, args.keep)
 
 
-def resume(run, args):
+def resume(run, args, steps_per_epoch):
     """Restore the state of --which_epoch, and report the flags that have changed since."""
     progress, changes = run.progress, run.resume(args.which_epoch, fixed=LOSS)
     for text in changes.values():
@@ -427,6 +427,8 @@ def resume(run, args):
     if progress["batch"] and changes.keys() & {"images", *ORDER}:
         note(f"starting epoch {progress['epoch']} again, because the order of its images has changed")
         progress.update(batch=0, validated=progress["step"])  # no epoch ends here, so there is nothing to validate
+    if progress["batch"] == steps_per_epoch:  # earlier versions could save an epoch before they counted it
+        progress.update(epoch=progress["epoch"] + 1, batch=0)
 
 
 def last_step_of(progress, args, steps_per_epoch):
@@ -523,7 +525,7 @@ def main(args):
         opened.callback(run.log.close)
         progress = run.progress
         if resumes:
-            resume(run, args)
+            resume(run, args, len(sampler))
         schedule.step(progress["step"])  # from the flags, not from the checkpoint, so that a changed --lr takes effect
         first_step, last_step = progress["step"] + 1, last_step_of(progress, args, len(sampler))
 

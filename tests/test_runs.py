@@ -9,6 +9,7 @@ import shutil
 import time
 
 from support import runs
+from support.checkpoints import load_checkpoint
 
 import numpy as np
 import paddle
@@ -70,6 +71,21 @@ def test_resumed_run_equals_one_that_was_not_stopped(run_training, tmp_path, squ
     run_training(*flags, "--max_steps", 11, "--continue_train", folder="parts")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert same_values(state(whole), state(parts)) and steps(values(whole)) == steps(values(parts))
+
+
+def test_state_that_was_saved_before_its_epoch_was_counted_is_resumed(run_training, tmp_path):
+    """Earlier versions could write one."""
+    flags = ["--batch_size", 1, "--num_epochs", 1, "--max_steps", 9]
+    run_training(*flags)
+    path = tmp_path / "run" / "model" / "epoch_latest_state.pdopt"
+    whole = load_checkpoint(path)
+    progress = {**whole["progress"], "epoch": 0, "batch": 4}
+    checksum = runs._checksum(
+        {**{part: whole[part] for part in whole.keys() - {"run", "checksum"}}, "progress": progress}
+    )
+    paddle.save({**whole, "progress": progress, "checksum": checksum}, str(path))
+    run_training(*flags, "--continue_train")
+    assert same_values(load_checkpoint(path), whole)
 
 
 def test_run_resumes_from_a_numbered_epoch(run_training, tmp_path):
