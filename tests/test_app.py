@@ -294,7 +294,7 @@ def png(image):
 @pytest.mark.slow
 def test_photos_that_cannot_be_read_or_written_give_only_their_users_a_message(page):
     client, other = PageClient(page), PageClient(page)
-    with pytest.raises(RuntimeError, match="no photo to work on"):
+    with pytest.raises(RuntimeError, match="no longer has your photo"):
         client.download()
     with pytest.raises(RuntimeError, match="^text.jpg: not an image"):
         client.take("text.jpg", b"not a photo")
