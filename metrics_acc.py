@@ -279,8 +279,8 @@ def print_table(accuracy):
 
 def print_first(title, names, changes, sign=1):
     """Print the first changes, in percentage points, that have this sign."""
-    first = zip(names[:SHOWN], changes[:SHOWN])
-    print(f"{title}: {', '.join(f'{name} {100 * x:+.1f}' for name, x in first if sign * x > 0)}")
+    first = [f"{name} {100 * x:+.1f}" for name, x in zip(names[:SHOWN], changes[:SHOWN]) if sign * x > 0]
+    print(f"{title}: {', '.join(first) or 'none'}")
 
 
 # -------------------------------------------------------------------------------------------------

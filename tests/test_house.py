@@ -30,7 +30,7 @@ def test_imports_run_one_way(path):
 
 
 PREAMBLE = """
-import ctypes, fcntl, multiprocessing, os, pathlib, platform, runpy, signal, subprocess, sys, types
+import ctypes, fcntl, multiprocessing, os, pathlib, runpy, signal, subprocess, sys, types
 
 def refuse(*_, **__):
     raise TypeError("not on this system")
@@ -42,7 +42,6 @@ for name in ("SIGCHLD", "SIGHUP", "SIGPIPE", "SIGUSR1", "SIGUSR2", "pthread_sigm
     delattr(signal, name)
 load = ctypes.CDLL.__init__
 ctypes.CDLL.__init__ = lambda self, name, *x, **y: refuse() if name is None else load(self, name, *x, **y)
-platform.libc_ver = lambda *_: ("", "")
 sync = os.fsync
 os.fsync = lambda file: sync(file) if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE else refuse()
 os.kill = refuse  # on Windows, it sends Ctrl-C or ends the process
