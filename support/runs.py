@@ -77,6 +77,7 @@ class Run:
         self.folder, self.log = Path(model_path), log
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
         self.flags, self.progress, self.entries, self.keep = flags, progress, entries, keep
+        self.moments = {}  # of a resumed run, which the optimizer of Paddle 2.6 returns only after its first step
         self.id = secrets.token_hex(8)
         self.saved = False  # whether the folders contain this run
 
@@ -107,7 +108,7 @@ class Run:
             raise UserError("the weights are not finite and were not saved: try a lower --lr")
         state = {
             "network": weights,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {**self.moments, **self.optimizer.state_dict()},
             "scaler": self.scaler.state_dict(),
             "progress": self.progress,
             "flags": self.flags,
@@ -170,6 +171,8 @@ class Run:
         self.progress.update(state["progress"])
         set_weights(self.network, state["network"], path)
         self.optimizer.set_state_dict(state["optimizer"])
+        missing = state["optimizer"].keys() - self.optimizer.state_dict().keys()
+        self.moments = {name: state["optimizer"][name] for name in missing}
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.id, self.saved = state["run"], True
