@@ -177,10 +177,11 @@ def _check_tiff(tags):
         raise ValueError("TIFF that begins with a thumbnail, like camera raw files: convert it to another format first")
     photometric, planar, compression = tags.get(262, 0), tags.get(284, 1), tags.get(259, 1)
     bits, formats = tags.get(258, (1,)), tags.get(339, (1,))  # formats: 1 unsigned, 2 signed, 3 floating point
-    decoded = set(formats) == {1} and set(bits) <= {1, 2, 4, 8, 16} or (photometric, *formats, *bits) == (1, 3, 32)
+    unsigned = set(formats) == {1} and set(bits) <= {1, 2, 4, 8, 16}
+    floating_point = (photometric, *formats, *bits) == (1, 3, 32)  # gray, 0 is black
     stripes = compression == 1 and planar == 2 and 16 in bits  # of which Pillow would make one picture
     ycbcr = compression == 1 and photometric == 6  # which Pillow leaves to libtiff, and that decompresses only
-    if stripes or ycbcr or not decoded:
+    if stripes or ycbcr or not (unsigned or floating_point):
         samples = f"bits per sample {bits}, sample format {formats}, photometric interpretation {photometric}"
         raise ValueError(f"unsupported TIFF: {samples}, compression {compression}, planar configuration {planar}")
 

@@ -53,7 +53,8 @@ class Log:
             if values.get("run") != run:
                 raise UserError(f"{self.folder}: the log of another run; choose another --log_path")
             last = "validated" if any(name.startswith(VAL) for name in values) else "step"
-            (stay if values["step"] <= progress[last] else later).append(values)
+            part = stay if values["step"] <= progress[last] else later
+            part.append(values)
         lines = stay + [{"run": run, **values} for values in self.waiting]
         with report_os_errors(self.problem):
             if later:
