@@ -35,24 +35,14 @@ def test_output_has_a_quarter_of_the_input_size(network, size):
         assert network(paddle.zeros([n, 1, h, w])).shape == [n, 313, h // 4, w // 4]
 
 
-def test_layers_follow_the_table_of_the_paper(network):
-    def describe(layer):
-        if isinstance(layer, nn.Conv2D):
-            return (
-                f"{layer.weight.shape[0]}"
-                + ("/2" if layer._stride[0] == 2 else "")
-                + ("d2" if layer._dilation[0] == 2 else "")
-            )
-        return {nn.ReLU: "r", nn.BatchNorm2D: "n"}[type(layer)]
+# Channels, convolutions, stride of the last one, and dilation
+STAGES = [(64, 2, 2, 1), (128, 2, 2, 1), (256, 3, 2, 1), (512, 3, 1, 1), (512, 3, 1, 2), (512, 3, 1, 2), (512, 3, 1, 1)]
 
-    stages = [" ".join(map(describe, getattr(network, f"conv{i}"))) for i in range(1, 8)]
-    assert stages == [
-        "64 r 64/2 r n",
-        "128 r 128/2 r n",
-        "256 r 256 r 256/2 r n",
-        "512 r 512 r 512 r n",
-        "512d2 r 512d2 r 512d2 r n",
-        "512d2 r 512d2 r 512d2 r n",
-        "512 r 512 r 512 r n",
-    ]
+
+def test_layers_follow_the_table_of_the_paper(network):
+    for i, (channels, count, stride, dilation) in enumerate(STAGES, 1):
+        *layers, norm = getattr(network, f"conv{i}")
+        found = [(layer.weight.shape[0], layer._stride[0], layer._dilation[0]) for layer in layers[::2]]
+        assert found == [(channels, 1, dilation)] * (count - 1) + [(channels, stride, dilation)]
+        assert all(isinstance(layer, nn.ReLU) for layer in layers[1::2]) and isinstance(norm, nn.BatchNorm2D)
     assert network.conv8[0].weight.shape == [512, 256, 4, 4] and network.conv8_313.weight.shape == [313, 256, 1, 1]
