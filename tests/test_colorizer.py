@@ -1,7 +1,8 @@
 """`Colorizer`: the same results as test.py for files, Pillow images and arrays, also from several threads."""
 
-import faulthandler
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from support.regions import geodesic_distance, region_weights
 import numpy as np
 import paddle
 import pytest
-from conftest import bundled_image, upsample_by_scipy
+from conftest import ROOT, bundled_image, upsample_by_scipy
 from PIL import Image
 from skimage.color import lab2rgb, rgb2lab
 from skimage.transform import resize
@@ -72,15 +73,26 @@ def test_weights_are_read_once_and_nothing_is_left_next_to_them_or_in_the_tempor
     assert os.listdir(small_checkpoint.parent) == [small_checkpoint.name] and not os.listdir(temporary)
 
 
+FORK = """
+import faulthandler, os, sys
+sys.path.insert(0, sys.argv[1])
+import colorizer
+import numpy as np
+
+image = np.random.default_rng(0).integers(0, 256, (500, 600, 3), np.uint8)  # joined in three strips
+colorize = colorizer.Colorizer("small", precision="float32")
+expected = np.asarray(colorize(image))
+if (child := os.fork()) == 0:
+    faulthandler.dump_traceback_later(30, exit=True)  # if it hangs
+    os._exit(not np.array_equal(colorize(image), expected))
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
-def test_used_colorizer_works_in_a_forked_process(small_checkpoint):
-    image = np.random.default_rng(0).integers(0, 256, (500, 600, 3), np.uint8)  # joined in three strips
-    colorize = colorizer.Colorizer(small_checkpoint, precision="float32")
-    expected = np.asarray(colorize(image))
-    if (child := os.fork()) == 0:
-        faulthandler.dump_traceback_later(30, exit=True)  # if it hangs
-        os._exit(not np.array_equal(colorize(image), expected))
-    assert os.waitpid(child, 0)[1] == 0
+def test_used_colorizer_works_in_a_forked_process():
+    """In a program of its own: what other tests leave behind in Paddle's threads need not survive a fork."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK, str(ROOT)], check=True)
 
 
 def test_network_that_predicts_ab_gives_its_output_and_has_no_temperature(ab_checkpoint, image_folder):
